@@ -1,0 +1,47 @@
+# Everything a newcomer needs: make demo, make test. Both set up .venv first.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+RUN    ?= runs/demo
+
+.PHONY: demo test check format bench bench-gpu clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python demo/demo.py --out $(RUN)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n auto
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The CPU benchmarks, with their results under benchmarks/results/; DATA holds unpacked labelled folders.
+DATA ?= data
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/vs_transformers.py
+	$(BIN)/python benchmarks/ablate.py --data $(DATA)/cifar10
+
+# On a machine with a GPU, with that machine's own Python (torch, timm, transformers installed): 8 minutes at most.
+bench-gpu:
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache

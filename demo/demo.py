@@ -1,0 +1,76 @@
+"""The demo: pre-train on tiles of the photos beside this file, and see what the encoder has learned.
+
+Each photo's left 70 % gives training tiles, its right 30 % validation tiles: the two never overlap. The label of a
+tile is the photo that it comes from. Pre-training sees the training tiles only, without labels.
+"""
+
+import argparse
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+import leanmim
+from leanmim.export import timm_lines
+
+PHOTOS = Path(__file__).parent / "photos"
+TILE = 64  # px
+
+
+def cut_tiles(folder: Path) -> None:
+    """Write train/PHOTO/*.png and val/PHOTO/*.png."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for path in sorted(PHOTOS.glob("*.jpg")):
+        with Image.open(path) as photo:
+            border = int(0.7 * photo.width)
+            for part, left, right in (("train", 0, border), ("val", border, photo.width)):
+                (folder / part / path.stem).mkdir(parents=True)
+                for y in range(0, photo.height - TILE + 1, TILE // 2):
+                    for x in range(left, right - TILE + 1, TILE // 2):
+                        photo.crop((x, y, x + TILE, y + TILE)).save(folder / part / path.stem / f"{y}-{x}.png")
+
+
+def main() -> None:
+    """Cut, pre-train, evaluate, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", default="runs/demo", help="run folder")
+    parser.add_argument("--epochs", type=int, default=100)
+    out = Path(parser.parse_args().out)
+    tiles = out.with_name(out.name + "-tiles")
+    cut_tiles(tiles)
+
+    config = replace(
+        leanmim.MAE,
+        data=str(tiles / "train"),
+        out=str(out),
+        model="vit_tiny_patch16_224",
+        model_kwargs={"patch_size": 8, "depth": 6},
+        input_size=(TILE,),
+        decoder_depth=2,
+        decoder_width=128,
+        decoder_heads=4,
+        epochs=parser.parse_args().epochs,
+        batch_size=64,
+        blr=1e-3,
+        knn_data=str(tiles),
+        knn_every=20,
+        overwrite=True,
+    )
+    leanmim.pretrain(config)
+
+    names = {"random": "random encoder", "pixels": "raw pixels", "pretrained": "pre-trained encoder"}
+    print("\nkNN accuracy on held-out tiles, which photo does a tile come from:")
+    for name, accuracy in leanmim.knn(leanmim.Knn(str(out), str(tiles), baselines=True)):
+        print(f"  {names[name]:20} {accuracy:6.1%}")
+    print(f"\nSee {out / 'reconstructions.png'} and {out / 'report.html'}. The encoder loads in timm:\n")
+    trained, model, _ = leanmim.restore(out)
+    lines = timm_lines(out / "export" / "timm", trained, model)
+    print(lines)
+    with torch.inference_mode():
+        exec(lines, {})  # what is printed must run
+
+
+if __name__ == "__main__":
+    main()

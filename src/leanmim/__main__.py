@@ -1,0 +1,5 @@
+"""python -m leanmim, as torchrun starts it."""
+
+from leanmim.cli import main
+
+main()

@@ -1,0 +1,249 @@
+"""The run folder and what it holds: checkpoints written atomically, read with ``weights_only=True``.
+
+A checkpoint is ``{format, config, step, mean, std, model, optimizers}``. There is no generator state to save:
+every step seeds its own randomness from (seed, process, step).
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm.models
+import torch
+from torch import nn
+
+from leanmim.config import Pretrain
+from leanmim.encoders import create_backbone
+from leanmim.errors import UserError
+from leanmim.mim import MIM, build
+
+FORMAT = "leanmim-1"
+# What may differ when a run is continued: none of it changes a weight.
+FREE = {"out", "workers", "overwrite", "checkpoint_minutes"}
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` fill a temporary file next to ``path``, flush it to disk, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    write(temporary)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
+    write_atomically(path, lambda file: file.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint atomically."""
+    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of leanmim onto the CPU.
+
+    Raises:
+        UserError: it is missing, damaged, or not leanmim's.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {str(path)!r}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for damaged files
+        raise UserError(f"{str(path)!r} is damaged or not a checkpoint ({type(error).__name__}: {error})") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{str(path)!r} is a checkpoint, but not one of leanmim ({FORMAT})")
+    return state
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder."""
+
+    folder: Path
+
+    @property
+    def config(self) -> Path:
+        """The configuration."""
+        return self.folder / "config.json"
+
+    @property
+    def last(self) -> Path:
+        """The newest checkpoint."""
+        return self.folder / "checkpoints" / "last.pt"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        """One JSON object a line: what `leanmim knn` and `leanmim probe` found."""
+        return self.folder / "evaluations.jsonl"
+
+    @property
+    def skipped(self) -> Path:
+        """The unreadable files, one JSON object a line."""
+        return self.folder / "skipped.jsonl"
+
+    def read(self) -> tuple[Pretrain, dict[str, Any]]:
+        """Configuration and newest checkpoint.
+
+        Raises:
+            UserError: this is not a run folder, or its checkpoint is missing or damaged.
+        """
+        if not self.config.is_file():
+            raise UserError(f"{str(self.folder)!r} is not a run folder of `leanmim pretrain`: it has no config.json")
+        if not self.last.is_file():
+            raise UserError(f"{str(self.folder)!r} has no checkpoint yet; let `leanmim pretrain` run on")
+        state = load(self.last)
+        return Pretrain.from_json(state["config"]), state
+
+    def to_resume(self, config: Pretrain) -> dict[str, Any] | None:
+        """The checkpoint to continue from, or None to start afresh. Nothing is written.
+
+        Raises:
+            UserError: the folder holds another run, or something else, and may not be replaced.
+        """
+        if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
+            return None
+        if not self.folder.is_dir():
+            raise UserError(f"--out {str(self.folder)!r} is a file; give a folder")
+        try:
+            old = json.loads(self.config.read_text())
+            assert old["recipe"]
+        except (OSError, ValueError, TypeError, KeyError):
+            raise UserError(
+                f"--out {str(self.folder)!r} is not empty and not a run of leanmim; choose another folder"
+            ) from None
+        if config.overwrite:
+            return None
+        new = config.to_json()
+        changed = [key for key in sorted(old.keys() | new.keys()) if key not in FREE and old.get(key) != new.get(key)]
+        if changed:
+            lines = [f"  {key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in changed]
+            raise UserError(
+                f"--out {str(self.folder)!r} holds a run of another configuration:\n" + "\n".join(lines)
+                + "\nChoose another --out, give the same options to continue it, or --overwrite to start afresh"
+            )  # fmt: skip
+        try:
+            return load(self.last) if self.last.exists() else None
+        except UserError as error:
+            raise UserError(f"cannot continue: {error}. Put a good copy in its place, or --overwrite") from error
+
+    def prepare(self, config: Pretrain, step: int) -> None:
+        """Make the folder ready to continue after ``step`` steps; 0 starts afresh."""
+        if step == 0:  # of an earlier run only what leanmim wrote is removed
+            for name in ("checkpoints", "tensorboard", "export"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+            for name in ("environment.json", "reconstructions.png", "report.html"):
+                (self.folder / name).unlink(missing_ok=True)
+            for path in (self.metrics, self.evaluations, self.skipped):
+                path.unlink(missing_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.config, config.to_json())
+        if self.metrics.exists():  # lines written after the checkpoint will be written again
+            lines = self.metrics.read_text().splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            write_atomically(self.metrics, lambda file: file.write_text("".join(line + "\n" for line in kept)))
+
+
+def restore(run: str | Path) -> tuple[Pretrain, MIM, dict[str, Any]]:
+    """The model of a run, from its newest checkpoint.
+
+    Returns:
+        Its configuration, the model, and the checkpoint (for ``step``, ``mean``, ``std``).
+    """
+    config, state = Run(Path(run)).read()
+    model = build(config)
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise UserError(f"the checkpoint of {str(run)!r} does not fit its own configuration: {error}") from error
+    return config, model, state
+
+
+def fit_backbone(backbone: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+    """Load encoder weights, with timm resizing positions and window tables to the backbone's input size.
+
+    Raises:
+        UserError: weights are missing, left over (a classifier's aside), or of another shape.
+    """
+    adapt = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+    state = adapt(state, backbone) if adapt else state
+    own = backbone.state_dict()
+    head = ("head.", "fc.", "fc_norm.", "head_dist.")
+    missing = sorted(own.keys() - state.keys())
+    extra = sorted(key for key in state.keys() - own.keys() if not key.startswith(head))
+    shapes = [
+        f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
+        for key in sorted(own.keys() & state.keys())
+        if own[key].shape != state[key].shape
+    ]
+    for what, keys in (("lacks", missing), ("does not know", extra), ("has another shape for", shapes)):
+        if keys:
+            raise UserError(
+                f"{source!r} does not fit the model: it {what} {len(keys)} of its weights ({', '.join(keys[:3])}); "
+                "choose the --model and --model-kwargs that it was trained with"
+                if what != "does not know"
+                else f"{source!r} does not fit the model: it holds {len(keys)} weights that the model has not "
+                f"({', '.join(keys[:3])}); choose the --model and --model-kwargs that it was trained with"
+            )
+    backbone.load_state_dict({key: state[key] for key in own})
+
+
+def initialise(model: MIM, source: str) -> str:
+    """Start from the weights of a timm checkpoint file, a leanmim checkpoint file, or a run folder.
+
+    The decoder is taken too where there is one of the same shape.
+
+    Returns:
+        What was taken, for people to read.
+
+    Raises:
+        UserError: the file is missing, damaged, or of another model.
+    """
+    path = Path(source)
+    path = Run(path).last if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"--init {source!r}: there is no such file or run folder")
+    if path.suffix == ".pt" and (state := load(path)):
+        weights = state["model"]
+        start = "encoder.backbone."
+        fit_backbone(model.encoder.backbone, {k[len(start) :]: v for k, v in weights.items() if k.startswith(start)}, source)
+        own = model.state_dict()
+        rest = {k: v for k, v in own.items() if not k.startswith(start)}
+        same = all(k in weights and weights[k].shape == v.shape for k, v in rest.items())
+        if same:
+            model.load_state_dict({k: weights[k] for k in rest}, strict=False)
+        return f"encoder {'and decoder' if same else '(its decoder has another shape and is left)'} from {source}"
+    try:
+        weights = timm.models.load_state_dict(os.fspath(path), use_ema=True)
+    except Exception as error:  # safetensors and torch raise many kinds for damaged files
+        raise UserError(f"--init {source!r} is damaged or not a checkpoint ({type(error).__name__}: {error})") from error
+    fit_backbone(model.encoder.backbone, weights, source)
+    return f"encoder from {source}"
+
+
+def load_backbone(run: str | Path, input_size: tuple[int, int] | None = None) -> tuple[nn.Module, Pretrain, dict[str, Any]]:
+    """The pre-trained timm model of a run, at the size of pre-training or another.
+
+    Returns:
+        The backbone (in evaluation mode), the configuration, and the checkpoint.
+    """
+    config, model, state = restore(run)
+    backbone = model.encoder.backbone
+    if input_size is not None and input_size != config.size:
+        larger = create_backbone(config.model, input_size, config.channels, **config.model_kwargs)
+        fit_backbone(larger, backbone.state_dict(), str(run))
+        backbone = larger
+    return backbone.eval(), config, state

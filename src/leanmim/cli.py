@@ -1,0 +1,77 @@
+"""The command line: a table, command -> (help, configuration, function)."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import tyro
+
+from leanmim import __version__
+from leanmim.config import Export, Knn, Pretrain, Probe, Report, Show
+from leanmim.errors import UserError
+from leanmim.recipes import RECIPES
+
+
+class Command(NamedTuple):
+    """A row of the table; the function is imported when it is called."""
+
+    help: str
+    config: Any
+    function: str
+
+
+def recipes() -> Any:
+    """One subcommand for each recipe, its values as defaults; data and out must be given."""
+    ask = {name: replace(recipe, data=tyro.MISSING, out=tyro.MISSING) for name, recipe in RECIPES.items()}
+    return tyro.extras.subcommand_type_from_defaults(ask, DESCRIPTIONS, prefix_names=False)
+
+
+DESCRIPTIONS = {
+    "mae": "Masked autoencoder: drop 75 % of the patches, reconstruct them (ViT).",
+    "simmim": "SimMIM: a learned token in masked squares, one linear layer (ViT, Swin).",
+}
+COMMANDS = {
+    "pretrain": Command("pre-train a backbone on a folder of images", Pretrain, "train.pretrain"),
+    "knn": Command("k-nearest-neighbour accuracy of a run on labelled images", Knn, "evaluate.knn.knn"),
+    "probe": Command("linear-probe accuracy of a run on labelled images", Probe, "evaluate.probe.probe"),
+    "show": Command("draw original, masked image, reconstruction", Show, "show.show"),
+    "export": Command("write a run's weights for timm or transformers", Export, "export.export"),
+    "report": Command("one HTML page about one or several runs", Report, "report.report"),
+}
+HELP = "usage: leanmim COMMAND ... (each has --help)\n\n" + "\n".join(
+    f"  {name:10}{command.help}" for name, command in COMMANDS.items()
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse, call, print. A mistake of the user's ends with one message and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP)
+        raise SystemExit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        print(__version__)
+        return
+    if arguments[0] not in COMMANDS:
+        print(f"leanmim: there is no command {arguments[0]!r}\n\n{HELP}", file=sys.stderr)
+        raise SystemExit(2)
+    name, *rest = arguments
+    command = COMMANDS[name]
+    kind = recipes() if command.config is Pretrain else command.config
+    config = tyro.cli(kind, args=rest, prog=f"leanmim {name}", config=(tyro.conf.OmitArgPrefixes,))
+    module, _, function = command.function.rpartition(".")
+    try:
+        result = getattr(import_module(f"leanmim.{module}"), function)(config)
+        if isinstance(result, Iterator):
+            for what, value in result:
+                print(f"{what}: {100 * value:.2f} %")
+        elif name != "pretrain":
+            print(result)
+    except UserError as error:
+        print(f"leanmim: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("leanmim: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None

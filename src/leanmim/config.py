@@ -1,0 +1,249 @@
+"""One frozen dataclass per command. A field's docstring is its help on the command line."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from leanmim.errors import UserError
+
+Number = int | float | bool | str
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Everything that defines a pre-training run. The recipes are values of this class."""
+
+    data: str
+    """Folder of images, flat or nested; labels are not needed and ignored."""
+    out: str
+    """Run folder. The same command again continues the run in it."""
+    recipe: str = "mae"
+    """Name of the recipe, for the records."""
+
+    model: str = "vit_small_patch16_224"
+    """timm model name."""
+    model_kwargs: dict[str, Number] = field(default_factory=dict)
+    """Further arguments for timm.create_model, as pairs: --model-kwargs patch_size 4 depth 8."""
+    init: str | None = None
+    """Start from these weights: a timm or leanmim checkpoint file, or a leanmim run folder."""
+    input_size: tuple[int, ...] = (224,)
+    """Pixels: one number for a square, or height and width."""
+    channels: Literal[1, 3] = 3
+    """Image channels; files of any kind are converted."""
+
+    masking: Literal["drop", "token"] = "drop"
+    """How the mask reaches the backbone: drop masked tokens (MAE), or put a learned token there (SimMIM)."""
+    mask_ratio: float = 0.75
+    """Share of the image that is masked, in (0, 1)."""
+    mask_unit: int = 0
+    """Side of the squares that are masked, px; 0 is one patch."""
+    target: Literal["pixels", "raw-pixels"] = "pixels"
+    """What is predicted: pixels normalised patch by patch, or raw pixels of the normalised image."""
+    loss: Literal["l1", "l2"] = "l2"
+    """Compared by absolute or by squared difference, on masked patches only."""
+    decoder_depth: int = 8
+    """Transformer layers of the decoder; 0 is one linear layer (token masking only)."""
+    decoder_width: int = 512
+    """Width of the decoder."""
+    decoder_heads: int = 16
+    """Attention heads of the decoder."""
+
+    epochs: int = 800
+    """Passes over the data."""
+    batch_size: int = 256
+    """Images per process and forward pass. The effective batch is batch_size x accum x processes."""
+    accum: int = 1
+    """Forward passes whose gradients are averaged into one step."""
+    blr: float = 1.5e-4
+    """Base learning rate: lr = blr x effective batch / 256."""
+    warmup_epochs: float | None = None
+    """Epochs of linear warm-up; then half a cosine to 0. None is 5 % of the epochs (MAE: 40 of 800)."""
+    weight_decay: float = 0.05
+    """AdamW's weight decay; never on biases, norms, tokens and position tables."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's betas."""
+    clip_grad: float = 0.0
+    """Largest norm of the gradient; 0 is no clipping."""
+
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """RandomResizedCrop: share of the image's area."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """RandomResizedCrop: width / height of the crop."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    statistics: Literal["imagenet", "data"] = "imagenet"
+    """Mean and standard deviation for normalisation: ImageNet's, or computed from the data."""
+    mean: tuple[float, ...] | None = None
+    """Given mean, one number per channel, on the scale 0 to 1; overrides statistics."""
+    std: tuple[float, ...] | None = None
+    """Given standard deviation, one number per channel, on the scale 0 to 1; overrides statistics."""
+    max_bad_share: float = 0.1
+    """Unreadable files are skipped and listed; a larger share of the folder than this ends the run."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the forward pass; auto is bf16 on GPUs that have it, fp32 elsewhere. Targets and losses are fp32."""
+    compile: bool = False
+    """torch.compile the encoder and decoder: slower start, faster steps."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train; auto takes the GPU if there is one."""
+    workers: int = -1
+    """Processes that read images, for each training process; -1 is the CPU count less one, 8 at most."""
+    seed: int = 0
+    """Seed of weights, order, crops and masks."""
+
+    knn_data: str | None = None
+    """Labelled folder (train/CLASS, val/CLASS) for a kNN accuracy during training."""
+    knn_every: int = 10
+    """Epochs between two kNN accuracies; there is always one at the end."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between two checkpoints, 0 is one each step; there is always one at the end."""
+    overwrite: bool = False
+    """Start afresh in a run folder that already holds another run."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Input height and width, px."""
+        return (self.input_size[0], self.input_size[-1])
+
+    @property
+    def warmup(self) -> float:
+        """Resolved warm-up, epochs."""
+        return 0.05 * self.epochs if self.warmup_epochs is None else self.warmup_epochs
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values only, for config.json and checkpoints."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Pretrain":
+        """The inverse of `to_json`."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    def check(self) -> None:
+        """Raise UserError for a value that cannot be."""
+        if not 0 < len(self.input_size) <= 2:
+            raise UserError(f"--input-size takes one number or two (height width), not {len(self.input_size)}")
+        for name, low, high in (
+            ("mask_ratio", 0, 1), ("epochs", 1, None), ("batch_size", 1, None), ("accum", 1, None),
+            ("decoder_depth", 0, None), ("mask_unit", 0, None), ("workers", -1, None), ("flip", 0, 1),
+            ("max_bad_share", 0, 1), ("knn_every", 1, None), ("log_every", 1, None), ("seed", 0, None),
+            ("blr", 0, None), ("weight_decay", 0, None), ("clip_grad", 0, None), ("checkpoint_minutes", 0, None),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value < low or (high is not None and value > high):
+                option = "--" + name.replace("_", "-")
+                raise UserError(f"{option} {value} is out of range; it is at least {low}" + f", at most {high}" * bool(high))
+        if any(size < 1 for size in self.input_size):
+            raise UserError(f"--input-size {self.input_size} must be positive")
+        if not 0 <= self.warmup <= self.epochs:
+            raise UserError(f"--warmup-epochs {self.warmup_epochs} is not between 0 and the {self.epochs} epochs")
+        if self.decoder_depth == 0 and self.masking == "drop":
+            raise UserError(
+                "--decoder-depth 0 is a linear head on masked tokens, which --masking drop leaves out; "
+                "use --masking token, or at least 1 layer"
+            )
+        if self.decoder_depth and (self.decoder_width % 4 or self.decoder_width % self.decoder_heads):
+            raise UserError(
+                f"--decoder-width {self.decoder_width} must be a multiple of 4 and of --decoder-heads {self.decoder_heads}"
+            )
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if value is not None and len(value) != self.channels:
+                raise UserError(f"--{name} has {len(value)} numbers for {self.channels} channels; give one for each")
+        if (self.mean is None) != (self.std is None):
+            raise UserError("give --mean and --std together, or neither")
+        if self.std is not None and min(self.std) <= 0:
+            raise UserError(f"--std {self.std} must be positive")
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high or (name == "crop_scale" and high > 1):
+                raise UserError(f"--{name.replace('_', '-')} {low} {high} must be 0 < low <= high" + " <= 1" * (name == "crop_scale"))
+
+
+@dataclass(frozen=True)
+class Knn:
+    """Weighted k-nearest-neighbour accuracy of a run's encoder on a labelled folder."""
+
+    run: str
+    """Run folder of `leanmim pretrain`."""
+    data: str
+    """Labelled folder with train/CLASS and val/CLASS."""
+    k: int = 20
+    """Neighbours."""
+    temperature: float = 0.07
+    """Of the votes' weights, exp(cosine similarity / temperature)."""
+    pool: Literal["avg", "token", "timm"] = "avg"
+    """Features: mean of the patch tokens, the class token, or what the timm model returns."""
+    input_size: tuple[int, ...] = ()
+    """Pixels: one number or height and width; empty is the size of pre-training."""
+    crop: float | None = None
+    """Share of the resized image's side kept by the centre crop; None is 0.875 from 128 px on, 1 below."""
+    batch_size: int = 256
+    """Images per forward pass."""
+    baselines: bool = False
+    """Also measure a random encoder and raw pixels."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to run."""
+    workers: int = -1
+    """Processes that read images; -1 is the CPU count less one, 8 at most."""
+
+
+@dataclass(frozen=True)
+class Probe(Knn):
+    """Linear-probe accuracy of a run's encoder: the encoder frozen, BatchNorm without affine, one linear layer."""
+
+    solver: Literal["lars", "fast"] = "lars"
+    """lars is MAE's protocol, on augmented images; fast solves logistic regression on features computed once."""
+    epochs: int = 90
+    """lars: passes over the data."""
+    warmup_epochs: int = 10
+    """lars: epochs of linear warm-up; then half a cosine to 0."""
+    blr: float = 0.1
+    """lars: base learning rate; lr = blr x batch / 256."""
+    probe_batch_size: int = 16384
+    """lars: images per step, gathered over several forward passes; at most the training set."""
+    c: float = 1.0
+    """fast: inverse strength of the L2 penalty, as in scikit-learn."""
+    seed: int = 0
+    """lars: seed of the layer, order and crops."""
+
+
+@dataclass(frozen=True)
+class Show:
+    """Draw original, masked image and reconstruction side by side."""
+
+    run: str
+    """Run folder of `leanmim pretrain`."""
+    images: tuple[str, ...] = ()
+    """Image files or folders; empty takes the run's own data."""
+    count: int = 8
+    """Rows at most."""
+    out: str | None = None
+    """Picture to write; None is reconstructions.png in the run folder."""
+    seed: int = 0
+    """Seed of the masks."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a run's encoder for other libraries."""
+
+    run: str
+    """Run folder of `leanmim pretrain`."""
+    format: Literal["timm", "transformers"] = "timm"
+    """timm: the backbone. transformers: ViTMAEForPreTraining, decoder included (MAE only)."""
+    out: str | None = None
+    """Folder to write; None is export/FORMAT in the run folder."""
+    overwrite: bool = False
+    """Replace files that are already there."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """One self-contained HTML page about one or several runs."""
+
+    runs: tuple[str, ...]
+    """Run folders of `leanmim pretrain`."""
+    out: str | None = None
+    """Page to write; None is report.html in the first run folder."""

@@ -1,0 +1,93 @@
+"""The decoder: scatter what the encoder saw onto the grid, gather what must be decoded, predict.
+
+b batch, n patches, v visible, k kept, s tokens of the encoder, q prefix tokens (class, registers),
+d encoder width, e decoder width, p target width.
+"""
+
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float, Int
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from leanmim.masking import Grid, Split, take
+
+
+@lru_cache(maxsize=32)
+def sincos(grid: Grid, width: int, device: torch.device | None = None) -> Float[Tensor, "n e"]:
+    """Fixed 2-D sine-cosine positions (MAE, appendix A.1): half the width for the column, half for the row."""
+    omega = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    rows, columns = torch.meshgrid(torch.arange(grid.height), torch.arange(grid.width), indexing="ij")
+    angles = [axis.flatten()[:, None] * omega for axis in (columns, rows)]
+    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1).float().to(device)
+
+
+def init_linear(module: nn.Module) -> None:
+    """MAE's initialisation of linear layers: Xavier-uniform weights, zero biases."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class Decoder(nn.Module):
+    """Reconstructs the kept patches from the encoder's tokens.
+
+    ``depth`` transformer layers of ``width``, as in MAE (section 3). Depth 0 is SimMIM's head: one linear layer
+    on the encoder's own token at the masked place, so it needs an encoder that returns the full grid.
+
+    Args:
+        encoder_width: d.
+        target_width: p.
+        prefix: q, tokens of the encoder without a place on the grid (class, registers); they are attended to.
+        full_grid: the encoder returns a token for every patch, so neither mask token nor new positions are needed.
+        depth: transformer layers.
+        width: e, a multiple of 4 and of ``heads``; not used at depth 0.
+        heads: attention heads.
+    """
+
+    def __init__(
+        self, encoder_width: int, target_width: int, *, prefix: int, full_grid: bool, depth: int, width: int, heads: int
+    ) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.embed = nn.Linear(encoder_width, width) if depth else nn.Identity()
+        self.mask_token = None if full_grid else nn.Parameter(torch.zeros(1, 1, width))
+        self.layers = nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width, eps=1e-6) if depth else nn.Identity()
+        self.head = nn.Linear(width if depth else encoder_width, target_width)
+        self.apply(init_linear)
+        if self.mask_token is not None:
+            nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(
+        self, tokens: Float[Tensor, "b s d"], ids: Int[Tensor, "b s"], split: Split, grid: Grid
+    ) -> tuple[Int[Tensor, "b k"], Float[Tensor, "b k p"]]:
+        """Predict the targets of the kept patches.
+
+        Args:
+            tokens: the encoder's output.
+            ids: where each token sits on the grid; prefix tokens sit past its end, at n, n + 1, ...
+            split: which patches are visible, kept, thrown.
+            grid: the patch grid.
+
+        Returns:
+            The places of the predictions, and the predictions.
+        """
+        x = self.embed(tokens)
+        b, _, e = x.shape
+        places = grid.n + self.prefix
+        if self.mask_token is None:
+            canvas = x.new_zeros(b, places, e)
+        else:
+            canvas = self.mask_token.to(x.dtype).expand(b, places, e)
+        x = canvas.scatter(1, ids[..., None].expand_as(x), x)
+        if self.mask_token is not None:
+            x = x + nn.functional.pad(sincos(grid, e, x.device), (0, 0, 0, self.prefix)).to(x.dtype)
+
+        prefix = torch.arange(grid.n, places, device=x.device).expand(b, -1)
+        x = take(x, torch.cat([split.visible, split.kept, prefix], dim=1))
+        x = self.norm(self.layers(x))
+        v, k = split.visible.shape[1], split.kept.shape[1]
+        return split.kept, self.head(x[:, v : v + k])

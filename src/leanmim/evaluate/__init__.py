@@ -1,0 +1,1 @@
+"""Evaluators of a frozen encoder. They yield (name, value) and never print."""

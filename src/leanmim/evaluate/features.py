@@ -1,0 +1,120 @@
+"""Features of a labelled folder: one forward pass over each image.
+
+b batch, c channels, H W pixels, s tokens, d width.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from leanmim.checkpoint import Run, load_backbone
+from leanmim.config import Knn, Pretrain
+from leanmim.data import Labelled, Normalise, centre_crop, labelled_pair, loader, resolve_workers
+from leanmim.device import resolve_device
+from leanmim.errors import UserError
+from leanmim.mim import build
+
+Embed = Callable[[Float[Tensor, "b c H W"]], Float[Tensor, "b d"]]
+
+
+class Features(NamedTuple):
+    """Features and labels of a set."""
+
+    x: Float[Tensor, "b d"]
+    y: Int[Tensor, "b"]
+
+
+def embedding(backbone: nn.Module, pool: str) -> Embed:
+    """The function from normalised images to features.
+
+    Args:
+        backbone: a timm model without head.
+        pool: ``avg``, the mean of the patch tokens after the backbone's own norm; ``token``, the class token;
+            ``timm``, what the model returns.
+
+    Raises:
+        UserError: the model has no class token.
+    """
+    if pool == "timm":
+        return backbone
+    if pool == "token" and not getattr(backbone, "has_class_token", False):
+        raise UserError("--pool token: this model has no class token; use avg")
+    prefix = getattr(backbone, "num_prefix_tokens", 0)
+    last = getattr(backbone, "fc_norm", nn.Identity())
+
+    def embed(images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b d"]:
+        tokens = backbone.forward_features(images)
+        tokens = tokens.flatten(1, 2) if tokens.ndim == 4 else tokens
+        return last(tokens[:, 0] if pool == "token" else tokens[:, prefix:].mean(1))
+
+    return embed
+
+
+def raw_pixels(images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b d"]:
+    """The trivial baseline: the pixels themselves, at 32 x 32 px where images are larger."""
+    if max(images.shape[2:]) > 32:
+        images = nn.functional.interpolate(images, (32, 32), mode="area")
+    return images.flatten(1)
+
+
+@torch.inference_mode()
+def extract(
+    embed: Embed, data: Labelled, normalise: Normalise, batch_size: int, workers: int, seed: int = 0
+) -> Features:
+    """Features of every image of a set, on the device, in the order of its files."""
+    order = [[(seed, i) for i in range(a, min(a + batch_size, len(data)))] for a in range(0, len(data), batch_size)]
+    xs, ys = [], []
+    for images, labels in loader(data, order, workers, normalise.device, default_collate):
+        xs.append(embed(normalise(images)).float())
+        ys.append(labels.to(normalise.device))
+    return Features(torch.cat(xs), torch.cat(ys))
+
+
+class Subject(NamedTuple):
+    """Something to evaluate: the pre-trained encoder, or a baseline."""
+
+    name: str
+    embed: Embed
+    train: Labelled
+    val: Labelled
+    normalise: Normalise
+    workers: int
+
+
+def subjects(config: Knn) -> Iterator[Subject]:
+    """The run's encoder, then (with ``baselines``) a freshly initialised one and raw pixels."""
+    if len(config.input_size) > 2:
+        raise UserError(f"--input-size takes one number or two (height width), not {len(config.input_size)}")
+    size = (config.input_size[0], config.input_size[-1]) if config.input_size else None
+    backbone, trained, state = load_backbone(config.run, size)
+    device = resolve_device(config.device)
+    size = size or trained.size
+    train, val = labelled_pair(config.data, trained.channels, centre_crop(size, config.crop))
+    rest = (train, val, Normalise(state["mean"], state["std"], device), resolve_workers(config.workers))
+    yield Subject("pretrained", embedding(backbone.to(device), config.pool), *rest)
+    if config.baselines:
+        yield Subject("random", embedding(random_backbone(trained, size).to(device), config.pool), *rest)
+        yield Subject("pixels", raw_pixels, *rest)
+
+
+def random_backbone(config: Pretrain, size: tuple[int, int]) -> nn.Module:
+    """The encoder as it was before pre-training started from nothing."""
+    values = {**config.to_json(), "input_size": list(size)}
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        return build(Pretrain.from_json(values)).encoder.backbone.eval()
+
+
+def record(config: Knn, what: str, name: str, accuracy: float) -> tuple[str, float]:
+    """Append a result to the run's evaluations.jsonl, for the report."""
+    line = {"what": what, "name": name, "value": accuracy, "data": config.data, "options": asdict(config)}
+    with open(Run(Path(config.run)).evaluations, "a") as file:
+        file.write(json.dumps(line) + "\n")
+    return name, accuracy

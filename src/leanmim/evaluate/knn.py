@@ -1,0 +1,39 @@
+"""Weighted k-nearest neighbours on cosine similarity (Wu et al. 2018, section 3.4; as in DINO)."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from leanmim.config import Knn
+from leanmim.evaluate.features import Features, extract, record, subjects
+
+
+def knn_accuracy(train: Features, val: Features, k: int = 20, temperature: float = 0.07) -> float:
+    """Share of validation images whose neighbours' weighted vote is right, 0 to 1.
+
+    Args:
+        train: features that vote.
+        val: features to classify.
+        k: neighbours; all of ``train`` when it has fewer.
+        temperature: votes weigh exp(similarity / temperature).
+    """
+    bank = nn.functional.normalize(train.x, dim=1)
+    classes = int(train.y.max()) + 1
+    right = 0
+    for x, y in zip(nn.functional.normalize(val.x, dim=1).split(1024), val.y.split(1024), strict=True):
+        similarity, nearest = (x @ bank.T).topk(min(k, len(bank)), dim=1)
+        votes = torch.zeros(len(x), classes, device=x.device)
+        votes.scatter_add_(1, train.y[nearest], (similarity / temperature).exp())
+        right += int((votes.argmax(1) == y).sum())
+    return right / len(val.y)
+
+
+def knn(config: Knn) -> Iterator[tuple[str, float]]:
+    """The accuracy of the run's encoder, and of the baselines where asked for."""
+    for subject in subjects(config):
+        sets = [
+            extract(subject.embed, data, subject.normalise, config.batch_size, subject.workers)
+            for data in (subject.train, subject.val)
+        ]
+        yield record(config, "knn", subject.name, knn_accuracy(*sets, config.k, config.temperature))

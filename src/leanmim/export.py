@@ -1,0 +1,207 @@
+"""A run's encoder for other libraries.
+
+timm: ``model.safetensors`` with the backbone's own keys, and timm's ``config.json``.
+transformers: a folder for ViTMAEForPreTraining, encoder and decoder.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from leanmim.checkpoint import restore, write_atomically, write_json
+from leanmim.config import Export, Pretrain
+from leanmim.decoder import sincos
+from leanmim.encoders import ViTEncoder
+from leanmim.errors import UserError
+from leanmim.mim import MIM
+
+
+def export(config: Export) -> Path:
+    """Write a run's weights in another library's format.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the run cannot be read, the format cannot hold this model, or files would be overwritten.
+    """
+    trained, model, state = restore(config.run)
+    folder = Path(config.out) if config.out else Path(config.run) / "export" / config.format
+    if not config.overwrite and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{str(folder)!r} is not empty; choose another --out, or --overwrite")
+    if folder.is_file():
+        raise UserError(f"{str(folder)!r} is a file; --out takes a folder")
+    files = (to_timm if config.format == "timm" else to_transformers)(trained, model, state)
+    for name, content in files.items():
+        if name.endswith(".safetensors"):
+            tensors = {key: value.detach().contiguous().clone() for key, value in content.items()}
+            write_atomically(folder / name, lambda file, t=tensors: save_file(t, file, metadata={"format": "pt"}))
+        else:
+            write_json(folder / name, content)
+    return folder
+
+
+def timm_arguments(config: Pretrain, model: MIM) -> dict[str, Any]:
+    """What timm.create_model needs beside the name to build the model as it was pre-trained."""
+    arguments: dict[str, Any] = dict(config.model_kwargs)
+    backbone = model.encoder.backbone
+    size = backbone.pretrained_cfg["input_size"][1:]
+    if tuple(size) != config.size:
+        arguments["img_size"] = config.size[0] if config.size[0] == config.size[1] else list(config.size)
+    if not isinstance(model.encoder, ViTEncoder) and "img_size" in arguments and "window_size" not in arguments:
+        window = [max(1, side // 8) for side in backbone.patch_embed.grid_size]
+        arguments["window_size"] = window[0] if window[0] == window[1] else window
+    if config.channels != 3:
+        arguments["in_chans"] = config.channels
+    return arguments
+
+
+def to_timm(config: Pretrain, model: MIM, state: dict[str, Any]) -> dict[str, Any]:
+    """The backbone's state and timm's description of it; loads strictly with timm.create_model."""
+    backbone = model.encoder.backbone
+    description = {
+        "architecture": config.model.partition(".")[0],
+        "num_classes": 0,
+        "num_features": backbone.num_features,
+        "global_pool": backbone.global_pool,
+        "model_args": timm_arguments(config, model),
+        "pretrained_cfg": {
+            "custom_load": False,
+            "input_size": [config.channels, *config.size],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 0.875,
+            "crop_mode": "center",
+            "mean": state["mean"],
+            "std": state["std"],
+            "num_classes": 0,
+            "first_conv": backbone.pretrained_cfg["first_conv"],
+            "classifier": backbone.pretrained_cfg["classifier"],
+        },
+        "leanmim": {"recipe": config.recipe, "step": state["step"], "epochs": config.epochs},
+    }
+    return {"model.safetensors": backbone.state_dict(), "config.json": description}
+
+
+def timm_lines(folder: Path, config: Pretrain, model: MIM) -> str:
+    """Three lines of Python that load the exported encoder in timm."""
+    arguments = "".join(f", {key}={value!r}" for key, value in timm_arguments(config, model).items())
+    return (
+        "import timm, torch\n"
+        f'model = timm.create_model("{config.model}", num_classes=0{arguments}, '
+        f'checkpoint_path="{folder / "model.safetensors"}").eval()\n'
+        f"features = model(torch.randn(1, {config.channels}, {config.size[0]}, {config.size[1]}))"
+    )
+
+
+def to_transformers(config: Pretrain, model: MIM, state: dict[str, Any]) -> dict[str, Any]:
+    """A folder for transformers' ViTMAEForPreTraining.
+
+    Raises:
+        UserError: the run is not a MAE of a plain ViT as ViTMAE knows it.
+    """
+    encoder, decoder = model.encoder, model.decoders[0]
+    vit = encoder.backbone
+    block = vit.blocks[0] if isinstance(encoder, ViTEncoder) else None
+    demands = {
+        "--masking drop": config.masking == "drop",
+        "a plain ViT": block is not None,
+        "a class token and no register tokens": block is not None and vit.has_class_token and vit.num_prefix_tokens == 1,
+        "a final norm before the pooling": block is not None and not isinstance(vit.norm, torch.nn.Identity),
+        "positions for the class token": block is not None and vit.pos_embed is not None and not vit.no_embed_class,
+        "a plain attention with biases": block is not None
+        and block.attn.qkv.bias is not None
+        and isinstance(block.attn.q_norm, torch.nn.Identity)
+        and isinstance(block.ls1, torch.nn.Identity),
+        "no norm before the first block": block is not None and isinstance(vit.norm_pre, torch.nn.Identity),
+        "a square input": config.size[0] == config.size[1],
+        "squared error": config.loss == "l2",
+    }
+    if lacking := [what for what, met in demands.items() if not met]:
+        raise UserError(
+            f"--format transformers writes ViTMAE, which needs {'; '.join(lacking)}. This run can be exported with "
+            "--format timm"
+        )
+    assert block is not None
+    description = {
+        "architectures": ["ViTMAEForPreTraining"],
+        "model_type": "vit_mae",
+        "hidden_size": vit.embed_dim,
+        "num_hidden_layers": len(vit.blocks),
+        "num_attention_heads": block.attn.num_heads,
+        "intermediate_size": block.mlp.fc1.out_features,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.02,
+        "layer_norm_eps": vit.norm.eps,
+        "image_size": config.size[0],
+        "patch_size": encoder.stride,
+        "num_channels": config.channels,
+        "qkv_bias": True,
+        "decoder_num_attention_heads": config.decoder_heads,
+        "decoder_hidden_size": config.decoder_width,
+        "decoder_num_hidden_layers": config.decoder_depth,
+        "decoder_intermediate_size": decoder.layers[0].mlp.fc1.out_features,
+        "mask_ratio": config.mask_ratio,
+        "norm_pix_loss": config.target == "pixels",
+        "torch_dtype": "float32",
+    }
+    preprocessor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": config.size[0], "width": config.size[1]},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": state["mean"],
+        "image_std": state["std"],
+    }
+    return {
+        "model.safetensors": vit_mae_state(model),
+        "config.json": description,
+        "preprocessor_config.json": preprocessor,
+    }
+
+
+def vit_mae_state(model: MIM) -> dict[str, Tensor]:
+    """The weights under ViTMAE's key names, query, key and value split."""
+    vit, decoder = model.encoder.backbone, model.decoders[0]
+    state = {
+        "vit.embeddings.cls_token": vit.cls_token,
+        "vit.embeddings.position_embeddings": vit.pos_embed,
+        "vit.embeddings.patch_embeddings.projection.weight": vit.patch_embed.proj.weight,
+        "vit.embeddings.patch_embeddings.projection.bias": vit.patch_embed.proj.bias,
+        "vit.layernorm.weight": vit.norm.weight,
+        "vit.layernorm.bias": vit.norm.bias,
+        "decoder.mask_token": decoder.mask_token,
+        "decoder.decoder_pos_embed": torch.nn.functional.pad(
+            sincos(model.encoder.grid, decoder.mask_token.shape[-1]), (0, 0, 1, 0)
+        )[None],
+        "decoder.decoder_embed.weight": decoder.embed.weight,
+        "decoder.decoder_embed.bias": decoder.embed.bias,
+        "decoder.decoder_norm.weight": decoder.norm.weight,
+        "decoder.decoder_norm.bias": decoder.norm.bias,
+        "decoder.decoder_pred.weight": decoder.head.weight,
+        "decoder.decoder_pred.bias": decoder.head.bias,
+    }
+    names = {
+        "norm1": "layernorm_before",
+        "attn.proj": "attention.output.dense",
+        "norm2": "layernorm_after",
+        "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
+    }
+    for start, blocks in (("vit.encoder.layer", vit.blocks), ("decoder.decoder_layers", decoder.layers)):
+        for i, block in enumerate(blocks):
+            for end in ("weight", "bias"):
+                qkv = getattr(block.attn.qkv, end).chunk(3)
+                for name, part in zip(("query", "key", "value"), qkv, strict=True):
+                    state[f"{start}.{i}.attention.attention.{name}.{end}"] = part
+                for ours, theirs in names.items():
+                    state[f"{start}.{i}.{theirs}.{end}"] = getattr(block.get_submodule(ours), end)
+    return state

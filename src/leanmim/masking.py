@@ -1,0 +1,91 @@
+"""Which patches are seen, and which are reconstructed: index sets on the patch grid.
+
+b batch, n patches of the grid, v visible, m masked, k kept, t thrown, u mask units, d any width.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from leanmim.errors import UserError
+
+
+class Grid(NamedTuple):
+    """The patch grid of an image: one cell per encoder output token, numbered row by row."""
+
+    height: int
+    width: int
+
+    @property
+    def n(self) -> int:
+        """The number of patches."""
+        return self.height * self.width
+
+
+class Mask(NamedTuple):
+    """What the encoder sees and what it does not. Every image of a batch has the same counts."""
+
+    visible: Int[Tensor, "b v"]
+    masked: Int[Tensor, "b m"]  # v + m = n
+
+
+class Split(NamedTuple):
+    """A partition of the grid: seen, masked and decoded with attention, masked and skipped by attention."""
+
+    visible: Int[Tensor, "b v"]
+    kept: Int[Tensor, "b k"]
+    thrown: Int[Tensor, "b t"]  # k + t = m
+
+
+def take(x: Float[Tensor, "b n d"], ids: Int[Tensor, "b k"]) -> Float[Tensor, "b k d"]:
+    """Gather the tokens at ``ids``, each image its own."""
+    return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def mask_units(grid: Grid, unit: int) -> Int[Tensor, "u p"]:
+    """The patches of every ``unit`` x ``unit`` square of the grid, units numbered row by row.
+
+    Raises:
+        UserError: the unit does not divide the grid.
+    """
+    if grid.height % unit or grid.width % unit:
+        raise UserError(
+            f"a mask unit of {unit} x {unit} patches does not divide the grid of {grid.height} x {grid.width}; "
+            "choose --mask-unit so that it divides --input-size, or 0 for one patch"
+        )
+    ids = torch.arange(grid.n).view(grid.height // unit, unit, grid.width // unit, unit)
+    return ids.permute(0, 2, 1, 3).reshape(-1, unit * unit)
+
+
+def random_mask(noise: Float[Tensor, "b u"], grid: Grid, ratio: float, unit: int = 1) -> Mask:
+    """Mask the ``ratio`` of units with the highest noise (MAE, section 3: random sampling without replacement).
+
+    Args:
+        noise: one number per mask unit; the order of these numbers is the mask.
+        grid: the patch grid.
+        ratio: share of units to mask, in (0, 1); their count is rounded up, as in SimMIM and MAE.
+        unit: side of a mask unit in patches; SimMIM masks units of 32 px.
+
+    Raises:
+        UserError: the ratio leaves nothing visible or nothing masked, or the unit does not divide the grid.
+    """
+    units = mask_units(grid, unit).to(noise.device)
+    count = len(units)
+    masked = math.ceil(count * ratio - 1e-9)  # 10 units at ratio 0.9 are 9, whatever the rounding of 10 * 0.9
+    if not 0 < masked < count:
+        raise UserError(
+            f"--mask-ratio {ratio} masks {masked} of {count} units; choose it between {1 / count:.3g} and "
+            f"{1 - 1 / count:.3g}, or a larger --input-size"
+        )
+    order = noise.argsort(dim=1, stable=True)
+    ids = units[order].flatten(1)
+    visible = (count - masked) * unit * unit
+    return Mask(ids[:, :visible], ids[:, visible:])
+
+
+def keep_all(mask: Mask) -> Split:
+    """Decode every masked patch: the full method, nothing thrown."""
+    return Split(mask.visible, mask.masked, mask.masked[:, :0])

@@ -1,0 +1,36 @@
+"""Recipes are values: a published method with its published numbers, or a change of one.
+
+`data` and `out` are the user's; fill them in with ``dataclasses.replace(MAE, data="photos", out="run")``.
+"""
+
+from dataclasses import replace
+
+from leanmim.config import Pretrain
+
+MAE = Pretrain(data="", out="", recipe="mae")
+"""Masked autoencoder (arXiv 2111.06377): 75 % of the patches dropped, 8 x 512 decoder, normalised pixels.
+
+    leanmim pretrain mae --data photos --model vit_small_patch16_224 --out run
+"""
+
+SIMMIM = replace(
+    MAE,
+    recipe="simmim",
+    input_size=(192,),
+    masking="token",
+    mask_ratio=0.6,
+    mask_unit=32,
+    target="raw-pixels",
+    loss="l1",
+    decoder_depth=0,
+    blr=5e-5,  # the paper's 1e-4 x batch / 512
+    betas=(0.9, 0.999),
+    clip_grad=5.0,
+    crop_scale=(0.67, 1.0),
+)
+"""SimMIM (arXiv 2111.09886): a learned token in squares of 32 px, one linear layer, raw pixels, ViT and Swin.
+
+    leanmim pretrain simmim --data photos --model swin_tiny_patch4_window7_224 --out run
+"""
+
+RECIPES = {recipe.recipe: recipe for recipe in (MAE, SIMMIM)}

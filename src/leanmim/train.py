@@ -1,0 +1,382 @@
+"""Pre-training: the loop. It never knows the method: images in, losses out."""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+import PIL
+import timm
+import torch
+import torch.distributed as dist
+import torchvision
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.tensorboard import SummaryWriter
+
+import leanmim
+from leanmim.checkpoint import Run, initialise, save, write_json
+from leanmim.config import Export, Pretrain, Report, Show
+from leanmim.data import (
+    IMAGENET,
+    Bad,
+    Crops,
+    Normalise,
+    Order,
+    centre_crop,
+    collate,
+    labelled_pair,
+    list_images,
+    loader,
+    resolve_workers,
+    seed_of,
+    statistics,
+)
+from leanmim.device import peak_memory, resolve_device, resolve_precision
+from leanmim.errors import UserError
+from leanmim.evaluate.features import embedding, extract
+from leanmim.evaluate.knn import knn_accuracy
+from leanmim.export import export
+from leanmim.mim import MIM, build
+from leanmim.report import report
+from leanmim.schedule import learning_rate
+from leanmim.show import show
+
+
+class Processes(NamedTuple):
+    """This process among those that torchrun started; (0, 1) alone."""
+
+    rank: int
+    world: int
+
+
+@contextlib.contextmanager
+def processes(device: str) -> Iterator[tuple[Processes, torch.device]]:
+    """Join the other processes, if torchrun started any, and leave them at the end."""
+    rank, world, local = (int(os.environ.get(key, value)) for key, value in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
+    place = resolve_device(device, local)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if world > 1:
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield Processes(rank, world), place
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def barrier(world: int) -> None:
+    """Wait for the other processes."""
+    if world > 1:
+        dist.barrier()
+
+
+def parameter_groups(model: MIM) -> list[list[dict[str, Any]]]:
+    """For each segment, its parameters with weight decay and those without: biases, norms, tokens, position tables."""
+    groups: list[list[dict[str, Any]]] = [[{"params": []}, {"params": [], "weight_decay": 0.0}] for _ in model.decoders]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            plain = parameter.ndim < 2 or any(part in name for part in ("token", "pos_embed", "position"))
+            groups[model.owner(name)][plain]["params"].append(parameter)
+    return groups
+
+
+def environment(device: torch.device, world: int) -> dict[str, Any]:
+    """Versions and hardware, for the record."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "leanmim": leanmim.__version__,
+        "python": platform.python_version(),
+        **{module.__name__: module.__version__ for module in (torch, torchvision, timm, numpy, PIL)},
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processes": world,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "command": sys.argv,
+    }
+
+
+class Log:
+    """metrics.jsonl, TensorBoard events and the terminal, from the first process only."""
+
+    def __init__(self, run: Run, step: int, active: bool) -> None:
+        self.active = active
+        self.console = Console(quiet=not active, highlight=False, soft_wrap=True)
+        if active:
+            self.file = open(run.metrics, "a", buffering=1)
+            self.board = SummaryWriter(run.folder / "tensorboard", purge_step=step)
+
+    def write(self, step: int, **values: float) -> None:
+        """One line, one event for each value."""
+        if self.active:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush."""
+        if self.active:
+            self.file.close()
+            self.board.close()
+
+
+class BadFiles:
+    """The unreadable files met so far; too many end the run."""
+
+    def __init__(self, run: Run, files: int, limit: float, active: bool) -> None:
+        self.run, self.files, self.limit, self.active = run, files, limit, active
+        self.seen: dict[str, str] = {}
+        if run.skipped.exists():
+            self.seen = {line["path"]: line["reason"] for line in map(json.loads, run.skipped.read_text().splitlines())}
+
+    def add(self, bads: list[Bad]) -> None:
+        """Record new ones.
+
+        Raises:
+            UserError: their share of all files is over the limit.
+        """
+        for bad in bads:
+            if bad.path not in self.seen:
+                self.seen[bad.path] = bad.reason
+                if self.active:
+                    with open(self.run.skipped, "a") as file:
+                        file.write(json.dumps({"path": bad.path, "reason": bad.reason}) + "\n")
+        if len(self.seen) > self.limit * self.files:
+            raise UserError(
+                f"{len(self.seen)} of {self.files} image files cannot be read, more than --max-bad-share {self.limit}; "
+                f"they are listed in {self.run.skipped}; mend or remove them, or raise the share"
+            )
+
+    def merge(self, world: int) -> None:
+        """Learn what the other processes met."""
+        if world > 1:
+            others: list[Any] = [None] * world
+            dist.all_gather_object(others, list(self.seen.items()))
+            self.add([Bad(*item) for other in others for item in other])
+
+
+def pretrain(config: Pretrain) -> Path:
+    """Pre-train a backbone on a folder of images; continue if the run folder holds the same run.
+
+    The run folder gets config.json, environment.json, metrics.jsonl, tensorboard/, checkpoints/last.pt,
+    skipped.jsonl if files were unreadable, and at the end export/timm/, reconstructions.png and report.html.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: something in the configuration, the data or the run folder is wrong.
+    """
+    config.check()
+    for name in ("data", "out"):
+        if not getattr(config, name):
+            raise UserError(f"--{name} is needed: {'a folder of images' if name == 'data' else 'the run folder to write'}")
+    with processes(config.device) as (process, device):
+        return _pretrain(config, process, device)
+
+
+def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Path:
+    rank, world = process
+    first = rank == 0
+
+    # Everything that can be wrong is looked at before anything is written.
+    run = Run(Path(config.out))
+    state = run.to_resume(config)
+    files = list_images(config.data)
+    effective = config.batch_size * config.accum * world
+    if len(files) < effective:
+        raise UserError(
+            f"a batch of {effective} images ({config.batch_size} x accum {config.accum} x {world} processes) is more "
+            f"than the {len(files)} in {config.data!r}; choose --batch-size {max(1, len(files) // config.accum // world)} "
+            "or smaller"
+        )
+    knn_sets = config.knn_data and labelled_pair(config.knn_data, config.channels, centre_crop(config.size))
+    torch.manual_seed(config.seed)
+    model = build(config)
+    origin = initialise(model, config.init) if config.init and state is None else ""
+    if state:
+        mean, std = state["mean"], state["std"]
+    elif config.mean and config.std:
+        mean, std = list(config.mean), list(config.std)
+    elif config.statistics == "data":
+        mean, std = statistics(files, config.channels, config.seed)
+    else:
+        mean, std = map(list, IMAGENET[config.channels])
+
+    start = state["step"] if state else 0
+    per_epoch = len(files) // effective  # steps
+    steps = per_epoch * config.epochs
+    peak_lr = config.blr * effective / 256
+    model.to(device)
+    model.autocast = resolve_precision(config.precision, device)
+    optimizers = [
+        torch.optim.AdamW(groups, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=device.type != "mps")
+        for groups in parameter_groups(model)
+    ]
+    if state:
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    del state
+
+    barrier(world)  # all have read the folder before the first one writes to it
+    if first:
+        run.prepare(config, start)
+        write_json(run.folder / "environment.json", environment(device, world))
+    barrier(world)
+    log = Log(run, start, first)
+    bad = BadFiles(run, len(files), config.max_bad_share, first)
+    count = sum(p.numel() for p in model.encoder.parameters()), sum(p.numel() for p in model.decoders.parameters())
+    log.console.print(
+        f"{config.recipe}: {config.model}, {count[0] / 1e6:.1f} M parameters, decoder {count[1] / 1e6:.1f} M, "
+        f"{config.size[0]} x {config.size[1]} px, {'bf16' if model.autocast else 'fp32'} on {device}\n"
+        f"{len(files)} images in {config.data}; effective batch {effective} = {config.batch_size} x accum {config.accum} "
+        f"x {world} processes; lr {peak_lr:.3g} = blr {config.blr:.3g} x {effective} / 256\n"
+        f"{steps} steps = {config.epochs} epochs of {per_epoch}; warm-up {config.warmup:g} epochs"
+        + (f"\nstarting from {origin}" if origin else "")
+        + (f"\ncontinuing after step {start}" if start else "")
+    )
+
+    if config.compile:
+        model.encoder.segment = torch.compile(model.encoder.segment)  # type: ignore[method-assign]
+        for decoder in model.decoders:
+            decoder.compile()
+    trainer: nn.Module = model
+    if world > 1:
+        trainer = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+    dataset = Crops(files, config.channels, config.size, config.crop_scale, config.crop_ratio, config.flip, config.seed)
+    order = Order(
+        len(files), config.batch_size, per_epoch * config.accum, start * config.accum, steps * config.accum,
+        config.seed, rank, world,
+    )  # fmt: skip
+    batches = iter(loader(dataset, order, resolve_workers(config.workers), device, collate))
+    normalise = Normalise(mean, std, device)
+
+    def checkpoint(step: int) -> None:
+        state = dict(
+            config=config.to_json(), step=step, mean=mean, std=std, model=model.state_dict(),
+            optimizers=[optimizer.state_dict() for optimizer in optimizers],
+        )  # fmt: skip
+        save(run.last, state)
+
+    def online_knn() -> float:
+        model.eval()
+        embed = embedding(model.encoder.backbone, "avg")
+        workers = resolve_workers(config.workers)
+        accuracy = knn_accuracy(*(extract(embed, part, normalise, config.batch_size, workers) for part in knn_sets))
+        model.train()
+        return accuracy
+
+    progress = Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[text]}"),
+        console=log.console, disable=not (first and log.console.is_terminal), transient=True,
+    )  # fmt: skip
+    task = progress.add_task(config.recipe, total=steps, completed=start, text="")
+
+    model.train()
+    losses: list[Tensor] = []  # since the last line of the log, one number for each segment
+    waited, since, saved, accuracy = 0.0, time.perf_counter(), time.perf_counter(), math.nan
+    logged = start
+    with progress:
+        for step in range(start, steps):
+            lr = learning_rate(step, steps, config.warmup * per_epoch, peak_lr)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+
+            parts = [torch.zeros((), device=device) for _ in optimizers]
+            for micro in range(config.accum):
+                before = time.perf_counter()
+                images, bads = next(batches)
+                waited += time.perf_counter() - before
+                bad.add(bads)
+                last = micro == config.accum - 1
+                torch.manual_seed(seed_of(config.seed, rank, step, micro))  # masks, and drop path if there is any
+                sync = contextlib.nullcontext() if last or world == 1 else trainer.no_sync()
+                with sync:
+                    for i, loss in enumerate(trainer(normalise(images))):
+                        (loss / config.accum).backward()
+                        parts[i] += loss.detach() / config.accum
+                        if last:
+                            if config.clip_grad:
+                                parameters = [p for group in optimizers[i].param_groups for p in group["params"]]
+                                nn.utils.clip_grad_norm_(parameters, config.clip_grad)
+                            optimizers[i].step()
+                            optimizers[i].zero_grad()
+            losses.append(torch.stack(parts))
+
+            done = step + 1
+            epoch_ends = done % per_epoch == 0
+            minutes = (time.perf_counter() - saved) / 60
+            saves = done == steps or minutes >= config.checkpoint_minutes
+            if done % config.log_every == 0 or done == steps or saves:
+                means = torch.stack(losses).mean(0)
+                if world > 1:
+                    dist.all_reduce(means, dist.ReduceOp.AVG if device.type == "cuda" else dist.ReduceOp.SUM)
+                    means = means if device.type == "cuda" else means / world
+                values = means.tolist()
+                if not all(map(math.isfinite, values)):
+                    raise UserError(
+                        f"the loss is {values} at step {done}: training diverged; lower --blr, set --clip-grad, or use "
+                        "--precision fp32. The last checkpoint is from before and stays"
+                    )
+                seconds = time.perf_counter() - since
+                line = {
+                    "epoch": done / per_epoch,
+                    "loss": sum(values) / len(values),
+                    "lr": lr,
+                    "images_per_second": (done - logged) * effective / seconds,
+                    "data_wait": waited / seconds,
+                    "memory_bytes": peak_memory(device),
+                    "seconds": seconds,
+                }
+                if len(values) > 1:
+                    line |= {f"loss_{i}": value for i, value in enumerate(values)}
+                log.write(done, **line)
+                text = (
+                    f"loss {line['loss']:.4f}  {line['images_per_second']:.0f} images/s  "
+                    f"waiting for data {line['data_wait']:.0%}  {line['memory_bytes'] / 2**30:.2f} GiB"
+                    + (f"  kNN {accuracy:.1%}" if math.isfinite(accuracy) else "")
+                )
+                progress.update(task, completed=done, text=text)
+                twentieth = max(config.log_every, steps // 20)
+                if not log.console.is_terminal and (done // twentieth > logged // twentieth or done == steps):
+                    log.console.print(f"step {done}/{steps}  epoch {line['epoch']:.1f}  {text}")
+                losses, waited, since, logged = [], 0.0, time.perf_counter(), done
+            if epoch_ends:
+                bad.merge(world)
+                if knn_sets and (done // per_epoch % config.knn_every == 0 or done == steps):
+                    if first:
+                        accuracy = online_knn()
+                        log.write(done, knn=accuracy)
+                    barrier(world)
+                    since = time.perf_counter()
+            if saves and first:
+                checkpoint(done)
+                saved = time.perf_counter()
+
+    if first:
+        if bad.seen:
+            log.console.print(f"{len(bad.seen)} unreadable files were skipped; they are listed in {run.skipped}")
+        log.close()
+        folder = export(Export(config.out, overwrite=True))
+        picture = show(Show(config.out))
+        page = report(Report((config.out,)))
+        log.console.print(f"done: encoder in {folder}, reconstructions in {picture}, report in {page}")
+    barrier(world)
+    return run.folder
