@@ -7,9 +7,10 @@ b batch, c channels, H W pixels.
 """
 
 import os
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ IMAGENET = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.449,), (0.
 
 
 def seed_of(*numbers: int) -> int:
-    """One seed from several numbers, without collisions between, say, (0, 1) and (1, 0)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    """One seed from several numbers, without collisions between, say, (0, 1), (1, 0) and (0, 1, 0)."""
+    return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def list_images(folder: str | Path) -> list[Path]:
@@ -47,7 +48,7 @@ def list_images(folder: str | Path) -> list[Path]:
     seen: set[str] = set()
     for here, folders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(here)
-        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
         if real not in seen:
             files += [Path(here, name) for name in names if not name.startswith(".")]
         seen.add(real)
@@ -62,16 +63,17 @@ def read_image(path: str | Path, channels: int) -> Image.Image:
     """Any image file as 8-bit RGB or grey: upright by its EXIF orientation, transparency on white, first frame.
 
     16-bit and 32-bit integer images are scaled to 8 bits; floating-point ones are taken to lie in 0 to 1, or in
-    0 to 255 if any value is above 1.
+    0 to 255 if any value is above 1; what is not finite is black.
 
     Raises:
-        OSError, ValueError, SyntaxError, Image.DecompressionBombError: the file cannot be read.
+        UNREADABLE: the file cannot be read.
     """
     with Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
         image.load()
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
+        values = np.array(image, dtype=np.float64)
+        values[~np.isfinite(values)] = 0
         if image.mode == "F":
             scale = 255.0 if values.max(initial=0) <= 1 else 1.0
         else:
@@ -83,7 +85,8 @@ def read_image(path: str | Path, channels: int) -> Image.Image:
     return image.convert("RGB" if channels == 3 else "L")
 
 
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+# What Pillow raises on damaged files: RuntimeError from AVIF, struct.error from EXIF.
+UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, struct.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ class Crops(Dataset):
                 bad.append(Bad(path, f"{type(error).__name__}: {error}"))
                 continue
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed_of(self.seed, epoch, index))
+                torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))  # torch's also reseeds the GPU
                 return self.crop(image), bad
         raise UserError(f"none of the {len(self)} image files can be read; the first: {bad[0].path} ({bad[0].reason})")
 
@@ -180,9 +183,9 @@ def resolve_workers(workers: int) -> int:
     return min(8, max(0, (os.cpu_count() or 1) - 1)) if workers < 0 else workers
 
 
-def loader(dataset: Dataset, order: Any, workers: int, device: torch.device, collate_fn: Callable) -> DataLoader:
-    """A DataLoader over the batches of ``order``; workers use one thread each."""
-    return DataLoader(
+def loader(dataset: Dataset, order: Any, workers: int, device: torch.device, collate_fn: Callable) -> Iterator[Any]:
+    """The batches of ``order``, read ahead; workers use one thread each."""
+    batches = DataLoader(
         dataset,
         batch_sampler=order,
         num_workers=workers,
@@ -192,6 +195,10 @@ def loader(dataset: Dataset, order: Any, workers: int, device: torch.device, col
         # Workers draw nothing from this: it only keeps the loader from advancing torch's global generator.
         generator=torch.Generator(),
     )
+    try:
+        yield from batches
+    except UserError as error:  # from a worker it comes wrapped in a traceback
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
 
 
 class Normalise:
@@ -262,9 +269,10 @@ class Labelled(Dataset):
         try:
             image = read_image(self.files[index], self.channels)
         except UNREADABLE as error:
-            raise UserError(f"{self.files[index]} cannot be read ({error}); remove it from the labelled folder") from error
+            path = self.files[index]
+            raise UserError(f"{path} cannot be read ({error}); remove it from the labelled folder") from error
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             return self.transform(image), self.labels[index]
 
 
@@ -284,6 +292,15 @@ def labelled_pair(folder: str | Path, channels: int, transform: Callable) -> tup
     return train, Labelled(root / "val", channels, transform, train.classes)
 
 
+def cut_centre(image: Image.Image, size: tuple[int, int], crop: float) -> UInt8[Tensor, "c H W"]:
+    """Resize until the share ``crop`` of the image covers ``size``, and cut that out of its centre."""
+    zoom = max(size[0] / image.height, size[1] / image.width) / crop
+    # Truncated, as in torchvision, whatever the rounding of the product.
+    shape = (max(size[1], int(image.width * zoom + 1e-6)), max(size[0], int(image.height * zoom + 1e-6)))
+    image = image.resize(shape, Image.Resampling.BICUBIC)
+    return v2.functional.pil_to_tensor(v2.functional.center_crop(image, list(size)))
+
+
 def centre_crop(size: tuple[int, int], crop: float | None = None) -> Callable:
     """Resize and cut the centre, the evaluation transform of MAE: 256 px then 224 is a crop of 0.875.
 
@@ -292,12 +309,4 @@ def centre_crop(size: tuple[int, int], crop: float | None = None) -> Callable:
         crop: share of the resized side that is kept; None is 0.875 from 128 px on, and 1 for thumbnails.
     """
     crop = (0.875 if min(size) >= 128 else 1.0) if crop is None else crop
-
-    def transform(image: Image.Image) -> UInt8[Tensor, "c H W"]:
-        zoom = max(size[0] / image.height, size[1] / image.width) / crop
-        shape = (max(size[1], round(image.width * zoom)), max(size[0], round(image.height * zoom)))
-        left, top = (shape[0] - size[1]) // 2, (shape[1] - size[0]) // 2
-        image = image.resize(shape, Image.Resampling.BICUBIC).crop((left, top, left + size[1], top + size[0]))
-        return v2.functional.pil_to_tensor(image)
-
-    return transform
+    return partial(cut_centre, size=size, crop=crop)  # not a closure: workers that do not fork need to pickle it

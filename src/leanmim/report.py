@@ -1,8 +1,381 @@
-"""Stub."""
+"""One self-contained HTML page about one or several runs: no scripts, nothing loaded from elsewhere."""
+
+import base64
+import json
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from datetime import datetime, timezone
+from html import escape
 from pathlib import Path
-from leanmim.config import Report
-from leanmim.checkpoint import Run
+from statistics import median
+from typing import Any, NamedTuple
+
+from matplotlib.ticker import MaxNLocator
+
+import leanmim
+from leanmim.checkpoint import Run, write_atomically
+from leanmim.config import Pretrain, Report
+from leanmim.errors import UserError
+
+COLOURS = ("#2f7fd1", "#e07b00", "#1a9e6f", "#c2559d", "#8a6fd1", "#a08a00")  # readable on white and on near black
+CHARTS = (  # key in metrics.jsonl, title with unit, factor to that unit, does the axis start at 0
+    ("loss", "loss", 1, False),
+    ("knn", "online kNN accuracy (%)", 100, False),
+    ("lr", "learning rate (10⁻³)", 1e3, True),
+    ("images_per_second", "speed (images/s)", 1, True),
+    ("memory_bytes", "peak memory (GiB)", 2**-30, True),
+    ("data_wait", "waiting for data (% of time)", 100, True),
+)
+LOSS_DEPENDS_ON = ("recipe", "target", "loss", "mask_ratio", "mask_unit")
+NOT_THE_PROTOCOL = {"run", "data", "baselines", "device", "workers", "batch_size"}  # options without an effect on accuracy
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 264, 54, 14, 34, 40  # of a chart, in its own units
+STYLE = """
+:root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1c2430; --soft: #5d6877; --line: #dfe3e8;
+  --mark: #fff3cf; }
+@media (prefers-color-scheme: dark) { :root { --page: #12161c; --card: #1a2028; --ink: #e3e8ee; --soft: #98a4b3;
+  --line: #2e3742; --mark: #3d3518; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 24px 16px 48px; max-width: 1140px; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { margin: 0; font-size: 26px; overflow-wrap: anywhere; }
+h2 { margin: 36px 0 10px; font-size: 18px; }
+p { margin: 6px 0 12px; }
+.soft { color: var(--soft); }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }
+th, td { padding: 7px 10px; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
+th { font-weight: 600; white-space: nowrap; }
+thead th { border-top: 0; color: var(--soft); font-weight: 500; vertical-align: bottom; line-height: 1.25; }
+tbody th { position: sticky; left: 0; background: var(--card); }
+tr.differs > * { background: var(--mark); }
+.long td { min-width: 9em; overflow-wrap: anywhere; }
+.grid { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
+figure { margin: 0; padding: 10px; }
+figcaption { padding: 0 2px 8px; overflow-wrap: anywhere; }
+img { display: block; width: 100%; max-width: 820px; margin: 0 auto; border-radius: 4px; }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 0 0 10px; padding: 0; list-style: none; }
+.dot { display: inline-block; width: 10px; height: 10px; margin-right: 7px; border-radius: 50%; }
+svg { display: block; width: 100%; height: auto; font-size: 12.5px; }
+svg text { fill: var(--soft); }
+svg .title { fill: var(--ink); font-size: 14px; font-weight: 600; }
+svg .rule { stroke: var(--line); }
+svg polyline { fill: none; stroke: currentColor; stroke-linejoin: round; }
+svg circle { fill: currentColor; }
+"""
+
+
+class Html(str):
+    """Text that is markup already; every other text is escaped."""
+
+
+class Loaded(NamedTuple):
+    """What a run folder holds so far."""
+
+    name: str
+    colour: str
+    config: Pretrain
+    environment: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    skipped: list[dict[str, Any]]
+    picture: bytes
+
+    @property
+    def title(self) -> Html:
+        """The name behind a dot of the run's colour."""
+        return Html(f'<span class="dot" style="background:{self.colour}"></span>{escape(self.name)}')
+
+    def values(self, key: str) -> list[tuple[float, float]]:
+        """(epoch, value) pairs of a metric."""
+        per_epoch = next((line["step"] / line["epoch"] for line in self.metrics if line.get("epoch")), math.inf)
+        pairs = [(line["step"] / per_epoch, line[key]) for line in self.metrics if key in line]
+        return [pair for pair in pairs if per_epoch < math.inf and math.isfinite(pair[1])]
+
+
 def report(config: Report) -> Path:
-    p = Path(config.out) if config.out else Path(config.runs[0]) / "report.html"
-    p.write_text("stub")
-    return p
+    """Write one HTML page about one or several runs, finished or not.
+
+    Returns:
+        The page.
+
+    Raises:
+        UserError: a folder is not a run, its configuration cannot be read, or the page cannot be written.
+    """
+    if not config.runs:
+        raise UserError("--runs needs a run folder of `leanmim pretrain`, or several")
+    names = [Path(folder).resolve().name for folder in config.runs]
+    if len(set(names)) < len(names):  # a/run and b/run
+        names = list(config.runs)
+    runs = [load(Path(folder), name, COLOURS[i % len(COLOURS)]) for i, (folder, name) in enumerate(zip(config.runs, names))]
+    path = Path(config.out) if config.out else Path(config.runs[0]) / "report.html"
+    if path.is_dir():
+        raise UserError(f"--out {str(path)!r} is a folder; give the name of a page, such as {str(path / 'report.html')!r}")
+    try:
+        write_atomically(path, lambda file: file.write_text(page(runs), encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be written ({error}); choose another --out") from error
+    return path
+
+
+def load(folder: Path, name: str, colour: str) -> Loaded:
+    """Read a run folder; all but the configuration may be missing.
+
+    Raises:
+        UserError: it has no configuration, or one that cannot be read.
+    """
+    run = Run(folder)
+    if not run.config.is_file():
+        raise UserError(f"{str(folder)!r} is not a run folder of `leanmim pretrain`: it has no config.json")
+    try:
+        config = Pretrain.from_json(json.loads(run.config.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{str(run.config)!r} cannot be read ({error}); put back the one that this version of leanmim wrote, "
+            "or leave the run out"
+        ) from error
+    environment, metrics, evaluations, bad = (
+        parse(path.read_text(encoding="utf-8", errors="replace"), whole=path.suffix == ".json") if path.is_file() else []
+        for path in (folder / "environment.json", run.metrics, run.evaluations, run.skipped)
+    )
+    picture = folder / "reconstructions.png"
+    return Loaded(
+        name, colour, config, environment[0] if environment else {}, metrics, evaluations, bad,
+        picture.read_bytes() if picture.is_file() else b"",
+    )  # fmt: skip
+
+
+def parse(text: str, whole: bool) -> list[dict[str, Any]]:
+    """One JSON object, or one a line; what a killed process left half written is passed over."""
+    found = []
+    for part in [text] if whole else text.splitlines():
+        with suppress(ValueError):
+            found.append(json.loads(part))
+    return found
+
+
+def page(runs: Sequence[Loaded]) -> str:
+    """The page."""
+    title = escape(", ".join(run.name for run in runs))
+    now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    sections = {
+        "Summary": summary(runs),
+        "Training": charts(runs),
+        "Accuracy on labelled images": accuracies(runs),
+        "Reconstructions": pictures(runs),
+        "Unreadable files": skipped(runs),
+        "Configuration": comparison(runs, [run.config.to_json() for run in runs]),
+        "Environment": comparison(runs, [run.environment for run in runs]),
+    }
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title} – leanmim</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f'<h1>{title}</h1>\n<p class="soft">leanmim {leanmim.__version__}, page written {now}</p>\n'
+        + "\n".join(f"<section>\n<h2>{heading}</h2>\n{body}\n</section>" for heading, body in sections.items())
+        + "\n</body>\n</html>\n"
+    )
+
+
+def safe(value: Any) -> str:
+    """A value as one would type it on the command line, escaped; markup as it is."""
+    if isinstance(value, Html):
+        return value
+    if isinstance(value, dict):
+        value = [part for item in value.items() for part in item]
+    return escape(" ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)) or "–"
+
+
+def table(head: Iterable[Any], rows: Iterable[Html], style: str = "") -> Html:
+    """A table that scrolls sideways where it is too wide."""
+    header = "".join(f'<th scope="col">{safe(cell)}</th>' for cell in head)
+    body = "\n".join(rows)
+    return Html(f'<div class="card scroll {style}"><table><thead><tr>{header}</tr></thead>\n<tbody>{body}</tbody></table></div>')
+
+
+def row(head: Any, cells: Iterable[Any], style: str = "", span: int = 1) -> Html:
+    """A row of a table."""
+    body = "".join(f'<td colspan="{span}">{safe(cell)}</td>' if span > 1 else f"<td>{safe(cell)}</td>" for cell in cells)
+    return Html(f'<tr class="{style}"><th scope="row">{safe(head)}</th>{body}</tr>')
+
+
+def soft(text: str) -> Html:
+    """A remark."""
+    return Html(f'<span class="soft">{escape(text)}</span>')
+
+
+NOT_YET = soft("not yet")
+
+
+def summary(runs: Sequence[Loaded]) -> Html:
+    """One row for each run."""
+    head = (
+        "run", "recipe", "model", "input (px)", "epochs", "images seen", "loss", "kNN", "images/s (median)",
+        "waiting for data", "peak memory", "training time", "device",
+    )  # fmt: skip
+    rows = []
+    for run in runs:
+        lines = [line for line in run.metrics if "loss" in line]
+        knn = run.values("knn")
+        cells: list[Any] = [run.config.recipe, run.config.model, "{} × {}".format(*run.config.size)]
+        if lines:
+            seconds = sum(line["seconds"] for line in lines)
+            cells += [
+                f"{lines[-1]['epoch']:.4g} of {run.config.epochs}",
+                f"{sum(line['images_per_second'] * line['seconds'] for line in lines):,.0f}",
+                f"{lines[-1]['loss']:.4f}",
+                f"{knn[-1][1]:.1%}" if knn else NOT_YET if run.config.knn_data else "–",
+                f"{median(line['images_per_second'] for line in lines):,.0f}",
+                f"{sum(line['data_wait'] * line['seconds'] for line in lines) / seconds:.1%}",
+                f"{max(line['memory_bytes'] for line in lines) / 2**30:.2f} GiB",
+                duration(seconds),
+            ]
+        else:
+            cells += [NOT_YET] * 8
+        rows.append(row(run.title, [*cells, run.environment.get("device", NOT_YET)]))
+    return table(head, rows)
+
+
+def duration(seconds: float) -> str:
+    """In the two units that matter."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s"
+
+
+def charts(runs: Sequence[Loaded]) -> Html:
+    """All runs overlaid in each chart, under one legend."""
+    drawn, notes = [], []
+    for key, title, factor, zero in CHARTS:
+        curves = []
+        for run in runs if key == "loss" else ():
+            count = sum(name.startswith("loss_") for name in next(iter(run.metrics), ()))
+            curves += [
+                Curve(run.values(f"loss_{i}"), run.colour, f"{run.name}, segment {i}", 1.0, 0.9 * (i + 1) / count)
+                for i in range(count)
+            ]
+        if curves:
+            notes.append("Thin lines: the loss of each segment, the deeper the stronger.")
+        curves += [Curve([(x, y * factor) for x, y in run.values(key)], run.colour, run.name) for run in runs]
+        empty = "not yet" if key != "knn" or any(run.config.knn_data for run in runs) else "no run has --knn-data"
+        drawn.append(f'<figure class="card">{chart(title, [c for c in curves if c.points], zero, empty)}</figure>')
+    differing = [key for key in LOSS_DEPENDS_ON if len({getattr(run.config, key) for run in runs}) > 1]
+    if differing:
+        notes.append(f"The runs differ in {', '.join(differing)}: compare their accuracies, not their losses.")
+    legend = "".join(f"<li>{run.title}</li>" for run in runs)
+    remarks = "".join(f"<p>{soft(note)}</p>" for note in notes)
+    return Html(f'<ul class="legend">{legend}</ul>{remarks}<div class="grid">{"".join(drawn)}</div>')
+
+
+class Curve(NamedTuple):
+    """A line of a chart."""
+
+    points: list[tuple[float, float]]
+    colour: str
+    label: str
+    width: float = 2.0
+    opacity: float = 1.0
+
+
+def chart(title: str, curves: Sequence[Curve], zero: bool, empty: str) -> str:
+    """An SVG picture: the page's own style sheet colours it, so it follows light and dark."""
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts = [f'<text class="title" x="8" y="18">{title}</text>']
+    if not curves:
+        parts.append(f'<text x="{middle}" y="{HEIGHT / 2}" text-anchor="middle">{empty}</text>')
+    else:
+        ys = [y for curve in curves for _, y in curve.points] + [0.0] * zero
+        last = max(x for curve in curves for x, _ in curve.points)
+        scale = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10])
+        marks = scale.tick_values(min(ys), max(ys) or 1.0)  # they reach past the lowest and the highest
+        low, high = marks[0], marks[-1]
+
+        def place(x: float, y: float) -> tuple[float, float]:
+            across, up = x / last, (y - low) / (high - low)
+            return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+
+        for mark in marks:
+            y = place(0, mark)[1]
+            parts.append(f'<path class="rule" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+            parts.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{mark:.6g}</text>')
+        for mark in (mark for mark in scale.tick_values(0, last) if mark <= last):
+            parts.append(f'<text x="{place(mark, 0)[0]:.1f}" y="{HEIGHT - 22}" text-anchor="middle">{mark:.6g}</text>')
+        parts.append(f'<text x="{middle}" y="{HEIGHT - 5}" text-anchor="middle">epoch</text>')
+        for curve in curves:
+            places = [place(*point) for point in thin(curve.points)]
+            line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+            dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>' for x, y in places if len(places) <= 50)
+            parts.append(
+                f'<g color="{curve.colour}" opacity="{curve.opacity:.2f}"><title>{escape(curve.label)}</title>'
+                f'<polyline points="{line}" stroke-width="{curve.width}"/>{dots}</g>'
+            )
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">{"".join(parts)}</svg>'
+
+
+def thin(points: list[tuple[float, float]], bins: int = 300) -> list[tuple[float, float]]:
+    """Few enough points to draw: the lowest and the highest of each bin, so that no spike is lost."""
+    size = math.ceil(len(points) / bins)
+    if size <= 2:
+        return points
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    ends = [points[0], points[-1]]
+    return sorted({*ends, *(find(group, key=lambda p: p[1]) for group in groups for find in (min, max))})
+
+
+def accuracies(runs: Sequence[Loaded]) -> Html:
+    """What `leanmim knn` and `leanmim probe` found; a measurement made again replaces the earlier one."""
+    found: dict[tuple[Any, ...], dict[str, float]] = {}
+    for run in runs:
+        for line in run.evaluations:
+            options = {k: v for k, v in line["options"].items() if k not in NOT_THE_PROTOCOL and v not in (None, [])}
+            key = (line["what"], line["data"], safe(options), run.title)
+            found.setdefault(key, {})[line["name"]] = line["value"]
+    if not found:
+        return Html(f"<p>{NOT_YET} <span class='soft'>– run `leanmim knn` or `leanmim probe`</span></p>")
+    names = list(dict.fromkeys(name for values in found.values() for name in values))
+    rows = [
+        row(title, [what, *(f"{values[name]:.1%}" if name in values else "–" for name in names), data, Html(options)])
+        for (what, data, options, title), values in sorted(found.items(), key=lambda item: item[0][:3])
+    ]
+    return table(["run", "measure", *names, "data", "options"], rows)
+
+
+def pictures(runs: Sequence[Loaded]) -> Html:
+    """Each run's reconstructions, inside the page."""
+    figures = [
+        f'<figure class="card"><figcaption>{run.title}</figcaption>'
+        + (
+            f'<img alt="original, masked image, reconstruction" '
+            f'src="data:image/png;base64,{base64.b64encode(run.picture).decode()}">'
+            if run.picture
+            else NOT_YET
+        )
+        + "</figure>"
+        for run in runs
+    ]
+    return Html(f'<div class="grid">{"".join(figures)}</div>')
+
+
+def skipped(runs: Sequence[Loaded]) -> Html:
+    """How many files of each run could not be read, and the first of them."""
+    rows = []
+    for run in runs:
+        first = "".join(f"<br>{safe(line['path'])} {soft(line['reason'])}" for line in run.skipped[:10])
+        more = len(run.skipped) - 10
+        text = f"{len(run.skipped)}{first}" + (f"<br>and {more} more, in skipped.jsonl" if more > 0 else "")
+        rows.append(row(run.title, [Html(text)]))
+    return table(["run", "files passed over"], rows, "long")
+
+
+def comparison(runs: Sequence[Loaded], settings: Sequence[dict[str, Any]]) -> Html:
+    """All settings, those that differ between the runs first and marked."""
+    different, same = [], []
+    for key in dict.fromkeys(key for values in settings for key in values):
+        cells = [safe(values[key]) if key in values else NOT_YET for values in settings]
+        if len(set(cells)) > 1:
+            different.append(row(key, map(Html, cells), "differs"))
+        else:
+            same.append(row(key, [Html(cells[0])], span=len(runs)))
+    if not different + same:
+        return Html(f"<p>{NOT_YET}</p>")
+    return table(["", *(run.title for run in runs)], different + same, "long")

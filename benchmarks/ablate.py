@@ -1,0 +1,211 @@
+"""The ablation bench: recipe variants x seeds on a labelled set, one table of quality and cost.
+
+    python benchmarks/ablate.py --data data/cifar10 --variants mae simmim --seeds 0 1 2
+
+Every cell (variant, seed) is a process of its own; on a CPU single-threaded ones run side by side, which uses the
+cores best. Finished cells are kept in --work: the same command continues where it was stopped. A cell's encoder is
+probed as `leanmim knn` and `leanmim probe --solver fast` do it. Random initialisation and raw pixels stand beside.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import record
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import leanmim
+from leanmim.config import Knn, Pretrain, Probe
+from leanmim.data import list_images
+from leanmim.evaluate.knn import knn
+from leanmim.evaluate.probe import probe
+from leanmim.mim import build
+from leanmim.recipes import MAE, SIMMIM
+
+# Per scale: the backbone and its decoder, data, schedule. "images" and "val" are per class, 0 is all.
+SCALES: dict[str, dict[str, Any]] = {
+    "smoke": dict(model=dict(embed_dim=48, depth=2, num_heads=2), decoder=(1, 32, 2), images=40, val=20, epochs=2, jobs=2),
+    "cpu": dict(model=dict(embed_dim=96, depth=6, num_heads=3), decoder=(2, 64, 2), images=1000, val=200, epochs=12, jobs=2),
+    "gpu": dict(model=dict(embed_dim=192, depth=12, num_heads=3), decoder=(4, 128, 4), images=0, val=0, epochs=100, jobs=4),
+}  # fmt: skip
+
+# What differs from the base. Later methods add lines here.
+VARIANTS: dict[str, tuple[Pretrain, dict[str, Any]]] = {
+    "mae": (MAE, {}),
+    "mae-raw-pixels": (MAE, dict(target="raw-pixels")),
+    "mae-mask-0.6": (MAE, dict(mask_ratio=0.6)),
+    "simmim": (SIMMIM, {}),
+}
+
+
+def configure(variant: str, seed: int, arguments: argparse.Namespace) -> Pretrain:
+    """The configuration of one cell."""
+    scale = SCALES[arguments.scale]
+    recipe, changes = VARIANTS[variant]
+    depth, width, heads = scale["decoder"]
+    base = replace(
+        recipe,
+        data=str(Path(arguments.work) / "data" / "train"),
+        out=str(Path(arguments.work) / f"{variant}-{seed}"),
+        model="vit_tiny_patch16_224",
+        model_kwargs={"patch_size": arguments.input_size // 8, **scale["model"]},
+        input_size=(arguments.input_size,),
+        # SimMIM's squares are 1/6 of its image's side; a quarter of the grid here, one patch more
+        mask_unit=arguments.input_size // 4 if recipe.mask_unit else 0,
+        decoder_depth=depth if recipe.decoder_depth else 0,
+        decoder_width=width,
+        decoder_heads=heads,
+        epochs=arguments.epochs or scale["epochs"],
+        batch_size=arguments.batch_size,
+        blr=10 * recipe.blr,  # short schedules on small images bear it: see results/ablate-lr.md
+        workers=0 if arguments.device == "cpu" else 3,
+        device=arguments.device,
+        seed=seed,
+        log_every=50,
+    )
+    return replace(base, **changes)
+
+
+def training_flops(config: Pretrain) -> int:
+    """FLOPs of one image's forward and backward, counted."""
+    model = build(config)
+    with FlopCounterMode(display=False) as counter:
+        for loss in model.losses(torch.randn(1, config.channels, *config.size)):
+            loss.backward()
+    return counter.get_total_flops()
+
+
+def run_cell(variant: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train and probe one variant with one seed; the two baselines need no training."""
+    labelled = str(Path(arguments.work) / "data")
+    config = configure("mae" if variant in ("random", "pixels") else variant, seed, arguments)
+    if variant in ("random", "pixels"):
+        config = replace(config, out=str(Path(arguments.work) / f"{variant}-{seed}"), epochs=1, blr=0.0)
+    before = time.perf_counter()
+    leanmim.pretrain(config)
+    seconds = time.perf_counter() - before
+    options = dict(run=config.out, data=labelled, device=arguments.device, workers=0, baselines=variant == "pixels")
+    key = variant if variant == "pixels" else "pretrained"
+    accuracies = {
+        "knn": dict(knn(Knn(**options)))[key],
+        "probe": dict(probe(Probe(**options, solver="fast")))[key],
+    }
+    lines = map(json.loads, (Path(config.out) / "metrics.jsonl").read_text().splitlines())
+    loss = [line["loss"] for line in lines if "loss" in line][-1]
+    return {"variant": variant, "seed": seed, **accuracies, "seconds": seconds, "flops": training_flops(config),
+            "loss": loss, "config": asdict(config)}  # fmt: skip
+
+
+def link_subset(data: Path, work: Path, train: int, val: int) -> None:
+    """A labelled folder of links to the first images of every class."""
+    for part, count in (("train", train), ("val", val)):
+        for folder in sorted((data / part).iterdir()):
+            target = work / "data" / part / folder.name
+            target.mkdir(parents=True, exist_ok=True)
+            for file in list_images(folder)[: count or None]:
+                if not (target / file.name).exists():
+                    (target / file.name).symlink_to(file.resolve())
+
+
+def spread(values: list[float], scale: float = 100) -> str:
+    """Mean and sample standard deviation."""
+    values = [scale * value for value in values]
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def main() -> None:
+    """Run what is missing, then write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="labelled folder: train/CLASS, val/CLASS")
+    parser.add_argument("--variants", nargs="+", default=["mae", "simmim"], choices=list(VARIANTS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--scale", default="cpu", choices=list(SCALES))
+    parser.add_argument("--input-size", type=int, default=32, help="px; patches are 1/8 of it")
+    parser.add_argument("--epochs", type=int, default=0, help="0 is the scale's own")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--jobs", type=int, default=0, help="cells side by side; 0 is the scale's own")
+    parser.add_argument("--work", default="", help="folder for runs; default runs/ablate/NAME")
+    parser.add_argument("--name", default="", help="of the result; default ablate-DATA-SCALE")
+    parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    scale = SCALES[arguments.scale]
+    arguments.name = arguments.name or f"ablate-{Path(arguments.data).name}-{arguments.scale}"
+    arguments.work = arguments.work or f"runs/ablate/{arguments.name}"
+    arguments.device = "cuda" if arguments.scale == "gpu" and torch.cuda.is_available() else "cpu"
+    work = Path(arguments.work)
+
+    def place(variant: str, seed: int) -> Path:
+        """Where a cell's result is kept: a changed configuration is another cell."""
+        config = configure(variant, seed, arguments) if variant in VARIANTS else arguments.__dict__ | {"cell": None}
+        values = config.to_json() if isinstance(config, Pretrain) else {k: str(v) for k, v in config.items()
+                                                                        if k in ("scale", "input_size", "data")}  # fmt: skip
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
+        return work / "cells" / f"{variant}-{seed}-{digest}.json"
+
+    if arguments.cell:
+        variant, seed = arguments.cell[0], int(arguments.cell[1])
+        torch.set_num_threads(1 if arguments.device == "cpu" else 4)
+        result = run_cell(variant, seed, arguments)
+        place(variant, seed).parent.mkdir(parents=True, exist_ok=True)
+        place(variant, seed).write_text(json.dumps(result))
+        return
+
+    link_subset(Path(arguments.data), work, scale["images"], scale["val"])
+    cells = [("pixels", 0)] + [(v, s) for s in arguments.seeds for v in ("random", *arguments.variants)]
+    # one thread each, and waiting threads must not spin: the cells share the cores
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if arguments.device == "cpu" else {})
+
+    def start(cell: tuple[str, int]) -> None:
+        if place(*cell).exists():
+            return
+        command = [sys.executable, __file__, *sys.argv[1:], "--work", arguments.work, "--cell", cell[0], str(cell[1])]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{cell} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        result = json.loads(place(*cell).read_text())
+        print(f"{cell[0]} {cell[1]}: kNN {result['knn']:.1%}, probe {result['probe']:.1%}, {result['seconds']:.0f} s", flush=True)
+
+    with ThreadPoolExecutor(arguments.jobs or scale["jobs"]) as pool:
+        list(pool.map(start, cells))
+
+    results = [json.loads(place(*cell).read_text()) for cell in cells]
+    rows = []
+    for variant in ("pixels", "random", *arguments.variants):
+        own = [result for result in results if result["variant"] == variant]
+        trained = variant in VARIANTS
+        rows.append({
+            "variant": {"pixels": "raw pixels", "random": "random initialisation"}.get(variant, variant),
+            "seeds": len(own),
+            "kNN, %": spread([r["knn"] for r in own]),
+            "linear probe, %": spread([r["probe"] for r in own]),
+            "training, s": f"{mean(r['seconds'] for r in own):.0f}" if trained else "",
+            "training MFLOP an image": f"{own[0]['flops'] / 1e6:.0f}" if trained else "",
+            "final loss": f"{mean(r['loss'] for r in own):.4f}" if trained else "",
+        })  # fmt: skip
+    some = configure(arguments.variants[0], 0, arguments)
+    images = {part: len(list_images(work / "data" / part)) for part in ("train", "val")}
+    configuration = {
+        "data": Path(arguments.data).name, "images": f"{images['train']} train, {images['val']} val",
+        "model": f"{some.model} {some.model_kwargs}", "input": f"{some.size[0]} px", "epochs": some.epochs,
+        "batch": some.batch_size, "blr": some.blr, "decoder": f"{some.decoder_depth} x {some.decoder_width}",
+        "scale": arguments.scale, "cells side by side": arguments.jobs or scale["jobs"],
+    }  # fmt: skip
+    note = "Spread: sample standard deviation over seeds. kNN: k 20, cosine. Probe: logistic regression on frozen features."
+    raw = [{key: value for key, value in result.items() if key != "config"} for result in results]
+    assert all(math.isfinite(result["loss"]) for result in results)
+    record.write(arguments.name, f"Ablation on {Path(arguments.data).name}", configuration, rows, raw, note)
+
+
+if __name__ == "__main__":
+    main()
