@@ -1,6 +1,7 @@
 """Files on disk, of every kind and in every state, become the right pixels in the right order."""
 
 import io
+import multiprocessing
 import os
 import pickle
 import random
@@ -97,13 +98,14 @@ def test_images_are_found_at_any_depth_and_sorted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", sorted(SUFFIXES))
 def test_suffixes_count_in_any_case(tmp_path: Path, suffix: str) -> None:
-    names = ["lower" + suffix, "upper" + suffix.upper(), "mixed" + suffix.title(), "odd" + suffix[:-1] + suffix[-1].upper()]
+    names = [f"a{suffix}", f"b{suffix.upper()}", f"c{suffix.title()}", f"d{suffix[:-1]}{suffix[-1].upper()}"]
     touch(tmp_path, *names)
     assert {file.name for file in list_images(tmp_path)} == set(names)
 
 
 def test_what_is_no_image_or_hidden_is_left_out(tmp_path: Path) -> None:
-    touch(tmp_path, "a.jpg", "notes.txt", "jpg", "b.jpg.part", "c.npy", ".hidden.jpg", "._a.jpg", ".cache/d.jpg", "x/.y/e.png")
+    touch(tmp_path, "a.jpg", "notes.txt", "jpg", "b.jpg.part", "c.npy")
+    touch(tmp_path, ".hidden.jpg", "._a.jpg", ".cache/d.jpg", "x/.y/e.png")
     (tmp_path / "folder.jpg").mkdir()
     assert list_images(tmp_path) == [tmp_path / "a.jpg"]
 
@@ -227,12 +229,17 @@ def test_exif_orientation_is_applied(tmp_path: Path, suffix: str, orientation: i
     assert np.abs(pixels(tmp_path / ("a" + suffix)) - want).max() <= (3 if suffix == ".jpg" else 0)
 
 
-def test_exif_orientation_is_applied_to_16_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+@pytest.mark.parametrize("depth", [8, 16])
+def test_exif_orientation_is_applied_to_grey(tmp_path: Path, depth: int, suffix: str, orientation: int) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112] = orientation
     values = np.random.default_rng(0).integers(0, 256, (3, 5))
-    Image.fromarray((values * 257).astype(np.uint16)).save(tmp_path / "a.tiff", exif=exif)
-    assert (pixels(tmp_path / "a.tiff", 1) == np.rot90(values, -1)).all()
+    stored = values.astype(np.uint8) if depth == 8 else (values * 257).astype(np.uint16)
+    Image.fromarray(stored).save(tmp_path / ("a" + suffix), exif=exif)
+    got, want = pixels(tmp_path / ("a" + suffix), 1), UPRIGHT[orientation](values)
+    assert got.shape == want.shape and (got == want).all()
 
 
 @pytest.mark.parametrize("suffix", [".png", ".gif", ".bmp", ".tiff"])
@@ -357,28 +364,30 @@ def test_32_bit_integers_are_scaled(tmp_path: Path, values: list[int], want: lis
 @pytest.mark.parametrize(
     ("values", "want"),
     [
-        ([0, 0.2, 0.5, 1], [0, 51, 128, 255]),
+        ([0, 0.2, 0.6, 1], [0, 51, 153, 255]),
         ([0, 51, 127.6, 255], [0, 51, 128, 255]),
         ([-1, 0.2, 0.6, 1], [0, 51, 153, 255]),
         ([-1, 0.2, 300, 1], [0, 0, 255, 1]),
+        ([0, 0.4, 1.6, 1], [0, 0, 2, 1]),
         ([np.nan, 0.2, -np.inf, 1], [0, 51, 0, 255]),
     ],
-    ids=["0 to 1", "0 to 255", "negative", "clipped", "not finite"],
+    ids=["0 to 1", "0 to 255", "negative", "clipped", "dark", "not finite"],
 )
 def test_floating_point_is_scaled(tmp_path: Path, values: list[float], want: list[int]) -> None:
     Image.fromarray(np.array([values], np.float32)).save(tmp_path / "a.tiff")
     with Image.open(tmp_path / "a.tiff") as file:
         assert file.mode == "F"
-    assert np.abs(pixels(tmp_path / "a.tiff", 1) - [want]).max() <= (1 if 0.5 in values else 0)  # 127.5 rounds either way
+    assert pixels(tmp_path / "a.tiff", 1).tolist() == [want]
     assert (pixels(tmp_path / "a.tiff", 3) == pixels(tmp_path / "a.tiff", 1)[..., None]).all()
 
 
 def damaged_exif() -> bytes:
     """A JPEG whose orientation can be read and whose other EXIF values cannot be written back."""
     entries = [(0x0100, 5, 1, 26), (0x0112, 3, 1, 6)]  # a fraction without room for it, an orientation
-    table = struct.pack("<2sHIH", b"II", 42, 8, len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    table = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    exif = b"Exif\0\0" + struct.pack("<2sHIH", b"II", 42, 8, len(entries)) + table + b"\0" * 4
     buffer = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(buffer, "JPEG", exif=b"Exif\0\0" + table + b"\0" * 4)
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG", exif=exif)
     return buffer.getvalue()
 
 
@@ -403,11 +412,13 @@ def test_broken_files_raise_what_is_caught(tmp_path: Path, content: bytes) -> No
         read_image(tmp_path / "a.jpg", 3)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF"])
 def test_damaged_bytes_raise_what_is_caught_or_nothing(
     tmp_path: Path, file_format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if file_format not in Image.SAVE and not (Image.init() and file_format in Image.SAVE):
+    Image.init()
+    if file_format not in Image.SAVE:
         pytest.skip(f"this Pillow has no {file_format}")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     exif = Image.Exif()
@@ -431,8 +442,8 @@ def test_damaged_bytes_raise_what_is_caught_or_nothing(
 # Crops
 
 
-def crops(files: list[Path], size: tuple[int, int] = (24, 24), channels: int = 3, seed: int = 0, flip: float = 0.5) -> Crops:
-    return Crops(files, channels, size, (0.2, 1.0), (0.75, 4 / 3), flip, seed)
+def crops(files: list[Path], size: tuple[int, int] = (24, 24), channels: int = 3, seed: int = 0) -> Crops:
+    return Crops(files, channels, size, (0.2, 1.0), (0.75, 4 / 3), 0.5, seed)
 
 
 @pytest.fixture
@@ -494,16 +505,17 @@ def test_two_images_of_an_epoch_are_cropped_differently(tmp_path: Path) -> None:
     assert not any(torch.equal(data[0, 0][0], data[0, i][0]) for i in range(1, 4))
 
 
-def test_crops_leave_the_random_numbers_of_the_process_alone(images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crops_leave_the_random_numbers_of_the_process_alone(
+    images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def reseeded(seed: int) -> None:
         raise AssertionError("masks and drop path on the GPU would repeat")
 
     monkeypatch.setattr(torch.cuda, "manual_seed_all", reseeded)
-    (before, numpy_before, python_before) = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    before = torch.get_rng_state()
     crops(images)[0, 0]
     Labelled(images[0].parent.parent, 3, v2.Compose([v2.RandomCrop(8), v2.PILToTensor()]))[0, 0]
     assert torch.equal(torch.get_rng_state(), before)
-    assert (np.random.get_state()[1] == numpy_before).all() and random.getstate() == python_before  # noqa: NPY002
 
 
 def read(data: Crops, workers: int, start: int = 0, stop: int = 6) -> tuple[list[torch.Tensor], list[Bad]]:
@@ -577,6 +589,7 @@ def test_nothing_readable_is_an_error_without_traceback(tmp_path: Path, workers:
         read(crops(list_images(tmp_path)), workers)
     assert str(tmp_path) in str(error.value) and "UnidentifiedImageError" in str(error.value)
     assert "Traceback" not in str(error.value)
+    assert not multiprocessing.active_children()  # though the error is still in hand
 
 
 # Order
@@ -655,7 +668,7 @@ def test_normalise_is_the_formula_and_invert_undoes_it(channels: int) -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_statistics_weigh_every_image_alike(tmp_path: Path, channels: int) -> None:
-    arrays = [noise(height, width, seed) // (1 + seed) for seed, (height, width) in enumerate([(9, 7), (30, 20), (4, 50)])]
+    arrays = [noise(9, 7, 0), noise(30, 20, 1) // 2, noise(4, 50, 2) // 3]
     for i, array in enumerate(arrays):
         Image.fromarray(array if channels == 3 else array[..., 0]).save(tmp_path / f"{i}.png")
     touch(tmp_path, "bad.png")
@@ -689,7 +702,7 @@ def test_the_deviation_of_a_single_colour_is_not_zero(tmp_path: Path) -> None:
 
 def test_statistics_of_nothing_readable_are_an_error(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg", "b.jpg")
-    with pytest.raises(UserError, match="none of 2 sampled image files can be read.*jpg"):
+    with pytest.raises(UserError, match=r"none of 2 sampled image files can be read.*jpg"):
         statistics(list_images(tmp_path), 3, seed=0)
 
 
@@ -729,7 +742,7 @@ def test_a_labelled_item_is_a_function_of_its_seed(tmp_path: Path) -> None:
         (["train/a/1.png", "train/b/1.png"], ["has no folder 'val'", "train/CLASS and val/CLASS"]),
         (["train/a/1.png", "val/a/1.png"], ["train", "one class only", "two or more"]),
         (["train/a/1.png", "train/b/1.png", "val/c/1.png"], ["val", "classes that training has not: c"]),
-        (["train/a/1.png", "train/b/1.png", "train/1.png", "val/a/1.png"], ["train", "outside of class folders", "CLASS"]),
+        (["train/a/1.png", "train/b/1.png", "train/1.png", "val/a/1.png"], ["train", "outside of class folders"]),
         (["train/a/1.png", "train/b/1.png", "val/1.png"], ["val", "outside of class folders"]),
     ],
     ids=["no train", "no val", "one class", "unknown class", "loose in train", "loose in val"],

@@ -30,7 +30,9 @@ def draw(batch: int, grid: Grid, ratio: float, unit: int = 1, seed: int = 0) -> 
         ((2, 2), 0.01, 1, 3),  # rounded up: at least one is masked
     ],
 )
-def test_a_mask_is_a_partition_with_the_right_counts(grid: tuple[int, int], ratio: float, unit: int, visible: int) -> None:
+def test_a_mask_is_a_partition_of_the_right_counts(
+    grid: tuple[int, int], ratio: float, unit: int, visible: int
+) -> None:
     grid = Grid(*grid)
     _, mask = draw(5, grid, ratio, unit)
     assert mask.visible.shape == (5, visible) and mask.masked.shape == (5, grid.n - visible)
@@ -62,9 +64,12 @@ def test_rows_are_masked_independently() -> None:
 def test_units_are_masked_as_whole_squares(grid: Grid, unit: int) -> None:
     noise, mask = draw(5, grid, 0.5, unit)
     for values, visible, masked in zip(noise.tolist(), mask.visible.tolist(), mask.masked.tolist(), strict=True):
-        across = grid.width // unit
-        unit_of = {y * grid.width + x: (y // unit) * across + x // unit for y in range(grid.height) for x in range(grid.width)}
-        seen, hidden = {unit_of[i] for i in visible}, {unit_of[i] for i in masked}
+
+        def unit_of(i: int) -> int:
+            y, x = divmod(i, grid.width)
+            return (y // unit) * (grid.width // unit) + x // unit
+
+        seen, hidden = set(map(unit_of, visible)), set(map(unit_of, masked))
         assert seen.isdisjoint(hidden)
         assert max(values[u] for u in seen) < min(values[u] for u in hidden)
 

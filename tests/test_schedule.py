@@ -21,7 +21,7 @@ def test_the_rate_stays_between_nothing_and_the_peak(steps: int, warmup: float) 
 
 
 def test_the_warm_up_is_a_line_from_nothing_to_the_peak() -> None:
-    rates = [learning_rate(step, 100, 8, 2.0) for step in range(9)]
+    rates = [learning_rate(step, 100, 8.0, 2.0) for step in range(9)]
     assert rates == [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2]
 
 
@@ -31,27 +31,27 @@ def test_a_warm_up_may_end_between_two_steps() -> None:
 
 
 def test_without_warm_up_the_peak_comes_first() -> None:
-    assert learning_rate(0, 10, 0, 0.7) == 0.7
+    assert learning_rate(0, 10, 0.0, 0.7) == 0.7
 
 
 @pytest.mark.parametrize(
     ("share", "value"),
-    [(0, 1), (1 / 6, 0.5 + math.sqrt(3) / 4), (1 / 4, 0.5 + math.sqrt(2) / 4), (1 / 3, 0.75), (1 / 2, 0.5), (2 / 3, 0.25)],
+    [(0, 1), (1 / 6, (2 + 3**0.5) / 4), (1 / 4, (2 + 2**0.5) / 4), (1 / 3, 3 / 4), (1 / 2, 1 / 2), (2 / 3, 1 / 4)],
 )
 def test_after_the_warm_up_the_rate_is_half_a_cosine(share: float, value: float) -> None:
-    assert learning_rate(20 + round(120 * share), 140, 20, 3.0) == pytest.approx(3 * value)
+    assert learning_rate(20 + round(120 * share), 140, 20.0, 3.0) == pytest.approx(3 * value)
 
 
 def test_the_rate_ends_near_nothing() -> None:
-    assert 0 < learning_rate(999, 1000, 50, 1.0) < 1e-5
-    assert learning_rate(1000, 1000, 50, 1.0) == pytest.approx(0, abs=1e-12)
+    assert 0 < learning_rate(999, 1000, 50.0, 1.0) < 1e-5
+    assert learning_rate(1000, 1000, 50.0, 1.0) == pytest.approx(0, abs=1e-12)
 
 
 def test_the_halves_of_the_cosine_mirror_each_other() -> None:
     for step in range(0, 51):
-        assert learning_rate(10 + step, 110, 10, 1.0) + learning_rate(110 - step, 110, 10, 1.0) == pytest.approx(1)
+        assert learning_rate(10 + step, 110, 10.0, 1.0) + learning_rate(110 - step, 110, 10.0, 1.0) == pytest.approx(1)
 
 
 def test_the_rate_is_proportional_to_the_peak() -> None:
     for step in (0, 3, 10, 50, 99):
-        assert learning_rate(step, 100, 10, 0.004) == pytest.approx(4 * learning_rate(step, 100, 10, 0.001))
+        assert learning_rate(step, 100, 10.0, 0.004) == pytest.approx(4 * learning_rate(step, 100, 10.0, 0.001))

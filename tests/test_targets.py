@@ -16,7 +16,7 @@ def images_of(b: int, c: int, height: int, width: int) -> torch.Tensor:
 
 def patches_by_hand(images: np.ndarray, patch: int) -> np.ndarray:
     """Patches row by row, in each patch pixels row by row, in each pixel its channels."""
-    b, c, height, width = images.shape
+    c, height, width = images.shape[1:]
     return np.array(
         [
             [
@@ -93,7 +93,7 @@ def test_raw_pixels_are_the_pixels() -> None:
 
 @pytest.mark.parametrize("per_patch", [True, False])
 @pytest.mark.parametrize(("b", "c", "height", "width", "patch"), SHAPES)
-def test_painting_the_target_restores_the_image(b: int, c: int, height: int, width: int, patch: int, per_patch: bool) -> None:
+def test_painting_the_target_restores_it(b: int, c: int, height: int, width: int, patch: int, per_patch: bool) -> None:
     images = images_of(b, c, height, width)
     images[0, :, :patch, :patch] = 0.25  # a patch without any structure
     target = Pixels(patch, c, per_patch)

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from copy import copy
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -24,7 +24,10 @@ class Command(NamedTuple):
 
 def recipes() -> Any:
     """One subcommand for each recipe, its values as defaults; data and out must be given."""
-    ask = {name: replace(recipe, data=tyro.MISSING, out=tyro.MISSING) for name, recipe in RECIPES.items()}
+    ask = {name: copy(recipe) for name, recipe in RECIPES.items()}
+    for recipe in ask.values():
+        for name in ("data", "out"):
+            object.__setattr__(recipe, name, tyro.MISSING)  # replace() would pass it to __init__, which wants a str
     return tyro.extras.subcommand_type_from_defaults(ask, DESCRIPTIONS, prefix_names=False)
 
 
@@ -48,14 +51,15 @@ HELP = "usage: leanmim COMMAND ... (each has --help)\n\n" + "\n".join(
 def main(arguments: list[str] | None = None) -> None:
     """Parse, call, print. A mistake of the user's ends with one message and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if arguments[:1] in (["-h"], ["--help"]):
         print(HELP)
-        raise SystemExit(0 if arguments else 2)
-    if arguments[0] == "--version":
+        return
+    if arguments[:1] == ["--version"]:
         print(__version__)
         return
-    if arguments[0] not in COMMANDS:
-        print(f"leanmim: there is no command {arguments[0]!r}\n\n{HELP}", file=sys.stderr)
+    if not arguments or arguments[0] not in COMMANDS:
+        wrong = f"there is no command {arguments[0]!r}" if arguments else "give a command"
+        print(f"leanmim: {wrong}\n\n{HELP}", file=sys.stderr)
         raise SystemExit(2)
     name, *rest = arguments
     command = COMMANDS[name]
@@ -73,5 +77,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"leanmim: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("leanmim: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        remedy = "; the same command continues from the last checkpoint" * (name == "pretrain")
+        print(f"leanmim: interrupted{remedy}", file=sys.stderr)
         raise SystemExit(130) from None

@@ -1,11 +1,29 @@
 """One frozen dataclass per command. A field's docstring is its help on the command line."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from leanmim.errors import UserError
 
 Number = int | float | bool | str
+
+
+def check_ranges(config: Any, *ranges: tuple[str, int | float, int | None]) -> None:
+    """Raise UserError for a number that is not from low to high; NaN never is."""
+    for name, low, high in ranges:
+        value = getattr(config, name)
+        if not low <= value <= (math.inf if high is None else high):
+            bounds = f"at least {low}" + f", at most {high}" * bool(high)
+            raise UserError(f"--{name.replace('_', '-')} {value} is out of range; it is {bounds}")
+
+
+def check_size(size: tuple[int, ...]) -> None:
+    """Raise UserError for an input size that cannot be."""
+    if not 0 < len(size) <= 2:
+        raise UserError(f"--input-size takes one number or two (height width), not {len(size)}")
+    if min(size) < 1:
+        raise UserError(f"--input-size {' '.join(map(str, size))} must be positive")
 
 
 @dataclass(frozen=True)
@@ -122,20 +140,15 @@ class Pretrain:
 
     def check(self) -> None:
         """Raise UserError for a value that cannot be."""
-        if not 0 < len(self.input_size) <= 2:
-            raise UserError(f"--input-size takes one number or two (height width), not {len(self.input_size)}")
-        for name, low, high in (
+        check_size(self.input_size)
+        check_ranges(
+            self,
             ("mask_ratio", 0, 1), ("epochs", 1, None), ("batch_size", 1, None), ("accum", 1, None),
-            ("decoder_depth", 0, None), ("mask_unit", 0, None), ("workers", -1, None), ("flip", 0, 1),
+            ("decoder_depth", 0, None), ("decoder_width", 4, None), ("decoder_heads", 1, None),
+            ("mask_unit", 0, None), ("workers", -1, None), ("flip", 0, 1),
             ("max_bad_share", 0, 1), ("knn_every", 1, None), ("log_every", 1, None), ("seed", 0, None),
             ("blr", 0, None), ("weight_decay", 0, None), ("clip_grad", 0, None), ("checkpoint_minutes", 0, None),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value < low or (high is not None and value > high):
-                option = "--" + name.replace("_", "-")
-                raise UserError(f"{option} {value} is out of range; it is at least {low}" + f", at most {high}" * bool(high))
-        if any(size < 1 for size in self.input_size):
-            raise UserError(f"--input-size {self.input_size} must be positive")
+        )  # fmt: skip
         if not 0 <= self.warmup <= self.epochs:
             raise UserError(f"--warmup-epochs {self.warmup_epochs} is not between 0 and the {self.epochs} epochs")
         if self.decoder_depth == 0 and self.masking == "drop":
@@ -145,7 +158,8 @@ class Pretrain:
             )
         if self.decoder_depth and (self.decoder_width % 4 or self.decoder_width % self.decoder_heads):
             raise UserError(
-                f"--decoder-width {self.decoder_width} must be a multiple of 4 and of --decoder-heads {self.decoder_heads}"
+                f"--decoder-width {self.decoder_width} must be a multiple of 4 and of "
+                f"--decoder-heads {self.decoder_heads}"
             )
         for name in ("mean", "std"):
             value = getattr(self, name)
@@ -157,8 +171,10 @@ class Pretrain:
             raise UserError(f"--std {self.std} must be positive")
         for name in ("crop_scale", "crop_ratio"):
             low, high = getattr(self, name)
-            if not 0 < low <= high or (name == "crop_scale" and high > 1):
-                raise UserError(f"--{name.replace('_', '-')} {low} {high} must be 0 < low <= high" + " <= 1" * (name == "crop_scale"))
+            share = name == "crop_scale"
+            if not 0 < low <= high or (share and high > 1):
+                limits = "0 < low <= high" + " <= 1" * share
+                raise UserError(f"--{name.replace('_', '-')} {low} {high} must be {limits}")
 
 
 @dataclass(frozen=True)
@@ -188,6 +204,13 @@ class Knn:
     workers: int = -1
     """Processes that read images; -1 is the CPU count less one, 8 at most."""
 
+    def check(self) -> None:
+        """Raise UserError for a value that cannot be."""
+        check_size(self.input_size or (1,))
+        check_ranges(self, ("k", 1, None), ("temperature", 1e-4, None), ("batch_size", 1, None), ("workers", -1, None))
+        if self.crop is not None:
+            check_ranges(self, ("crop", 0.01, 1))
+
 
 @dataclass(frozen=True)
 class Probe(Knn):
@@ -200,13 +223,21 @@ class Probe(Knn):
     warmup_epochs: int = 10
     """lars: epochs of linear warm-up; then half a cosine to 0."""
     blr: float = 0.1
-    """lars: base learning rate; lr = blr x batch / 256."""
+    """lars: base learning rate; lr = blr x probe batch size / 256."""
     probe_batch_size: int = 16384
-    """lars: images per step, gathered over several forward passes; at most the training set."""
+    """lars: images per step, gathered over several forward passes; fewer where 78 would not fill an epoch."""
     c: float = 1.0
     """fast: inverse strength of the L2 penalty, as in scikit-learn."""
     seed: int = 0
     """lars: seed of the layer, order and crops."""
+
+    def check(self) -> None:
+        """Raise UserError for a value that cannot be."""
+        super().check()
+        check_ranges(
+            self, ("epochs", 1, None), ("warmup_epochs", 0, None), ("blr", 0, None), ("probe_batch_size", 2, None),
+            ("c", 1e-9, None), ("seed", 0, None),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -68,8 +68,9 @@ def read_image(path: str | Path, channels: int) -> Image.Image:
     Raises:
         UNREADABLE: the file cannot be read.
     """
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
+    # Not Image.open(path): Pillow maps such a file into memory, which scrambles grey TIFFs that lie on their side.
+    with open(path, "rb") as file, Image.open(file) as stored:
+        image = ImageOps.exif_transpose(stored)
         image.load()
     if image.mode.startswith("I") or image.mode == "F":
         values = np.array(image, dtype=np.float64)
@@ -197,8 +198,9 @@ def loader(dataset: Dataset, order: Any, workers: int, device: torch.device, col
     )
     try:
         yield from batches
-    except UserError as error:  # from a worker it comes wrapped in a traceback
-        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
+    except UserError as error:
+        # From a worker the message comes wrapped in a traceback. Ours would keep the workers alive: it is dropped.
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error.with_traceback(None)
 
 
 class Normalise:

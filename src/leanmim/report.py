@@ -5,8 +5,9 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from html import escape
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -28,39 +29,43 @@ CHARTS = (  # key in metrics.jsonl, title with unit, factor to that unit, does t
     ("data_wait", "waiting for data (% of time)", 100, True),
 )
 LOSS_DEPENDS_ON = ("recipe", "target", "loss", "mask_ratio", "mask_unit")
-NOT_THE_PROTOCOL = {"run", "data", "baselines", "device", "workers", "batch_size"}  # options without an effect on accuracy
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 264, 54, 14, 34, 40  # of a chart, in its own units
+NO_PROTOCOL = {  # options of a measurement that its number does not depend on
+    "knn": {"run", "data", "baselines", "device", "workers", "batch_size"},
+    "probe": {"run", "data", "baselines", "device", "workers", "batch_size", "k", "temperature"},
+}
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 256, 54, 14, 36, 40  # of a chart, in its own units
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1c2430; --soft: #5d6877; --line: #dfe3e8;
   --mark: #fff3cf; }
 @media (prefers-color-scheme: dark) { :root { --page: #12161c; --card: #1a2028; --ink: #e3e8ee; --soft: #98a4b3;
   --line: #2e3742; --mark: #3d3518; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 24px 16px 48px; max-width: 1140px; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { margin: 0; font-size: 26px; overflow-wrap: anywhere; }
+body { margin: 0 auto; padding: 24px 16px 48px; max-width: 1160px; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: anywhere; }
+h1 { margin: 0; font-size: 26px; }
 h2 { margin: 36px 0 10px; font-size: 18px; }
-p { margin: 6px 0 12px; }
-.soft { color: var(--soft); }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }
-th, td { padding: 7px 10px; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
-th { font-weight: 600; white-space: nowrap; }
-thead th { border-top: 0; color: var(--soft); font-weight: 500; vertical-align: bottom; line-height: 1.25; }
-tbody th { position: sticky; left: 0; background: var(--card); }
+p { margin: 4px 0; }
+.soft, thead th { color: var(--soft); font-weight: normal; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums; }
+th, td { padding: 7px 8px; text-align: left; vertical-align: top; overflow-wrap: normal; }
+tbody > tr > * { border-top: 1px solid var(--line); }
+thead th { vertical-align: bottom; line-height: 1.25; }
+tbody th, .short td:not(:last-child) { white-space: nowrap; }
+tbody th { width: 1%; padding-right: 20px; }
+.notes td:last-child { min-width: 24em; }
+.long td { min-width: 10em; overflow-wrap: anywhere; }
 tr.differs > * { background: var(--mark); }
-.long td { min-width: 9em; overflow-wrap: anywhere; }
 .grid { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
 figure { margin: 0; padding: 10px; }
-figcaption { padding: 0 2px 8px; overflow-wrap: anywhere; }
-img { display: block; width: 100%; max-width: 820px; margin: 0 auto; border-radius: 4px; }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 0 0 10px; padding: 0; list-style: none; }
+img { display: block; width: 100%; max-width: 820px; margin: 8px auto 0; border-radius: 4px; }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 20px; }
+.grid, .legend { margin: 10px 0; }
 .dot { display: inline-block; width: 10px; height: 10px; margin-right: 7px; border-radius: 50%; }
-svg { display: block; width: 100%; height: auto; font-size: 12.5px; }
+svg { display: block; width: 100%; font-size: 12.5px; }
 svg text { fill: var(--soft); }
 svg .title { fill: var(--ink); font-size: 14px; font-weight: 600; }
-svg .rule { stroke: var(--line); }
+svg path { stroke: var(--line); }
 svg polyline { fill: none; stroke: currentColor; stroke-linejoin: round; }
 svg circle { fill: currentColor; }
 """
@@ -90,7 +95,7 @@ class Loaded(NamedTuple):
     def values(self, key: str) -> list[tuple[float, float]]:
         """(epoch, value) pairs of a metric."""
         per_epoch = next((line["step"] / line["epoch"] for line in self.metrics if line.get("epoch")), math.inf)
-        pairs = [(line["step"] / per_epoch, line[key]) for line in self.metrics if key in line]
+        pairs = [(line["step"] / per_epoch, float(line[key])) for line in self.metrics if key in line]
         return [pair for pair in pairs if per_epoch < math.inf and math.isfinite(pair[1])]
 
 
@@ -108,10 +113,10 @@ def report(config: Report) -> Path:
     names = [Path(folder).resolve().name for folder in config.runs]
     if len(set(names)) < len(names):  # a/run and b/run
         names = list(config.runs)
-    runs = [load(Path(folder), name, COLOURS[i % len(COLOURS)]) for i, (folder, name) in enumerate(zip(config.runs, names))]
+    runs = [load(Path(folder), *rest) for folder, *rest in zip(config.runs, names, cycle(COLOURS), strict=False)]
     path = Path(config.out) if config.out else Path(config.runs[0]) / "report.html"
     if path.is_dir():
-        raise UserError(f"--out {str(path)!r} is a folder; give the name of a page, such as {str(path / 'report.html')!r}")
+        raise UserError(f"{str(path)!r} is a folder; give the name of a page with --out")
     try:
         write_atomically(path, lambda file: file.write_text(page(runs), encoding="utf-8"))
     except OSError as error:
@@ -135,23 +140,25 @@ def load(folder: Path, name: str, colour: str) -> Loaded:
             f"{str(run.config)!r} cannot be read ({error}); put back the one that this version of leanmim wrote, "
             "or leave the run out"
         ) from error
-    environment, metrics, evaluations, bad = (
-        parse(path.read_text(encoding="utf-8", errors="replace"), whole=path.suffix == ".json") if path.is_file() else []
-        for path in (folder / "environment.json", run.metrics, run.evaluations, run.skipped)
-    )
-    picture = folder / "reconstructions.png"
+    environment, picture = folder / "environment.json", folder / "reconstructions.png"
     return Loaded(
-        name, colour, config, environment[0] if environment else {}, metrics, evaluations, bad,
+        name, colour, config, (parse([read(environment)]) or [{}])[0],
+        *(parse(read(path).splitlines()) for path in (run.metrics, run.evaluations, run.skipped)),
         picture.read_bytes() if picture.is_file() else b"",
     )  # fmt: skip
 
 
-def parse(text: str, whole: bool) -> list[dict[str, Any]]:
-    """One JSON object, or one a line; what a killed process left half written is passed over."""
+def read(path: Path) -> str:
+    """The text of a file, none if it is not there yet."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def parse(texts: Iterable[str]) -> list[dict[str, Any]]:
+    """JSON objects; what a killed process left half written is passed over."""
     found = []
-    for part in [text] if whole else text.splitlines():
+    for text in texts:
         with suppress(ValueError):
-            found.append(json.loads(part))
+            found.append(json.loads(text))
     return found
 
 
@@ -171,32 +178,36 @@ def page(runs: Sequence[Loaded]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title} – leanmim</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{title} - leanmim</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         f'<h1>{title}</h1>\n<p class="soft">leanmim {leanmim.__version__}, page written {now}</p>\n'
         + "\n".join(f"<section>\n<h2>{heading}</h2>\n{body}\n</section>" for heading, body in sections.items())
         + "\n</body>\n</html>\n"
     )
 
 
-def safe(value: Any) -> str:
+def safe(value: Any) -> Html:
     """A value as one would type it on the command line, escaped; markup as it is."""
     if isinstance(value, Html):
         return value
     if isinstance(value, dict):
-        value = [part for item in value.items() for part in item]
-    return escape(" ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)) or "–"
+        text = ", ".join(f"{safe(key)} {safe(item)}" for key, item in value.items())
+    elif isinstance(value, list):
+        text = " ".join(map(safe, value))
+    else:
+        text = escape(f"{value:.6g}" if isinstance(value, float) else str(value))
+    return Html(text or "-")
 
 
-def table(head: Iterable[Any], rows: Iterable[Html], style: str = "") -> Html:
+def table(titles: Iterable[Any], rows: Iterable[Html], style: str = "") -> Html:
     """A table that scrolls sideways where it is too wide."""
-    header = "".join(f'<th scope="col">{safe(cell)}</th>' for cell in head)
-    body = "\n".join(rows)
-    return Html(f'<div class="card scroll {style}"><table><thead><tr>{header}</tr></thead>\n<tbody>{body}</tbody></table></div>')
+    header = "".join(f'<th scope="col">{safe(cell)}</th>' for cell in titles)
+    body = f"<thead><tr>{header}</tr></thead>\n<tbody>" + "\n".join(rows) + "</tbody>"
+    return Html(f'<div class="card {style}"><table>{body}</table></div>')
 
 
 def row(head: Any, cells: Iterable[Any], style: str = "", span: int = 1) -> Html:
     """A row of a table."""
-    body = "".join(f'<td colspan="{span}">{safe(cell)}</td>' if span > 1 else f"<td>{safe(cell)}</td>" for cell in cells)
+    body = "".join(f'<td colspan="{span}">{safe(cell)}</td>' for cell in cells)
     return Html(f'<tr class="{style}"><th scope="row">{safe(head)}</th>{body}</tr>')
 
 
@@ -211,47 +222,43 @@ NOT_YET = soft("not yet")
 def summary(runs: Sequence[Loaded]) -> Html:
     """One row for each run."""
     head = (
-        "run", "recipe", "model", "input (px)", "epochs", "images seen", "loss", "kNN", "images/s (median)",
-        "waiting for data", "peak memory", "training time", "device",
+        "run", "recipe", "model", "input (px)", "epochs", "images seen", "loss", "kNN (%)", "images/s, median",
+        "waiting for data (%)", "peak memory (GiB)", "training time (h:min:s)", "device",
     )  # fmt: skip
     rows = []
     for run in runs:
         lines = [line for line in run.metrics if "loss" in line]
         knn = run.values("knn")
-        cells: list[Any] = [run.config.recipe, run.config.model, "{} × {}".format(*run.config.size)]
+        cells: list[Any] = [run.config.recipe, run.config.model, " x ".join(map(str, run.config.input_size))]
         if lines:
             seconds = sum(line["seconds"] for line in lines)
             cells += [
-                f"{lines[-1]['epoch']:.4g} of {run.config.epochs}",
+                f"{lines[-1]['epoch']:.4g} / {run.config.epochs}",
                 f"{sum(line['images_per_second'] * line['seconds'] for line in lines):,.0f}",
                 f"{lines[-1]['loss']:.4f}",
-                f"{knn[-1][1]:.1%}" if knn else NOT_YET if run.config.knn_data else "–",
+                f"{100 * knn[-1][1]:.1f}" if knn else NOT_YET if run.config.knn_data else "-",
                 f"{median(line['images_per_second'] for line in lines):,.0f}",
-                f"{sum(line['data_wait'] * line['seconds'] for line in lines) / seconds:.1%}",
-                f"{max(line['memory_bytes'] for line in lines) / 2**30:.2f} GiB",
-                duration(seconds),
+                f"{100 * sum(line['data_wait'] * line['seconds'] for line in lines) / seconds:.1f}",
+                f"{max(line['memory_bytes'] for line in lines) / 2**30:.2f}",
+                str(timedelta(seconds=round(seconds))),
             ]
         else:
             cells += [NOT_YET] * 8
         rows.append(row(run.title, [*cells, run.environment.get("device", NOT_YET)]))
-    return table(head, rows)
-
-
-def duration(seconds: float) -> str:
-    """In the two units that matter."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s"
+    return table(head, rows, "short")
 
 
 def charts(runs: Sequence[Loaded]) -> Html:
     """All runs overlaid in each chart, under one legend."""
+    if not any(run.metrics for run in runs):
+        return Html(f"<p>{NOT_YET}</p>")
     drawn, notes = [], []
     for key, title, factor, zero in CHARTS:
         curves = []
         for run in runs if key == "loss" else ():
-            count = sum(name.startswith("loss_") for name in next(iter(run.metrics), ()))
+            count = len({name for line in run.metrics for name in line if name.startswith("loss_")})
             curves += [
-                Curve(run.values(f"loss_{i}"), run.colour, f"{run.name}, segment {i}", 1.0, 0.9 * (i + 1) / count)
+                Curve(run.values(f"loss_{i}"), run.colour, f"{run.name}, segment {i}", 1.0, 0.8 * (i + 1) / count)
                 for i in range(count)
             ]
         if curves:
@@ -262,9 +269,9 @@ def charts(runs: Sequence[Loaded]) -> Html:
     differing = [key for key in LOSS_DEPENDS_ON if len({getattr(run.config, key) for run in runs}) > 1]
     if differing:
         notes.append(f"The runs differ in {', '.join(differing)}: compare their accuracies, not their losses.")
-    legend = "".join(f"<li>{run.title}</li>" for run in runs)
+    legend = "".join(f"<span>{run.title}</span>" for run in runs)
     remarks = "".join(f"<p>{soft(note)}</p>" for note in notes)
-    return Html(f'<ul class="legend">{legend}</ul>{remarks}<div class="grid">{"".join(drawn)}</div>')
+    return Html(f'<div class="legend">{legend}</div>{remarks}<div class="grid">{"".join(drawn)}</div>')
 
 
 class Curve(NamedTuple):
@@ -273,8 +280,8 @@ class Curve(NamedTuple):
     points: list[tuple[float, float]]
     colour: str
     label: str
-    width: float = 2.0
-    opacity: float = 1.0
+    width: float = 1.8
+    opacity: float = 0.9
 
 
 def chart(title: str, curves: Sequence[Curve], zero: bool, empty: str) -> str:
@@ -295,11 +302,13 @@ def chart(title: str, curves: Sequence[Curve], zero: bool, empty: str) -> str:
             return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
         for mark in marks:
-            y = place(0, mark)[1]
-            parts.append(f'<path class="rule" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+            y = place(0.0, mark)[1]
+            parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
             parts.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{mark:.6g}</text>')
         for mark in (mark for mark in scale.tick_values(0, last) if mark <= last):
-            parts.append(f'<text x="{place(mark, 0)[0]:.1f}" y="{HEIGHT - 22}" text-anchor="middle">{mark:.6g}</text>')
+            parts.append(
+                f'<text x="{place(mark, 0.0)[0]:.1f}" y="{HEIGHT - 22}" text-anchor="middle">{mark:.6g}</text>'
+            )
         parts.append(f'<text x="{middle}" y="{HEIGHT - 5}" text-anchor="middle">epoch</text>')
         for curve in curves:
             places = [place(*point) for point in thin(curve.points)]
@@ -318,41 +327,36 @@ def thin(points: list[tuple[float, float]], bins: int = 300) -> list[tuple[float
     if size <= 2:
         return points
     groups = [points[i : i + size] for i in range(0, len(points), size)]
-    ends = [points[0], points[-1]]
-    return sorted({*ends, *(find(group, key=lambda p: p[1]) for group in groups for find in (min, max))})
+    return sorted(
+        {points[0], points[-1], *(find(group, key=lambda p: p[1]) for group in groups for find in (min, max))}
+    )
 
 
 def accuracies(runs: Sequence[Loaded]) -> Html:
     """What `leanmim knn` and `leanmim probe` found; a measurement made again replaces the earlier one."""
-    found: dict[tuple[Any, ...], dict[str, float]] = {}
+    found: dict[tuple[str, ...], dict[str, float]] = {}
     for run in runs:
         for line in run.evaluations:
-            options = {k: v for k, v in line["options"].items() if k not in NOT_THE_PROTOCOL and v not in (None, [])}
-            key = (line["what"], line["data"], safe(options), run.title)
-            found.setdefault(key, {})[line["name"]] = line["value"]
+            without = NO_PROTOCOL.get(line["what"], ())
+            options = {k: v for k, v in line["options"].items() if k not in without and v not in (None, [])}
+            found.setdefault((line["what"], line["data"], safe(options), run.title), {})[line["name"]] = line["value"]
     if not found:
-        return Html(f"<p>{NOT_YET} <span class='soft'>– run `leanmim knn` or `leanmim probe`</span></p>")
+        return Html(f"<p>{NOT_YET}{soft(': `leanmim knn` and `leanmim probe` measure it')}</p>")
     names = list(dict.fromkeys(name for values in found.values() for name in values))
     rows = [
-        row(title, [what, *(f"{values[name]:.1%}" if name in values else "–" for name in names), data, Html(options)])
+        row(title, [what, *(f"{100 * values[name]:.1f}" if name in values else "-" for name in names), data, options])
         for (what, data, options, title), values in sorted(found.items(), key=lambda item: item[0][:3])
     ]
-    return table(["run", "measure", *names, "data", "options"], rows)
+    return table(["run", "measure", *(f"{name} (%)" for name in names), "data", "options"], rows, "short notes")
 
 
 def pictures(runs: Sequence[Loaded]) -> Html:
     """Each run's reconstructions, inside the page."""
-    figures = [
-        f'<figure class="card"><figcaption>{run.title}</figcaption>'
-        + (
-            f'<img alt="original, masked image, reconstruction" '
-            f'src="data:image/png;base64,{base64.b64encode(run.picture).decode()}">'
-            if run.picture
-            else NOT_YET
-        )
-        + "</figure>"
-        for run in runs
-    ]
+    figures = []
+    for run in runs:
+        source = f"data:image/png;base64,{base64.b64encode(run.picture).decode()}"
+        image = f'<img alt="original, masked image, reconstruction" src="{source}">' if run.picture else NOT_YET
+        figures.append(f'<figure class="card"><figcaption>{run.title}</figcaption>\n{image}</figure>')
     return Html(f'<div class="grid">{"".join(figures)}</div>')
 
 
@@ -361,10 +365,9 @@ def skipped(runs: Sequence[Loaded]) -> Html:
     rows = []
     for run in runs:
         first = "".join(f"<br>{safe(line['path'])} {soft(line['reason'])}" for line in run.skipped[:10])
-        more = len(run.skipped) - 10
-        text = f"{len(run.skipped)}{first}" + (f"<br>and {more} more, in skipped.jsonl" if more > 0 else "")
-        rows.append(row(run.title, [Html(text)]))
-    return table(["run", "files passed over"], rows, "long")
+        more = f"<br>and {len(run.skipped) - 10} more, in skipped.jsonl" if len(run.skipped) > 10 else ""
+        rows.append(row(run.title, [Html(f"{len(run.skipped)}{first}{more}")]))
+    return table(["run", "skipped"], rows, "long")
 
 
 def comparison(runs: Sequence[Loaded], settings: Sequence[dict[str, Any]]) -> Html:
@@ -373,9 +376,9 @@ def comparison(runs: Sequence[Loaded], settings: Sequence[dict[str, Any]]) -> Ht
     for key in dict.fromkeys(key for values in settings for key in values):
         cells = [safe(values[key]) if key in values else NOT_YET for values in settings]
         if len(set(cells)) > 1:
-            different.append(row(key, map(Html, cells), "differs"))
+            different.append(row(key, cells, "differs"))
         else:
-            same.append(row(key, [Html(cells[0])], span=len(runs)))
+            same.append(row(key, cells[:1], span=len(runs)))
     if not different + same:
         return Html(f"<p>{NOT_YET}</p>")
-    return table(["", *(run.title for run in runs)], different + same, "long")
+    return table(["setting", *(run.title for run in runs)], different + same, "long")

@@ -13,7 +13,7 @@ from leanmim.data import UNREADABLE, Normalise, centre_crop, list_images, read_i
 from leanmim.errors import UserError
 from leanmim.masking import Grid, Mask
 from leanmim.mim import MIM
-from leanmim.targets import patchify, unpatchify
+from leanmim.targets import unpatchify
 
 
 @torch.no_grad()
@@ -36,13 +36,20 @@ def reconstruct(
 
 
 def choose_files(sources: tuple[str, ...], data: str, count: int) -> list[Path]:
-    """The files to draw: those given, those in the folders given, or some of the run's own data, evenly spread."""
+    """The files given, those in the folders given, or the run's own data: ``count`` evenly spread ones, then the rest.
+
+    Raises:
+        UserError: a file or folder is missing, or a folder holds no images.
+    """
     files: list[Path] = []
     for source in sources or (data,):
         path = Path(source)
+        if not path.exists():
+            what = "--images" if sources else "the run's own data"
+            raise UserError(f"{what} {source!r}: there is no such file or folder; give images with --images")
         files += [path] if path.is_file() else list_images(path)
     spread = max(1, len(files) // count)
-    return files[::spread][:count]
+    return [file for start in range(spread) for file in files[start::spread]]
 
 
 def show(config: Show) -> Path:
@@ -64,14 +71,16 @@ def show(config: Show) -> Path:
     transform = centre_crop(trained.size)
     tensors, names = [], []
     for file in choose_files(config.images, trained.data, config.count):
+        if len(tensors) == config.count:
+            break
         try:
             tensors.append(transform(read_image(file, trained.channels)))
             names.append(file.name)
         except UNREADABLE as error:
-            if config.images:
-                raise UserError(f"{str(file)!r} cannot be read as an image: {error}") from error
+            if file in map(Path, config.images):
+                raise UserError(f"--images {str(file)!r} cannot be read as an image: {error}") from error
     if not tensors:
-        raise UserError(f"none of the images chosen from {trained.data!r} can be read; give some with --images")
+        raise UserError(f"no image of {config.images or trained.data!r} can be read; give others with --images")
     normalise = Normalise(state["mean"], state["std"], torch.device("cpu"))
     images = normalise(torch.stack(tensors))
     with torch.random.fork_rng(devices=[]):
@@ -89,7 +98,8 @@ def show(config: Show) -> Path:
     for row, name in enumerate(names):
         for column, picture in enumerate((original, masked, normalise.invert(painted))):
             axis = axes[row][column]
-            axis.imshow(picture[row].permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            pixels = picture[row].permute(1, 2, 0).squeeze(-1).numpy()
+            axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
             axis.spines[:].set_visible(False)
@@ -101,6 +111,9 @@ def show(config: Show) -> Path:
         note += "\n* predicted patches brought back with the true patch's own mean and deviation"
     figure.supxlabel(note, fontsize=7)
     path = Path(config.out) if config.out else Path(config.run) / "reconstructions.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="png")
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be written ({error}); give the name of a picture with --out") from error
     return path

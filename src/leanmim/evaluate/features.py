@@ -90,8 +90,7 @@ class Subject(NamedTuple):
 
 def subjects(config: Knn) -> Iterator[Subject]:
     """The run's encoder, then (with ``baselines``) a freshly initialised one and raw pixels."""
-    if len(config.input_size) > 2:
-        raise UserError(f"--input-size takes one number or two (height width), not {len(config.input_size)}")
+    config.check()
     size = (config.input_size[0], config.input_size[-1]) if config.input_size else None
     backbone, trained, state = load_backbone(config.run, size)
     device = resolve_device(config.device)
@@ -107,7 +106,7 @@ def subjects(config: Knn) -> Iterator[Subject]:
 def random_backbone(config: Pretrain, size: tuple[int, int]) -> nn.Module:
     """The encoder as it was before pre-training started from nothing."""
     values = {**config.to_json(), "input_size": list(size)}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return build(Pretrain.from_json(values)).encoder.backbone.eval()
 

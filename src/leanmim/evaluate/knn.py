@@ -24,7 +24,7 @@ def knn_accuracy(train: Features, val: Features, k: int = 20, temperature: float
     for x, y in zip(nn.functional.normalize(val.x, dim=1).split(1024), val.y.split(1024), strict=True):
         similarity, nearest = (x @ bank.T).topk(min(k, len(bank)), dim=1)
         votes = torch.zeros(len(x), classes, device=x.device)
-        votes.scatter_add_(1, train.y[nearest], (similarity / temperature).exp())
+        votes.scatter_add_(1, train.y[nearest], (similarity / temperature).softmax(1))  # exp alone may overflow
         right += int((votes.argmax(1) == y).sum())
     return right / len(val.y)
 

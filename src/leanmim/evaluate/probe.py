@@ -32,6 +32,7 @@ def lars_probe(subject: Subject, config: Probe) -> float:
     """Accuracy by MAE's protocol, 0 to 1: LARS on RandomResizedCrop and flip, warm-up and half-cosine.
 
     An epoch has at least the paper's 78 steps (a batch of 16384 of ImageNet) as far as batches of 64 allow (ours).
+    The learning rate stays that of the full batch: LARS steps by the weights' norm, whatever the gradient's.
     """
     train, device = subject.train, subject.normalise.device
     size = tuple(train[0][0].shape[1:])
@@ -41,7 +42,7 @@ def lars_probe(subject: Subject, config: Probe) -> float:
     batch = min(config.probe_batch_size, max(64, len(train) // 78), len(train))
     chunk = min(config.batch_size, batch)
     per_epoch = max(1, len(train) // batch)
-    steps, warmup = per_epoch * config.epochs, per_epoch * min(config.warmup_epochs, config.epochs)
+    steps, warmup = per_epoch * config.epochs, float(per_epoch * min(config.warmup_epochs, config.epochs))
 
     def passes() -> Iterator[list[tuple[int, int]]]:
         for epoch in range(config.epochs):
@@ -50,7 +51,7 @@ def lars_probe(subject: Subject, config: Probe) -> float:
                 for part in order[step * batch : (step + 1) * batch].split(chunk):
                     yield [(seed_of(config.seed, epoch, index), index) for index in part.tolist()]
 
-    feed = iter(loader(augmented, list(passes()), subject.workers, device, default_collate))
+    feed = iter(loader(augmented, passes(), subject.workers, device, default_collate))
     head: nn.Module | None = None
     for step in range(steps):
         xs, ys = [], []
@@ -61,13 +62,17 @@ def lars_probe(subject: Subject, config: Probe) -> float:
             ys.append(labels.to(device))
         x, y = torch.cat(xs).clone(), torch.cat(ys)
         if head is None:
-            torch.manual_seed(config.seed)
-            linear = nn.Linear(x.shape[1], len(train.classes))
-            nn.init.trunc_normal_(linear.weight, std=0.01)
-            nn.init.zeros_(linear.bias)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                linear = nn.Linear(x.shape[1], len(train.classes))
+                nn.init.trunc_normal_(linear.weight, std=0.01)
+                nn.init.zeros_(linear.bias)
             head = nn.Sequential(nn.BatchNorm1d(x.shape[1], affine=False, eps=1e-6), linear).to(device)
-            optimizer = Lars(head.parameters(), lr=0.0, momentum=0.9)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, warmup, config.blr * batch / 256)
+            # Without weight decay timm's Lars is plain SGD unless told; MAE's adapts weights always, biases never.
+            groups = [{"params": linear.weight, "always_adapt": True}, {"params": linear.bias}]
+            optimizer = Lars(groups, lr=0.0, momentum=0.9)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, warmup, config.blr * config.probe_batch_size / 256)
         nn.functional.cross_entropy(head(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
