@@ -174,7 +174,10 @@ def main() -> None:
         if done.returncode:
             raise RuntimeError(f"{cell} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
         result = json.loads(place(*cell).read_text())
-        print(f"{cell[0]} {cell[1]}: kNN {result['knn']:.1%}, probe {result['probe']:.1%}, {result['seconds']:.0f} s", flush=True)
+        print(
+            f"{cell[0]} {cell[1]}: kNN {result['knn']:.1%}, probe {result['probe']:.1%}, {result['seconds']:.0f} s",
+            flush=True,
+        )
 
     with ThreadPoolExecutor(arguments.jobs or scale["jobs"]) as pool:
         list(pool.map(start, cells))

@@ -44,7 +44,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def write(name: str, title: str, configuration: dict[str, Any], rows: list[dict[str, Any]], raw: Any, note: str = "") -> None:
+def write(
+    name: str, title: str, configuration: dict[str, Any], rows: list[dict[str, Any]], raw: Any, note: str = ""
+) -> None:
     """Write results/NAME.json and results/NAME.md, and print the table."""
     where = hardware()
     RESULTS.mkdir(exist_ok=True)

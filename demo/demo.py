@@ -27,8 +27,8 @@ def cut_tiles(folder: Path) -> None:
             border = int(0.7 * photo.width)
             for part, left, right in (("train", 0, border), ("val", border, photo.width)):
                 (folder / part / path.stem).mkdir(parents=True)
-                for y in range(0, photo.height - TILE + 1, TILE // 2):
-                    for x in range(left, right - TILE + 1, TILE // 2):
+                for y in range(0, photo.height - TILE + 1, TILE):
+                    for x in range(left, right - TILE + 1, TILE):
                         photo.crop((x, y, x + TILE, y + TILE)).save(folder / part / path.stem / f"{y}-{x}.png")
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     """Cut, pre-train, evaluate, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="runs/demo", help="run folder")
-    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--epochs", type=int, default=60)
     out = Path(parser.parse_args().out)
     tiles = out.with_name(out.name + "-tiles")
     cut_tiles(tiles)
@@ -46,14 +46,14 @@ def main() -> None:
         data=str(tiles / "train"),
         out=str(out),
         model="vit_tiny_patch16_224",
-        model_kwargs={"patch_size": 8, "depth": 6},
+        model_kwargs={"patch_size": 8, "embed_dim": 96, "num_heads": 3, "depth": 6},
         input_size=(TILE,),
-        decoder_depth=2,
-        decoder_width=128,
+        decoder_depth=1,
+        decoder_width=64,
         decoder_heads=4,
         epochs=parser.parse_args().epochs,
         batch_size=64,
-        blr=1e-3,
+        blr=2e-3,
         knn_data=str(tiles),
         knn_every=20,
         overwrite=True,

@@ -49,7 +49,17 @@ def tiny_simmim(tiny: Pretrain) -> Pretrain:
         SIMMIM,
         **{
             name: getattr(tiny, name)
-            for name in ("data", "out", "model", "model_kwargs", "epochs", "batch_size", "workers", "device", "log_every")
+            for name in (
+                "data",
+                "out",
+                "model",
+                "model_kwargs",
+                "epochs",
+                "batch_size",
+                "workers",
+                "device",
+                "log_every",
+            )
         },
         input_size=(64,),
         mask_unit=16,

@@ -64,7 +64,10 @@ def test_timm_loads_the_export_strictly_and_computes_the_same(run: Pretrain) -> 
     # timm's own folder format builds the model from config.json alone
     local = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert torch.equal(local(images), expected)
-    assert local.pretrained_cfg["mean"] == (0.4,) * run.channels or list(local.pretrained_cfg["mean"]) == [0.4] * run.channels
+    assert (
+        local.pretrained_cfg["mean"] == (0.4,) * run.channels
+        or list(local.pretrained_cfg["mean"]) == [0.4] * run.channels
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -81,6 +84,7 @@ def test_timm_adapts_head_size_and_channels(tiny: Pretrain, channels: int) -> No
     assert model.pos_embed.shape[1] == 1 + 36
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # timm's own, while it resizes the tables
 def test_the_readmes_swin_goes_to_another_size(tiny: Pretrain) -> None:
     swin = dict(model="swin_tiny_patch4_window7_224", model_kwargs={"embed_dim": 24}, input_size=(128,))
     run = fake_run(replace(SIMMIM, data=tiny.data, out=tiny.out, **swin))

@@ -68,7 +68,11 @@ def test_the_loop_is_this_loop(tiny: Pretrain) -> None:
     decay = [p for n, p in model.named_parameters() if p.requires_grad and p.ndim > 1 and "token" not in n]
     plain = [p for n, p in model.named_parameters() if p.requires_grad and not (p.ndim > 1 and "token" not in n)]
     optimizer = torch.optim.AdamW(
-        [{"params": decay}, {"params": plain, "weight_decay": 0.0}], lr=0.0, betas=(0.9, 0.95), weight_decay=0.05, fused=True
+        [{"params": decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=0.0,
+        betas=(0.9, 0.95),
+        weight_decay=0.05,
+        fused=True,
     )
     data = Crops(list_images(config.data), 3, (32, 32), (0.2, 1.0), (3 / 4, 4 / 3), 0.5, seed=5)
     normalise = Normalise(*IMAGENET[3], torch.device("cpu"))
@@ -134,7 +138,9 @@ def test_killed_and_continued_is_bit_identical(tiny: Pretrain, tmp_path: Path, w
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-        (run.folder / "checkpoints" / "last.pt.part").write_bytes(b"half a checkpoint")  # as a kill while writing leaves it
+        (run.folder / "checkpoints" / "last.pt.part").write_bytes(
+            b"half a checkpoint"
+        )  # as a kill while writing leaves it
     last = subprocess.run(command(config), check=True, env=ENVIRONMENT, capture_output=True, text=True)
     assert "continuing after step" in last.stdout
 
@@ -232,7 +238,12 @@ def test_online_knn_is_logged(tiny: Pretrain, tmp_path: Path, photos: Path) -> N
 
 def test_weight_decay_spares_biases_norms_tokens_and_tables(tiny: Pretrain) -> None:
     swin = replace(
-        leanmim.SIMMIM, model="swin_tiny_patch4_window7_224", model_kwargs={"embed_dim": 24}, input_size=(64,), data="-", out="-"
+        leanmim.SIMMIM,
+        model="swin_tiny_patch4_window7_224",
+        model_kwargs={"embed_dim": 24},
+        input_size=(64,),
+        data="-",
+        out="-",
     )
     for config in (replace(tiny, model_kwargs={**tiny.model_kwargs, "reg_tokens": 2}), swin):
         model = build(config)
@@ -253,7 +264,7 @@ def test_weight_decay_spares_biases_norms_tokens_and_tables(tiny: Pretrain) -> N
 def test_two_processes_average_their_gradients(tiny: Pretrain, accum: int) -> None:
     """Two gloo processes of batch 4 take the step that averages both processes' gradients."""
     config = replace(tiny, epochs=1, accum=accum, blr=0.1, warmup_epochs=0.0)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*torchrun, "-m", "leanmim", *options(config)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
@@ -269,7 +280,7 @@ def test_two_processes_average_their_gradients(tiny: Pretrain, accum: int) -> No
     order, steps = epoch_order(16, 0, 0), 2 // accum
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, 0, 0.1 * 8 * accum / 256)
+            group["lr"] = learning_rate(step, steps, 0.0, 0.1 * 8 * accum / 256)
         optimizer.zero_grad()
         for micro in range(accum):
             for rank in range(2):
@@ -285,9 +296,10 @@ def test_two_processes_average_their_gradients(tiny: Pretrain, accum: int) -> No
     # one process goes on with it: evaluates, exports, starts from it
     backbone, _, _ = leanmim.load_backbone(config.out)
     assert backbone(torch.randn(1, 3, 32, 32)).shape == (1, 32)
-    assert "continuing after step" in subprocess.run(
-        command(replace(config)), env=ENVIRONMENT, capture_output=True, text=True
-    ).stdout
+    assert (
+        "continuing after step"
+        in subprocess.run(command(replace(config)), env=ENVIRONMENT, capture_output=True, text=True).stdout
+    )
 
 
 def test_compiled_training_is_the_same_training(tiny: Pretrain, tmp_path: Path) -> None:

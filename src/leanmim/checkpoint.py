@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from leanmim.config import Pretrain
-from leanmim.encoders import create_backbone
+from leanmim.encoders import create_backbone, make_encoder
 from leanmim.errors import UserError
 from leanmim.mim import MIM, build
 
@@ -58,7 +58,10 @@ def load(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged files
-        raise UserError(f"{str(path)!r} is damaged or not a checkpoint ({type(error).__name__}: {error})") from error
+        raise UserError(
+            f"{str(path)!r} is damaged or not a checkpoint ({type(error).__name__}: {error}); "
+            "put a good copy in its place, or train again"
+        ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{str(path)!r} is a checkpoint, but not one of leanmim ({FORMAT})")
     return state
@@ -106,7 +109,10 @@ class Run:
         if not self.last.is_file():
             raise UserError(f"{str(self.folder)!r} has no checkpoint yet; let `leanmim pretrain` run on")
         state = load(self.last)
-        return Pretrain.from_json(state["config"]), state
+        try:
+            return Pretrain.from_json(state["config"]), state
+        except TypeError as error:
+            raise UserError(f"{str(self.folder)!r} was written by another version of leanmim: {error}") from error
 
     def to_resume(self, config: Pretrain) -> dict[str, Any] | None:
         """The checkpoint to continue from, or None to start afresh. Nothing is written.
@@ -120,7 +126,7 @@ class Run:
             raise UserError(f"--out {str(self.folder)!r} is a file; give a folder")
         try:
             old = json.loads(self.config.read_text())
-            assert old["recipe"]
+            old["recipe"]
         except (OSError, ValueError, TypeError, KeyError):
             raise UserError(
                 f"--out {str(self.folder)!r} is not empty and not a run of leanmim; choose another folder"
@@ -138,7 +144,7 @@ class Run:
         try:
             return load(self.last) if self.last.exists() else None
         except UserError as error:
-            raise UserError(f"cannot continue: {error}. Put a good copy in its place, or --overwrite") from error
+            raise UserError(f"cannot continue: {error}; or start afresh with --overwrite") from error
 
     def prepare(self, config: Pretrain, step: int) -> None:
         """Make the folder ready to continue after ``step`` steps; 0 starts afresh."""
@@ -219,7 +225,9 @@ def initialise(model: MIM, source: str) -> str:
     if path.suffix == ".pt" and (state := load(path)):
         weights = state["model"]
         start = "encoder.backbone."
-        fit_backbone(model.encoder.backbone, {k[len(start) :]: v for k, v in weights.items() if k.startswith(start)}, source)
+        fit_backbone(
+            model.encoder.backbone, {k[len(start) :]: v for k, v in weights.items() if k.startswith(start)}, source
+        )
         own = model.state_dict()
         rest = {k: v for k, v in own.items() if not k.startswith(start)}
         same = all(k in weights and weights[k].shape == v.shape for k, v in rest.items())
@@ -229,12 +237,16 @@ def initialise(model: MIM, source: str) -> str:
     try:
         weights = timm.models.load_state_dict(os.fspath(path), use_ema=True)
     except Exception as error:  # safetensors and torch raise many kinds for damaged files
-        raise UserError(f"--init {source!r} is damaged or not a checkpoint ({type(error).__name__}: {error})") from error
+        raise UserError(
+            f"--init {source!r} is damaged or not a checkpoint ({type(error).__name__}: {error})"
+        ) from error
     fit_backbone(model.encoder.backbone, weights, source)
     return f"encoder from {source}"
 
 
-def load_backbone(run: str | Path, input_size: tuple[int, int] | None = None) -> tuple[nn.Module, Pretrain, dict[str, Any]]:
+def load_backbone(
+    run: str | Path, input_size: tuple[int, int] | None = None
+) -> tuple[nn.Module, Pretrain, dict[str, Any]]:
     """The pre-trained timm model of a run, at the size of pre-training or another.
 
     Returns:
@@ -244,6 +256,7 @@ def load_backbone(run: str | Path, input_size: tuple[int, int] | None = None) ->
     backbone = model.encoder.backbone
     if input_size is not None and input_size != config.size:
         larger = create_backbone(config.model, input_size, config.channels, **config.model_kwargs)
+        make_encoder(larger, config.masking, input_size)  # says so if the patches do not divide the size
         fit_backbone(larger, backbone.state_dict(), str(run))
         backbone = larger
     return backbone.eval(), config, state

@@ -207,9 +207,7 @@ class SwinEncoder(nn.Module):
         return 0
 
 
-def create_backbone(
-    name: str, input_size: tuple[int, int], channels: int, **kwargs: Any
-) -> nn.Module:
+def create_backbone(name: str, input_size: tuple[int, int], channels: int, **kwargs: Any) -> nn.Module:
     """A timm model without its head, built for ``input_size`` (height, width in px).
 
     Swin's window is 1/8 of its stem's grid (7 at 224 px, 6 at 192, 4 at 128) as in SimMIM and FastMIM, so that
@@ -220,7 +218,9 @@ def create_backbone(
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.4)
-        raise UserError(f"timm has no model {name!r}; nearest: {', '.join(near) or 'none'} (timm.list_models() has all)")
+        raise UserError(
+            f"timm has no model {name!r}; nearest: {', '.join(near) or 'none'} (timm.list_models() has all)"
+        )
     arguments: dict[str, Any] = dict(num_classes=0, in_chans=channels, img_size=input_size, drop_path_rate=0.0)
     if name.startswith("swin_"):
         patch = kwargs.get("patch_size", 4)
@@ -254,7 +254,9 @@ def make_encoder(backbone: nn.Module, masking: Masking, input_size: tuple[int, i
             f"--masking {masking} does not work with {family.__name__}, whose tokens are tied to the grid; "
             f"it can do: {', '.join(able)} (for example `leanmim pretrain simmim`)"
         )
-    stride = backbone.patch_embed.patch_size[0] if family is VisionTransformer else backbone.feature_info[-1]["reduction"]
+    stride = (
+        backbone.patch_embed.patch_size[0] if family is VisionTransformer else backbone.feature_info[-1]["reduction"]
+    )
     if any(size % stride for size in input_size):
         lower = tuple(max(1, size // stride) * stride for size in input_size)
         raise UserError(

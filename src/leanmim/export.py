@@ -109,7 +109,9 @@ def to_transformers(config: Pretrain, model: MIM, state: dict[str, Any]) -> dict
     demands = {
         "--masking drop": config.masking == "drop",
         "a plain ViT": block is not None,
-        "a class token and no register tokens": block is not None and vit.has_class_token and vit.num_prefix_tokens == 1,
+        "a class token and no register tokens": block is not None
+        and vit.has_class_token
+        and vit.num_prefix_tokens == 1,
         "a final norm before the pooling": block is not None and not isinstance(vit.norm, torch.nn.Identity),
         "positions for the class token": block is not None and vit.pos_embed is not None and not vit.no_embed_class,
         "a plain attention with biases": block is not None

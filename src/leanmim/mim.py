@@ -125,4 +125,6 @@ def build(config: Pretrain) -> MIM:
         for width in encoder.widths
     ]
     unit = max(1, config.mask_unit // encoder.stride)
+    units = len(mask_units(encoder.grid, unit))
+    random_mask(torch.zeros(1, units), encoder.grid, config.mask_ratio, unit)  # speaks up now, not in the first step
     return MIM(encoder, decoders, target, config.mask_ratio, unit, config.loss)

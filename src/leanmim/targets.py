@@ -26,9 +26,7 @@ class Target(Protocol):
         """The target of every patch."""
         ...
 
-    def paint(
-        self, prediction: Float[Tensor, "b n p"], images: Float[Tensor, "b c H W"]
-    ) -> Float[Tensor, "b c H W"]:
+    def paint(self, prediction: Float[Tensor, "b n p"], images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b c H W"]:
         """The prediction as an image, for people to look at."""
         ...
 
@@ -77,9 +75,7 @@ class Pixels:
         return patches
 
     @torch.no_grad()
-    def paint(
-        self, prediction: Float[Tensor, "b n p"], images: Float[Tensor, "b c H W"]
-    ) -> Float[Tensor, "b c H W"]:
+    def paint(self, prediction: Float[Tensor, "b n p"], images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b c H W"]:
         """The predicted pixels; under ``per_patch`` brought back with the true patch's own mean and deviation."""
         if self.per_patch:
             mean, std = patch_statistics(patchify(images.float(), self.patch))

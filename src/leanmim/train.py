@@ -119,7 +119,7 @@ class Log:
             self.file = open(run.metrics, "a", buffering=1)
             self.board = SummaryWriter(run.folder / "tensorboard", purge_step=step)
 
-    def write(self, step: int, **values: float) -> None:
+    def write(self, step: int, **values: int | float) -> None:
         """One line, one event for each value."""
         if self.active:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
@@ -183,7 +183,9 @@ def pretrain(config: Pretrain) -> Path:
     config.check()
     for name in ("data", "out"):
         if not getattr(config, name):
-            raise UserError(f"--{name} is needed: {'a folder of images' if name == 'data' else 'the run folder to write'}")
+            raise UserError(
+                f"--{name} is needed: {'a folder of images' if name == 'data' else 'the run folder to write'}"
+            )
     with processes(config.device) as (process, device):
         return _pretrain(config, process, device)
 
@@ -223,7 +225,9 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
     model.to(device)
     model.autocast = resolve_precision(config.precision, device)
     optimizers = [
-        torch.optim.AdamW(groups, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=device.type != "mps")
+        torch.optim.AdamW(
+            groups, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=device.type != "mps"
+        )
         for groups in parameter_groups(model)
     ]
     if state:
@@ -292,7 +296,7 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
     losses: list[Tensor] = []  # since the last line of the log, one number for each segment
     waited, since, saved, accuracy = 0.0, time.perf_counter(), time.perf_counter(), math.nan
     logged = start
-    with progress:
+    with contextlib.closing(log), progress:
         for step in range(start, steps):
             lr = learning_rate(step, steps, config.warmup * per_epoch, peak_lr)
             for optimizer in optimizers:
@@ -373,7 +377,6 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
     if first:
         if bad.seen:
             log.console.print(f"{len(bad.seen)} unreadable files were skipped; they are listed in {run.skipped}")
-        log.close()
         folder = export(Export(config.out, overwrite=True))
         picture = show(Show(config.out))
         page = report(Report((config.out,)))

@@ -1,0 +1,54 @@
+"""`make bench-gpu`: on a machine with a GPU, the GPU tests and every GPU benchmark, within 8 minutes.
+
+    python benchmarks/gpu.py --data data/cifar10
+
+Each part is a process of its own with a share of the time; what does not finish is said, the rest still counts.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+MODELS = ["vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224"]
+
+
+def main() -> None:
+    """Run the parts, say how each ended."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="data/cifar10", help="labelled folder for the ablation; left out if missing")
+    parser.add_argument("--minutes", type=float, default=8.0)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("bench-gpu: torch sees no CUDA device here")
+    parts = {
+        "tests": [sys.executable, "-m", "pytest", "-q", "-m", "gpu"],
+        "against transformers": [
+            sys.executable, str(HERE / "vs_transformers.py"), "--device", "cuda", "--precision", "bf16",
+            "--batch-size", "64", "--pairs", "15", "--models", *MODELS,
+        ],
+    }  # fmt: skip
+    if Path(arguments.data).is_dir():
+        parts["ablation"] = [
+            sys.executable, str(HERE / "ablate.py"), "--data", arguments.data, "--scale", "gpu", "--seeds", "0",
+            "--epochs", "10", "--variants", "mae", "simmim",
+        ]  # fmt: skip
+    end = time.monotonic() + 60 * arguments.minutes
+    outcome = {}
+    for name, command in parts.items():
+        left = end - time.monotonic()
+        try:
+            code = subprocess.run(command, timeout=max(1.0, left)).returncode
+            outcome[name] = "done" if code == 0 else f"failed with exit code {code}"
+        except subprocess.TimeoutExpired:
+            outcome[name] = f"did not finish in the {left:.0f} s that were left"
+    print("\n".join(f"{name}: {how}" for name, how in outcome.items()))
+    raise SystemExit(any(how != "done" for how in outcome.values()))
+
+
+if __name__ == "__main__":
+    main()

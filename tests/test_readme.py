@@ -1,0 +1,119 @@
+"""Every command and every piece of Python in the README runs."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SMALL = (
+    "--input-size 32 --model-kwargs patch_size 8 embed_dim 32 depth 2 num_heads 2 --decoder-depth 1 --decoder-width 32 "
+    "--decoder-heads 2 --epochs 1 --batch-size 4 --workers 0 --device cpu"
+)
+ARGUMENTS = "img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+def shell() -> list[str]:
+    """Command lines: those of the sh blocks and those in the text."""
+    lines = [line for block in blocks("sh") for line in block.splitlines() if line]
+    return lines + re.findall(r"`((?:leanmim|torchrun) [^`]+)`", README)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the README's user stands: a folder of photos and a labelled one."""
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(ROOT / "demo" / "photos", folder / "photos")
+    for part in ("train", "val"):
+        for name in ("cat", "sheep", "macaw"):
+            (folder / "labelled" / part / name).mkdir(parents=True)
+            shutil.copy(ROOT / "demo" / "photos" / f"{name}.jpg", folder / "labelled" / part / name)
+    return folder
+
+
+def test_the_readmes_commands_and_python_run(place: Path) -> None:
+    """In the README's own order; models shrunk, every option of the README kept."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+    bin_folder = str(Path(sys.executable).parent)
+    environment["PATH"] = bin_folder + os.pathsep + environment["PATH"]
+    ran = 0
+    for line in shell():
+        if line.startswith(("make", "pip install")):
+            continue  # tested below, and by whoever runs this
+        line = line.replace("torchrun", f"{sys.executable} -m torch.distributed.run --standalone")
+        if "pretrain" in line:
+            line = f"{line} {SMALL}"
+            if "torchrun" in line or "torch.distributed" in line:
+                line = line.replace("--out run", "--out run2")
+        done = subprocess.run(line, shell=True, cwd=place, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        ran += 1
+    assert ran >= 8
+
+    for code in blocks("python"):
+        code = code.replace('"vit_small_patch16_224", num', f'"vit_small_patch16_224", {ARGUMENTS}, num')
+        code = code.replace("num_classes=10, img_size=256,", f"num_classes=10, {ARGUMENTS},")
+        code = code.replace(
+            'replace(leanmim.MAE, data="photos", out="run")',
+            'replace(leanmim.MAE, data="photos", out="run3", model_kwargs={"depth": 1}, decoder_depth=1, input_size=(32,),'
+            " epochs=1, batch_size=4, workers=0)",
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=place, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for line in shell():
+        if line.startswith("make "):
+            assert re.search(rf"^{line.split()[1]}:", makefile, re.M), line
+    assert "make demo" in README and "make test" in README
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_every_measured_number_stands_in_a_result_file() -> None:
+    """The rows of the README's table are those of the file that it names, rounded."""
+    names = {
+        "raw pixels": "raw pixels",
+        "random initialisation": "random initialisation",
+        "SimMIM": "simmim",
+        "MAE": "mae",
+    }
+    results = (ROOT / "benchmarks" / "results" / "ablate-cifar10-cpu.md").read_text()
+    rows = {
+        cells[0]: cells
+        for line in results.splitlines()
+        if line.startswith("|")
+        for cells in [line.strip("| ").split(" | ")]
+    }
+    measured = README.split("## Measured")[1].split("## Use it")[0]
+    for shown, name in names.items():
+        row = re.search(rf"^\| {shown} \| (.*) \| (.*) \|$", measured, re.M)
+        assert row, shown
+        for value, cell in zip(row.groups(), rows[name][2:4], strict=True):
+            assert abs(float(value.split()[0]) - float(cell.split()[0])) <= 0.051, shown
+
+
+def test_photos_are_listed_with_their_licences() -> None:
+    photos = sorted((ROOT / "demo" / "photos").glob("*.jpg"))
+    assert len(photos) >= 8
+    assert sum(photo.stat().st_size for photo in photos) < 2_000_000
+    rows = [
+        line for line in (ROOT / "demo" / "photos" / "SOURCES.md").read_text().splitlines() if line.startswith("| ")
+    ]
+    for photo in photos:
+        (row,) = [row for row in rows if row.startswith(f"| {photo.name} |")]
+        assert re.search(r"CC0|[Pp]ublic domain", row)
