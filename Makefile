@@ -15,7 +15,6 @@ test: $(VENV)/.dev
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

@@ -141,13 +141,13 @@ def test_every_kind_of_option_arrives(captured: list[Any]) -> None:
 def test_hyphens_and_underscores_are_both_accepted(captured: list[Any]) -> None:
     for options in (["--batch-size", "7", "--input-size", "64"], ["--batch_size", "7", "--input_size", "64"]):
         main(["pretrain", "mae", "--data", "d", "--out", "o", *options])
-        main(["knn", "--run", "r", "--data", "d", *options])
+        main(["knn", "r", "--data", "d", *options])
     assert captured[:2] == captured[2:]
     assert captured[1] == Knn("r", "d", batch_size=7, input_size=(64,))
 
 
 def test_options_of_the_probe(captured: list[Any]) -> None:
-    main(["probe", "--run", "r", "--data", "d", "--solver", "fast", "--c", "0.5", "--baselines"])
+    main(["probe", "r", "--data", "d", "--solver", "fast", "--c", "0.5", "--baselines"])
     assert captured == [Probe("r", "d", solver="fast", c=0.5, baselines=True)]
 
 
@@ -202,7 +202,8 @@ def test_help_of_a_command_names_and_explains_every_field(
     assert not err
     kind = COMMANDS[line[0]].config
     for name, text in docstrings(kind).items():
-        assert re.search(rf"--(no-)?{name.replace('_', '-')}\b", out), name
+        positional = name in ("run", "runs")
+        assert positional or re.search(rf"--(no-)?{name.replace('_', '-')}\b", out), name
         assert words(text) in words(out), name
     assert out.count("(default:") >= len(fields(kind)) - out.count("(required)") - 1  # an empty default may go unsaid
 
@@ -264,8 +265,8 @@ def test_no_command(refused: Refused) -> None:
         ("pretrain mae --data d --out o --epoch-count 3", ["--epoch-count", "--help"]),
         ("pretrain mae --data d --out o --masking blocks", ["--masking", "blocks", "drop", "token"]),
         ("pretrain mae --data d --out o --model-kwargs depth", ["--model-kwargs", "pairs"]),
-        ("knn --run r", ["--data", "Labelled folder"]),
-        ("report", ["--runs"]),
+        ("knn r", ["--data", "Labelled folder"]),
+        ("show", ["Run folder"]),
     ],
 )
 def test_what_cannot_be_parsed(line: str, named: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -436,16 +437,14 @@ def test_a_damaged_checkpoint_is_not_read(how: str, tiny: Pretrain, tmp_path: Pa
     damage(Run(folder).last, how)
     before = contents(folder)
     for line in (["knn", "--data", str(data)], ["probe", "--data", str(data)], ["show"], ["export"]):
-        message = refused([*line, "--run", str(folder)])
+        message = refused([line[0], str(folder), *line[1:]])
         assert str(folder) in message
         assert WRONGS.get(how, "no checkpoint yet; let `leanmim pretrain` run on") in message
     assert contents(folder) == before
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty"])
-@pytest.mark.parametrize(
-    "line", ["knn --data empty --run", "probe --data empty --run", "show --run", "export --run", "report --runs"]
-)
+@pytest.mark.parametrize("line", ["knn --data empty", "probe --data empty", "show", "export", "report"])
 def test_not_a_run_folder(line: str, name: str, clutter: Path, refused: Refused) -> None:
     before = contents(clutter)
     message = refused([*line.split(), name])
@@ -483,7 +482,8 @@ def test_bad_input_to_the_commands_that_read_a_run(
     shutil.copytree(clutter / "labelled", clutter / "damaged")
     (clutter / "damaged/train/red/0.png").write_bytes(b"no picture")
     before = contents(clutter)
-    message = refused([*line.split(), "--run", str(run)])
+    first, *rest = line.split()
+    message = refused([first, str(run), *rest])
     assert all(word in message for word in named), message
     assert contents(clutter) == before
 
@@ -493,7 +493,7 @@ def test_bad_input_to_the_commands_that_read_a_run(
 
 def test_from_photos_to_report(tiny: Pretrain, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, data = Path(tiny.out), labelled(tmp_path / "labelled")
-    here = ["--run", str(run)]
+    here = [str(run)]
     there = [*here, "--data", str(data), "--device", "cpu", "--workers", "0"]
 
     def say(*arguments: str) -> list[str]:
@@ -530,7 +530,7 @@ def test_from_photos_to_report(tiny: Pretrain, tmp_path: Path, capsys: pytest.Ca
     out = tmp_path / "exported"
     assert say("export", *here, "--out", str(out)) == [str(out)]
     assert {path.name for path in out.iterdir()} == {"model.safetensors", "config.json"}
-    assert say("report", "--runs", str(run)) == [str(run / "report.html")]
+    assert say("report", str(run)) == [str(run / "report.html")]
     page = (run / "report.html").read_text()
     assert "100.0" in page  # of the pixels
 
@@ -589,7 +589,7 @@ def test_too_many_broken_files_end_the_run(spoilt: Pretrain, capsys: pytest.Capt
     assert {name for name, _ in skipped(spoilt)} <= {"cut.jpg", "letter.jpg"}
 
 
-@pytest.mark.parametrize(("name", "continues"), [("pretrain mae --out o", True), ("knn --run r", False)])
+@pytest.mark.parametrize(("name", "continues"), [("pretrain mae --out o", True), ("knn r", False)])
 def test_an_interrupt(
     name: str, continues: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -95,12 +95,13 @@ def test_the_readmes_swin_goes_to_another_size(tiny: Pretrain) -> None:
     assert large(torch.randn(1, 3, 224, 224)).shape == (1, 192)
 
 
-def test_an_export_is_not_overwritten_unasked(tiny: Pretrain) -> None:
-    run = fake_run(tiny)
-    folder = export(Export(run.out))
+def test_an_export_elsewhere_is_not_overwritten_unasked(tiny: Pretrain, tmp_path: Path) -> None:
+    run, out = fake_run(tiny), str(tmp_path / "shared")
+    folder = export(Export(run.out, out=out))
     with pytest.raises(UserError, match="--overwrite"):
-        export(Export(run.out))
-    assert export(Export(run.out, overwrite=True)) == folder
+        export(Export(run.out, out=out))
+    assert export(Export(run.out, out=out, overwrite=True)) == folder
+    assert export(Export(run.out)) == export(Export(run.out))  # the run's own copy may be renewed
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_the_readmes_commands_and_python_run(place: Path) -> None:
 
     for code in blocks("python"):
         code = code.replace('"vit_small_patch16_224", num', f'"vit_small_patch16_224", {ARGUMENTS}, num')
-        code = code.replace("num_classes=10, img_size=256,", f"num_classes=10, {ARGUMENTS},")
+        code = code.replace("img_size=256,", f"{ARGUMENTS},")
         code = code.replace(
             'replace(leanmim.MAE, data="photos", out="run")',
             'replace(leanmim.MAE, data="photos", out="run3", model_kwargs={"depth": 1}, decoder_depth=1, input_size=(32,),'

@@ -4,6 +4,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from tyro.conf import Positional
+
 from leanmim.errors import UserError
 
 Number = int | float | bool | str
@@ -181,7 +183,7 @@ class Pretrain:
 class Knn:
     """Weighted k-nearest-neighbour accuracy of a run's encoder on a labelled folder."""
 
-    run: str
+    run: Positional[str]
     """Run folder of `leanmim pretrain`."""
     data: str
     """Labelled folder with train/CLASS and val/CLASS."""
@@ -244,7 +246,7 @@ class Probe(Knn):
 class Show:
     """Draw original, masked image and reconstruction side by side."""
 
-    run: str
+    run: Positional[str]
     """Run folder of `leanmim pretrain`."""
     images: tuple[str, ...] = ()
     """Image files or folders; empty takes the run's own data."""
@@ -260,21 +262,21 @@ class Show:
 class Export:
     """Write a run's encoder for other libraries."""
 
-    run: str
+    run: Positional[str]
     """Run folder of `leanmim pretrain`."""
     format: Literal["timm", "transformers"] = "timm"
     """timm: the backbone. transformers: ViTMAEForPreTraining, decoder included (MAE only)."""
     out: str | None = None
     """Folder to write; None is export/FORMAT in the run folder."""
     overwrite: bool = False
-    """Replace files that are already there."""
+    """Replace files that are already in --out."""
 
 
 @dataclass(frozen=True)
 class Report:
     """One self-contained HTML page about one or several runs."""
 
-    runs: tuple[str, ...]
+    runs: Positional[tuple[str, ...]]
     """Run folders of `leanmim pretrain`."""
     out: str | None = None
     """Page to write; None is report.html in the first run folder."""

@@ -30,7 +30,7 @@ def export(config: Export) -> Path:
     """
     trained, model, state = restore(config.run)
     folder = Path(config.out) if config.out else Path(config.run) / "export" / config.format
-    if not config.overwrite and folder.is_dir() and any(folder.iterdir()):
+    if config.out and not config.overwrite and folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{str(folder)!r} is not empty; choose another --out, or --overwrite")
     if folder.is_file():
         raise UserError(f"{str(folder)!r} is a file; --out takes a folder")

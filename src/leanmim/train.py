@@ -116,7 +116,7 @@ class Log:
         self.active = active
         self.console = Console(quiet=not active, highlight=False, soft_wrap=True)
         if active:
-            self.file = open(run.metrics, "a", buffering=1)
+            self.file = open(run.metrics, "a", buffering=1)  # noqa: SIM115 closed with the log
             self.board = SummaryWriter(run.folder / "tensorboard", purge_step=step)
 
     def write(self, step: int, **values: int | float) -> None:
