@@ -320,6 +320,7 @@ BAD = [
     bad("--crop-scale 0.9 0.2", "low <= high <= 1", crop_scale=(0.9, 0.2)),
     bad("--mean has 2 numbers for 3 channels", "one for each", mean=(0.5, 0.5), std=(0.2, 0.2)),
     bad("--mean and --std together", mean=(0.5, 0.5, 0.5)),
+    bad("--mean", "finite", mean=(0.5, float("nan"), 0.5), std=(0.2, 0.2, 0.2)),
     bad("--std", "positive", mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.0)),
     bad("'nowhere'", "--init", init="nowhere"),
     bad("'texts/a.jpg.pt'", "damaged or not a checkpoint", init="texts/a.jpg.pt"),

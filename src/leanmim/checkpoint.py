@@ -15,10 +15,9 @@ from typing import Any
 
 import timm.models
 import torch
-from torch import nn
 
 from leanmim.config import Pretrain
-from leanmim.encoders import create_backbone, make_encoder
+from leanmim.encoders import Backbone, create_backbone, make_encoder
 from leanmim.errors import UserError
 from leanmim.mim import MIM, build
 
@@ -178,7 +177,7 @@ def restore(run: str | Path) -> tuple[Pretrain, MIM, dict[str, Any]]:
     return config, model, state
 
 
-def fit_backbone(backbone: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+def fit_backbone(backbone: Backbone, state: dict[str, torch.Tensor], source: str) -> None:
     """Load encoder weights, with timm resizing positions and window tables to the backbone's input size.
 
     Raises:
@@ -246,7 +245,7 @@ def initialise(model: MIM, source: str) -> str:
 
 def load_backbone(
     run: str | Path, input_size: tuple[int, int] | None = None
-) -> tuple[nn.Module, Pretrain, dict[str, Any]]:
+) -> tuple[Backbone, Pretrain, dict[str, Any]]:
     """The pre-trained timm model of a run, at the size of pre-training or another.
 
     Returns:

@@ -138,7 +138,8 @@ class Pretrain:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Pretrain":
         """The inverse of `to_json`."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fields)
 
     def check(self) -> None:
         """Raise UserError for a value that cannot be."""
@@ -169,8 +170,10 @@ class Pretrain:
                 raise UserError(f"--{name} has {len(value)} numbers for {self.channels} channels; give one for each")
         if (self.mean is None) != (self.std is None):
             raise UserError("give --mean and --std together, or neither")
-        if self.std is not None and min(self.std) <= 0:
-            raise UserError(f"--std {self.std} must be positive")
+        if not all(map(math.isfinite, self.mean or ())):
+            raise UserError(f"--mean {self.mean} must be finite")
+        if not all(0 < value < math.inf for value in self.std or ()):
+            raise UserError(f"--std {self.std} must be positive and finite")
         for name in ("crop_scale", "crop_ratio"):
             low, high = getattr(self, name)
             share = name == "crop_scale"

@@ -88,6 +88,5 @@ class Decoder(nn.Module):
 
         prefix = torch.arange(grid.n, places, device=x.device).expand(b, -1)
         x = take(x, torch.cat([split.visible, split.kept, prefix], dim=1))
-        x = self.norm(self.layers(x))
         v, k = split.visible.shape[1], split.kept.shape[1]
-        return split.kept, self.head(x[:, v : v + k])
+        return split.kept, self.head(self.norm(self.layers(x)[:, v : v + k]))

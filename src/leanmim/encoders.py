@@ -26,13 +26,14 @@ from leanmim.errors import UserError
 from leanmim.masking import Grid, Mask, take
 
 Masking = Literal["drop", "token"]
+Backbone = Any  # a timm model: an nn.Module whose attributes differ from family to family
 
 
 @runtime_checkable
 class Encoder(Protocol):
     """A backbone cut into segments, and the way a mask reaches it."""
 
-    backbone: nn.Module
+    backbone: Backbone
     stride: int
     grid: Grid
     widths: tuple[int, ...]  # one per segment
@@ -83,7 +84,7 @@ class ViTEncoder(nn.Module):
         segments: cut the blocks into this many equal runs.
     """
 
-    def __init__(self, backbone: VisionTransformer, masking: Masking, segments: int = 1) -> None:
+    def __init__(self, backbone: Backbone, masking: Masking, segments: int = 1) -> None:
         super().__init__()
         self.backbone = backbone
         self.prefix = backbone.num_prefix_tokens
@@ -128,7 +129,7 @@ class ViTEncoder(nn.Module):
         x = x + positions[:, split:]
         if not self.full_grid:
             x = take(x, mask.visible)
-        tokens = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
+        tokens: list[Tensor] = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
         if tokens:
             prefix = torch.cat(tokens, dim=1)
             prefix = prefix + positions[:, :split] if split else prefix
@@ -172,14 +173,14 @@ class SwinEncoder(nn.Module):
     full_grid = True
     prefix = 0
 
-    def __init__(self, backbone: SwinTransformer) -> None:
+    def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone = backbone
         self.stride = backbone.feature_info[-1]["reduction"]
         stem = Grid(*backbone.patch_embed.grid_size)
         self.zoom = self.stride // backbone.patch_embed.patch_size[0]  # stem tokens along a patch's side
         self.grid = Grid(stem.height // self.zoom, stem.width // self.zoom)
-        self.widths = (backbone.num_features,)
+        self.widths: tuple[int, ...] = (backbone.num_features,)
         self.mask_token = nn.Parameter(torch.zeros(backbone.embed_dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
@@ -207,7 +208,7 @@ class SwinEncoder(nn.Module):
         return 0
 
 
-def create_backbone(name: str, input_size: tuple[int, int], channels: int, **kwargs: Any) -> nn.Module:
+def create_backbone(name: str, input_size: tuple[int, int], channels: int, **kwargs: Any) -> Backbone:
     """A timm model without its head, built for ``input_size`` (height, width in px).
 
     Swin's window is 1/8 of its stem's grid (7 at 224 px, 6 at 192, 4 at 128) as in SimMIM and FastMIM, so that
@@ -236,7 +237,7 @@ def create_backbone(name: str, input_size: tuple[int, int], channels: int, **kwa
         raise UserError(f"timm's {name} cannot be built at input size {input_size} with {kwargs}: {error}") from error
 
 
-def make_encoder(backbone: nn.Module, masking: Masking, input_size: tuple[int, int], segments: int = 1) -> Encoder:
+def make_encoder(backbone: Backbone, masking: Masking, input_size: tuple[int, int], segments: int = 1) -> Encoder:
     """The encoder for a backbone and a masking.
 
     Raises:

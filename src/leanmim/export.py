@@ -4,6 +4,7 @@ timm: ``model.safetensors`` with the backbone's own keys, and timm's ``config.js
 transformers: a folder for ViTMAEForPreTraining, encoder and decoder.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def export(config: Export) -> Path:
     for name, content in files.items():
         if name.endswith(".safetensors"):
             tensors = {key: value.detach().contiguous().clone() for key, value in content.items()}
-            write_atomically(folder / name, lambda file, t=tensors: save_file(t, file, metadata={"format": "pt"}))
+            write_atomically(folder / name, partial(save_file, tensors, metadata={"format": "pt"}))
         else:
             write_json(folder / name, content)
     return folder
@@ -103,7 +104,7 @@ def to_transformers(config: Pretrain, model: MIM, state: dict[str, Any]) -> dict
     Raises:
         UserError: the run is not a MAE of a plain ViT as ViTMAE knows it.
     """
-    encoder, decoder = model.encoder, model.decoders[0]
+    encoder = model.encoder
     vit = encoder.backbone
     block = vit.blocks[0] if isinstance(encoder, ViTEncoder) else None
     demands = {
@@ -147,7 +148,7 @@ def to_transformers(config: Pretrain, model: MIM, state: dict[str, Any]) -> dict
         "decoder_num_attention_heads": config.decoder_heads,
         "decoder_hidden_size": config.decoder_width,
         "decoder_num_hidden_layers": config.decoder_depth,
-        "decoder_intermediate_size": decoder.layers[0].mlp.fc1.out_features,
+        "decoder_intermediate_size": 4 * config.decoder_width,
         "mask_ratio": config.mask_ratio,
         "norm_pix_loss": config.target == "pixels",
         "torch_dtype": "float32",
@@ -172,7 +173,8 @@ def to_transformers(config: Pretrain, model: MIM, state: dict[str, Any]) -> dict
 
 def vit_mae_state(model: MIM) -> dict[str, Tensor]:
     """The weights under ViTMAE's key names, query, key and value split."""
-    vit, decoder = model.encoder.backbone, model.decoders[0]
+    vit = model.encoder.backbone
+    decoder: Any = model.decoders[0]
     state = {
         "vit.embeddings.cls_token": vit.cls_token,
         "vit.embeddings.position_embeddings": vit.pos_embed,

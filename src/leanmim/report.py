@@ -141,9 +141,11 @@ def load(folder: Path, name: str, colour: str) -> Loaded:
             "or leave the run out"
         ) from error
     environment, picture = folder / "environment.json", folder / "reconstructions.png"
+    metrics, evaluations, skipped = (
+        parse(read(path).splitlines()) for path in (run.metrics, run.evaluations, run.skipped)
+    )
     return Loaded(
-        name, colour, config, (parse([read(environment)]) or [{}])[0],
-        *(parse(read(path).splitlines()) for path in (run.metrics, run.evaluations, run.skipped)),
+        name, colour, config, (parse([read(environment)]) or [{}])[0], metrics, evaluations, skipped,
         picture.read_bytes() if picture.is_file() else b"",
     )  # fmt: skip
 

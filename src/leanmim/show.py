@@ -69,7 +69,8 @@ def show(config: Show) -> Path:
     if config.count < 1:
         raise UserError(f"--count {config.count} must be at least 1")
     transform = centre_crop(trained.size)
-    tensors, names = [], []
+    tensors: list[Tensor] = []
+    names: list[str] = []
     for file in choose_files(config.images, trained.data, config.count):
         if len(tensors) == config.count:
             break

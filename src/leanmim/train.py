@@ -31,6 +31,7 @@ from leanmim.data import (
     IMAGENET,
     Bad,
     Crops,
+    Labelled,
     Normalise,
     Order,
     centre_crop,
@@ -205,7 +206,7 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
             f"than the {len(files)} in {config.data!r}; choose --batch-size {max(1, len(files) // config.accum // world)} "
             "or smaller"
         )
-    knn_sets = config.knn_data and labelled_pair(config.knn_data, config.channels, centre_crop(config.size))
+    knn_sets = labelled_pair(config.knn_data, config.channels, centre_crop(config.size)) if config.knn_data else None
     torch.manual_seed(config.seed)
     model = build(config)
     origin = initialise(model, config.init) if config.init and state is None else ""
@@ -243,7 +244,10 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
     barrier(world)
     log = Log(run, start, first)
     bad = BadFiles(run, len(files), config.max_bad_share, first)
-    count = sum(p.numel() for p in model.encoder.parameters()), sum(p.numel() for p in model.decoders.parameters())
+    count = (
+        sum(p.numel() for p in model.encoder.backbone.parameters()),
+        sum(p.numel() for p in model.decoders.parameters()),
+    )
     log.console.print(
         f"{config.recipe}: {config.model}, {count[0] / 1e6:.1f} M parameters, decoder {count[1] / 1e6:.1f} M, "
         f"{config.size[0]} x {config.size[1]} px, {'bf16' if model.autocast else 'fp32'} on {device}\n"
@@ -258,7 +262,7 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
         model.encoder.segment = torch.compile(model.encoder.segment)  # type: ignore[method-assign]
         for decoder in model.decoders:
             decoder.compile()
-    trainer: nn.Module = model
+    trainer: Any = model
     if world > 1:
         trainer = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
@@ -277,11 +281,14 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
         )  # fmt: skip
         save(run.last, state)
 
-    def online_knn() -> float:
+    def online_knn(train: Labelled, val: Labelled) -> float:
         model.eval()
         embed = embedding(model.encoder.backbone, "avg")
         workers = resolve_workers(config.workers)
-        accuracy = knn_accuracy(*(extract(embed, part, normalise, config.batch_size, workers) for part in knn_sets))
+        accuracy = knn_accuracy(
+            extract(embed, train, normalise, config.batch_size, workers),
+            extract(embed, val, normalise, config.batch_size, workers),
+        )
         model.train()
         return accuracy
 
@@ -366,7 +373,7 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
                 bad.merge(world)
                 if knn_sets and (done // per_epoch % config.knn_every == 0 or done == steps):
                     if first:
-                        accuracy = online_knn()
+                        accuracy = online_knn(*knn_sets)
                         log.write(done, knn=accuracy)
                     barrier(world)
                     since = time.perf_counter()

@@ -18,6 +18,7 @@ from leanmim.checkpoint import Run, load_backbone
 from leanmim.config import Knn, Pretrain
 from leanmim.data import Labelled, Normalise, centre_crop, labelled_pair, loader, resolve_workers
 from leanmim.device import resolve_device
+from leanmim.encoders import Backbone
 from leanmim.errors import UserError
 from leanmim.mim import build
 
@@ -31,7 +32,7 @@ class Features(NamedTuple):
     y: Int[Tensor, "b"]
 
 
-def embedding(backbone: nn.Module, pool: str) -> Embed:
+def embedding(backbone: Backbone, pool: str) -> Embed:
     """The function from normalised images to features.
 
     Args:

@@ -32,8 +32,8 @@ def knn_accuracy(train: Features, val: Features, k: int = 20, temperature: float
 def knn(config: Knn) -> Iterator[tuple[str, float]]:
     """The accuracy of the run's encoder, and of the baselines where asked for."""
     for subject in subjects(config):
-        sets = [
+        train, val = (
             extract(subject.embed, data, subject.normalise, config.batch_size, subject.workers)
             for data in (subject.train, subject.val)
-        ]
-        yield record(config, "knn", subject.name, knn_accuracy(*sets, config.k, config.temperature))
+        )
+        yield record(config, "knn", subject.name, knn_accuracy(train, val, config.k, config.temperature))

@@ -7,7 +7,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from timm.optim import Lars
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
@@ -54,8 +54,9 @@ def lars_probe(subject: Subject, config: Probe) -> float:
     feed = iter(loader(augmented, passes(), subject.workers, device, default_collate))
     head: nn.Module | None = None
     for step in range(steps):
-        xs, ys = [], []
-        while sum(map(len, ys)) < batch:
+        xs: list[Tensor] = []
+        ys: list[Tensor] = []
+        while sum(len(y) for y in ys) < batch:
             images, labels = next(feed)
             with torch.inference_mode():
                 xs.append(subject.embed(subject.normalise(images)).float())
@@ -88,9 +89,9 @@ def probe(config: Probe) -> Iterator[tuple[str, float]]:
         if config.solver == "lars":
             accuracy = lars_probe(subject, config)
         else:
-            sets = [
+            train, val = (
                 extract(subject.embed, data, subject.normalise, config.batch_size, subject.workers)
                 for data in (subject.train, subject.val)
-            ]
-            accuracy = fast_probe(*sets, config.c)
+            )
+            accuracy = fast_probe(train, val, config.c)
         yield record(config, "probe", subject.name, accuracy)
