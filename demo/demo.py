@@ -16,7 +16,7 @@ import leanmim
 from leanmim.export import timm_lines
 
 PHOTOS = Path(__file__).parent / "photos"
-TILE = 64  # px
+TILE = 32  # px
 
 
 def cut_tiles(folder: Path) -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     """Cut, pre-train, evaluate, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="runs/demo", help="run folder")
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=40)
     out = Path(parser.parse_args().out)
     tiles = out.with_name(out.name + "-tiles")
     cut_tiles(tiles)
@@ -46,14 +46,16 @@ def main() -> None:
         data=str(tiles / "train"),
         out=str(out),
         model="vit_tiny_patch16_224",
-        model_kwargs={"patch_size": 8, "embed_dim": 96, "num_heads": 3, "depth": 6},
+        model_kwargs={"patch_size": 4, "embed_dim": 96, "num_heads": 3, "depth": 6},
         input_size=(TILE,),
+        target="raw-pixels",  # colour says much about a photo; patches normalised one by one lose it
+        statistics="data",
         decoder_depth=1,
         decoder_width=64,
         decoder_heads=4,
         epochs=parser.parse_args().epochs,
         batch_size=64,
-        blr=2e-3,
+        blr=4e-3,
         knn_data=str(tiles),
         knn_every=20,
         overwrite=True,

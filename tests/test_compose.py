@@ -9,7 +9,7 @@ import torch
 from leanmim.config import Pretrain
 from leanmim.mim import build
 from leanmim.recipes import RECIPES
-from leanmim.train import parameter_groups
+from leanmim.step import parameter_groups
 
 BACKBONES = {
     "vit": ("vit_tiny_patch16_224", {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}),

@@ -20,7 +20,8 @@ from leanmim.data import IMAGENET, Crops, Normalise, collate, epoch_order, list_
 from leanmim.errors import UserError
 from leanmim.mim import build
 from leanmim.schedule import learning_rate
-from leanmim.train import parameter_groups, pretrain
+from leanmim.step import parameter_groups
+from leanmim.train import pretrain
 
 
 def options(config: Pretrain) -> list[str]:

@@ -23,7 +23,7 @@ from leanmim.mim import MIM, build
 
 FORMAT = "leanmim-1"
 # What may differ when a run is continued: none of it changes a weight.
-FREE = {"out", "workers", "overwrite", "checkpoint_minutes"}
+FREE = {"out", "workers", "overwrite", "checkpoint_minutes", "memory", "effective_batch"}
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -93,6 +93,11 @@ class Run:
         return self.folder / "evaluations.jsonl"
 
     @property
+    def cost(self) -> Path:
+        """Predicted cost, and at the end what was measured."""
+        return self.folder / "cost.json"
+
+    @property
     def skipped(self) -> Path:
         """The unreadable files, one JSON object a line."""
         return self.folder / "skipped.jsonl"
@@ -112,6 +117,14 @@ class Run:
             return Pretrain.from_json(state["config"]), state
         except TypeError as error:
             raise UserError(f"{str(self.folder)!r} was written by another version of leanmim: {error}") from error
+
+    def batch(self) -> tuple[int, int] | None:
+        """Batch size and accumulation of the run that the folder holds, if it holds one."""
+        try:
+            old = json.loads(self.config.read_text())
+            return int(old["batch_size"]), int(old["accum"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return None  # `to_resume` says what is wrong with the folder
 
     def to_resume(self, config: Pretrain) -> dict[str, Any] | None:
         """The checkpoint to continue from, or None to start afresh. Nothing is written.
@@ -150,7 +163,7 @@ class Run:
         if step == 0:  # of an earlier run only what leanmim wrote is removed
             for name in ("checkpoints", "tensorboard", "export"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
-            for name in ("environment.json", "reconstructions.png", "report.html"):
+            for name in ("environment.json", "cost.json", "reconstructions.png", "report.html"):
                 (self.folder / name).unlink(missing_ok=True)
             for path in (self.metrics, self.evaluations, self.skipped):
                 path.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import tyro
 
 from leanmim import __version__
-from leanmim.config import Export, Knn, Pretrain, Probe, Report, Show
+from leanmim.config import Cost, Export, Knn, Plan, Pretrain, Probe, Report, Show
 from leanmim.errors import UserError
 from leanmim.recipes import RECIPES
 
@@ -37,6 +37,8 @@ DESCRIPTIONS = {
 }
 COMMANDS = {
     "pretrain": Command("pre-train a backbone on a folder of images", Pretrain, "train.pretrain"),
+    "cost": Command("what a training step of a recipe costs, counted beforehand", Cost, "cost.cost"),
+    "plan": Command("what fits the memory, how long it takes, the command to run", Plan, "plan.plan"),
     "knn": Command("k-nearest-neighbour accuracy of a run on labelled images", Knn, "evaluate.knn.knn"),
     "probe": Command("linear-probe accuracy of a run on labelled images", Probe, "evaluate.probe.probe"),
     "show": Command("draw original, masked image, reconstruction", Show, "show.show"),

@@ -1,6 +1,7 @@
 """One frozen dataclass per command. A field's docstring is its help on the command line."""
 
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -26,6 +27,20 @@ def check_size(size: tuple[int, ...]) -> None:
         raise UserError(f"--input-size takes one number or two (height width), not {len(size)}")
     if min(size) < 1:
         raise UserError(f"--input-size {' '.join(map(str, size))} must be positive")
+
+
+def parse_bytes(text: str) -> int | None:
+    """Bytes of "8GiB", "500 MB" or a plain number; None of "auto".
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if text == "auto":
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise UserError(f"--memory {text!r} is not a size; give one as 8GiB, 500MB, or auto")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2].lower() or " "))
 
 
 @dataclass(frozen=True)
@@ -69,10 +84,15 @@ class Pretrain:
 
     epochs: int = 800
     """Passes over the data."""
-    batch_size: int = 256
-    """Images per process and forward pass. The effective batch is batch_size x accum x processes."""
+    batch_size: int | Literal["auto"] = 256
+    """Images per process and forward pass. The effective batch is batch_size x accum x processes. auto takes the
+    largest that fits --memory by prediction, and accumulates up to --effective-batch."""
     accum: int = 1
     """Forward passes whose gradients are averaged into one step."""
+    effective_batch: int = 256
+    """With --batch-size auto: images per step, over all processes."""
+    memory: str = "auto"
+    """With --batch-size auto: memory to stay within, for example 8GiB; auto is what the device has free."""
     blr: float = 1.5e-4
     """Base learning rate: lr = blr x effective batch / 256."""
     warmup_epochs: float | None = None
@@ -146,12 +166,18 @@ class Pretrain:
         check_size(self.input_size)
         check_ranges(
             self,
-            ("mask_ratio", 0, 1), ("epochs", 1, None), ("batch_size", 1, None), ("accum", 1, None),
+            ("mask_ratio", 0, 1), ("epochs", 1, None), ("accum", 1, None), ("effective_batch", 1, None),
             ("decoder_depth", 0, None), ("decoder_width", 4, None), ("decoder_heads", 1, None),
             ("mask_unit", 0, None), ("workers", -1, None), ("flip", 0, 1),
             ("max_bad_share", 0, 1), ("knn_every", 1, None), ("log_every", 1, None), ("seed", 0, None),
             ("blr", 0, None), ("weight_decay", 0, None), ("clip_grad", 0, None), ("checkpoint_minutes", 0, None),
         )  # fmt: skip
+        if self.batch_size == "auto":
+            parse_bytes(self.memory)
+            if self.accum != 1:
+                raise UserError("--batch-size auto chooses --accum itself; leave --accum out, set --effective-batch")
+        else:
+            check_ranges(self, ("batch_size", 1, None))
         if not 0 <= self.warmup <= self.epochs:
             raise UserError(f"--warmup-epochs {self.warmup_epochs} is not between 0 and the {self.epochs} epochs")
         if self.decoder_depth == 0 and self.masking == "drop":
@@ -283,3 +309,87 @@ class Report:
     """Run folders of `leanmim pretrain`."""
     out: str | None = None
     """Page to write; None is report.html in the first run folder."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one training step of a recipe costs: FLOPs, parameters, memory. Counted, without running it."""
+
+    recipes: Positional[tuple[str, ...]] = ()
+    """Recipes; the first is what the others are compared with. None is all."""
+    model: str = "vit_base_patch16_224"
+    """timm model name."""
+    model_kwargs: dict[str, Number] = field(default_factory=dict)
+    """Further arguments for timm.create_model, as pairs: --model-kwargs patch_size 4 depth 8."""
+    input_size: tuple[int, ...] = ()
+    """Pixels: one number or height and width; empty is each recipe's own."""
+    channels: Literal[1, 3] = 3
+    """Image channels."""
+    batch_size: int = 256
+    """Images of one forward pass."""
+    accum: int = 1
+    """Forward passes whose gradients are averaged into one step."""
+    masking: Literal["drop", "token"] | None = None
+    """As in pretrain; None is each recipe's own."""
+    mask_ratio: float | None = None
+    """As in pretrain; None is each recipe's own."""
+    decoder_depth: int | None = None
+    """As in pretrain; None is each recipe's own."""
+    decoder_width: int | None = None
+    """As in pretrain; None is each recipe's own."""
+    decoder_heads: int | None = None
+    """As in pretrain; None is each recipe's own."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the forward pass; auto is bf16 on cuda, fp32 on cpu."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Count as on this device; it need not be there. auto is cuda if there is one."""
+    json: bool = False
+    """Print JSON, a list with one object for each recipe, instead of a table."""
+
+    def check(self) -> None:
+        """Raise UserError for a value that cannot be."""
+        check_size(self.input_size or (1,))
+        check_ranges(self, ("batch_size", 1, None), ("accum", 1, None))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which recipes fit the memory, at which batch, how long they take on this machine, and the commands."""
+
+    data: str
+    """Folder of images."""
+    recipes: Positional[tuple[str, ...]] = ()
+    """Recipes to look at; none is all."""
+    model: str = "vit_small_patch16_224"
+    """timm model name."""
+    model_kwargs: dict[str, Number] = field(default_factory=dict)
+    """Further arguments for timm.create_model, as pairs: --model-kwargs patch_size 4 depth 8."""
+    input_size: tuple[int, ...] = ()
+    """Pixels: one number or height and width; empty is each recipe's own."""
+    channels: Literal[1, 3] = 3
+    """Image channels."""
+    memory: str = "auto"
+    """Memory to stay within, for example 8GiB; auto is what the device has free."""
+    hours: float | None = None
+    """Time there is; the plan says how many epochs fit into it."""
+    epochs: int | None = None
+    """Passes over the data; None is each recipe's own."""
+    effective_batch: int = 256
+    """Images per step, over several forward passes where they do not fit at once."""
+    images_per_second: float | None = None
+    """Throughput of the first recipe; the others' follow from their FLOPs. None measures a few real steps of each."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the forward pass; auto is bf16 on GPUs that have it, fp32 elsewhere."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where training would run; auto takes the GPU if there is one."""
+    workers: int = -1
+    """Processes that read images; -1 is the CPU count less one, 8 at most."""
+
+    def check(self) -> None:
+        """Raise UserError for a value that cannot be."""
+        check_size(self.input_size or (1,))
+        parse_bytes(self.memory)
+        check_ranges(self, ("effective_batch", 1, None), ("workers", -1, None))
+        for name in ("hours", "epochs", "images_per_second"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be above 0")

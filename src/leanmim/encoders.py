@@ -182,7 +182,7 @@ class SwinEncoder(nn.Module):
         self.grid = Grid(stem.height // self.zoom, stem.width // self.zoom)
         self.widths: tuple[int, ...] = (backbone.num_features,)
         self.mask_token = nn.Parameter(torch.zeros(backbone.embed_dim))
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
 
     def embed(self, images: Float[Tensor, "b c H W"], mask: Mask) -> Float[Tensor, "b h w d"]:
         """Stem tokens, those under a masked patch replaced."""

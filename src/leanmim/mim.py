@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from leanmim.config import Pretrain
 from leanmim.decoder import Decoder
-from leanmim.encoders import Encoder, create_backbone, make_encoder
+from leanmim.encoders import Backbone, Encoder, create_backbone, make_encoder
 from leanmim.errors import UserError
 from leanmim.masking import Mask, keep_all, mask_units, random_mask, take
 from leanmim.targets import Pixels, Target
@@ -97,14 +97,19 @@ class MIM(nn.Module):
         return int(rest.split(".")[0]) if part == "decoders" else self.encoder.owner(rest)
 
 
-def build(config: Pretrain) -> MIM:
+def build(config: Pretrain, backbone: Backbone | None = None) -> MIM:
     """The model of a recipe, freshly initialised from torch's global generator.
+
+    Args:
+        config: the recipe.
+        backbone: a timm model for the configuration's input size; None creates it by its name.
 
     Raises:
         UserError: the model is unknown, or model, masking, input size and mask unit do not go together.
     """
     config.check()
-    backbone = create_backbone(config.model, config.size, config.channels, **config.model_kwargs)
+    if backbone is None:
+        backbone = create_backbone(config.model, config.size, config.channels, **config.model_kwargs)
     encoder = make_encoder(backbone, config.masking, config.size)
     if config.mask_unit % encoder.stride:
         raise UserError(

@@ -3,9 +3,12 @@
 `data` and `out` are the user's; fill them in with ``dataclasses.replace(MAE, data="photos", out="run")``.
 """
 
-from dataclasses import replace
+import difflib
+from dataclasses import fields, replace
+from typing import Any
 
 from leanmim.config import Pretrain
+from leanmim.errors import UserError
 
 MAE = Pretrain(data="", out="", recipe="mae")
 """Masked autoencoder (arXiv 2111.06377): 75 % of the patches dropped, 8 x 512 decoder, normalised pixels.
@@ -34,3 +37,19 @@ SIMMIM = replace(
 """
 
 RECIPES = {recipe.recipe: recipe for recipe in (MAE, SIMMIM)}
+
+
+def variant(name: str, changes: Any) -> Pretrain:
+    """The recipe called ``name``, with those fields of another configuration that are given (not None, not empty).
+
+    Raises:
+        UserError: there is no such recipe.
+    """
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=3)
+        raise UserError(
+            f"there is no recipe {name!r}; {'nearest: ' + ', '.join(near) if near else 'there are: ' + ', '.join(RECIPES)}"
+        )
+    own = {field.name for field in fields(Pretrain)}
+    given = {field.name: getattr(changes, field.name) for field in fields(changes) if field.name in own}
+    return replace(RECIPES[name], **{key: value for key, value in given.items() if value not in (None, (), {})})

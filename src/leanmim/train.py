@@ -8,25 +8,28 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy
 import PIL
+import psutil
 import timm
 import torch
 import torch.distributed as dist
 import torchvision
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
 import leanmim
 from leanmim.checkpoint import Run, initialise, save, write_json
-from leanmim.config import Export, Pretrain, Report, Show
+from leanmim.config import Export, Pretrain, Report, Show, parse_bytes
+from leanmim.cost import count, readable
 from leanmim.data import (
     IMAGENET,
     Bad,
@@ -48,10 +51,12 @@ from leanmim.errors import UserError
 from leanmim.evaluate.features import embedding, extract
 from leanmim.evaluate.knn import knn_accuracy
 from leanmim.export import export
-from leanmim.mim import MIM, build
+from leanmim.mim import build
+from leanmim.plan import available, fit
 from leanmim.report import report
 from leanmim.schedule import learning_rate
 from leanmim.show import show
+from leanmim.step import make_optimizers, update
 
 
 class Processes(NamedTuple):
@@ -82,16 +87,6 @@ def barrier(world: int) -> None:
     """Wait for the other processes."""
     if world > 1:
         dist.barrier()
-
-
-def parameter_groups(model: MIM) -> list[list[dict[str, Any]]]:
-    """For each segment, its parameters with weight decay and those without: biases, norms, tokens, position tables."""
-    groups: list[list[dict[str, Any]]] = [[{"params": []}, {"params": [], "weight_decay": 0.0}] for _ in model.decoders]
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            plain = parameter.ndim < 2 or any(part in name for part in ("token", "pos_embed", "position"))
-            groups[model.owner(name)][plain]["params"].append(parameter)
-    return groups
 
 
 def environment(device: torch.device, world: int) -> dict[str, Any]:
@@ -191,22 +186,58 @@ def pretrain(config: Pretrain) -> Path:
         return _pretrain(config, process, device)
 
 
+def choose_batch(config: Pretrain, run: Run, files: int, world: int, device: torch.device) -> tuple[Pretrain, str]:
+    """Batch and accumulation for ``--batch-size auto``: those of the run that is continued, or the largest that fits.
+
+    Returns:
+        The configuration with numbers in place of auto, and what was chosen, for people to read.
+
+    Raises:
+        UserError: not even one image fits the memory, or the step's images do not divide among the processes.
+    """
+    if config.effective_batch % world:
+        raise UserError(f"--effective-batch {config.effective_batch} does not divide among {world} processes")
+    if not config.overwrite and (before := run.batch()) and math.prod(before) * world == config.effective_batch:
+        config = replace(config, batch_size=before[0], accum=before[1])
+        return config, f"batch size auto: {before[0]} x accum {before[1]}, as this run began"
+    free = torch.tensor(float(parse_bytes(config.memory) or available(device)), device=device)
+    if world > 1:
+        dist.all_reduce(free, dist.ReduceOp.MIN)  # all must choose alike
+    memory = int(free) // (1 if device.type == "cuda" else world)
+    found = fit(replace(config, batch_size=1), config.effective_batch // world, memory, device)
+    if found is None:
+        raise UserError(
+            f"--batch-size auto: not even one image fits into {readable(memory)}; choose a smaller --model or "
+            "--input-size, or give more --memory"
+        )
+    config, cost = found
+    return config, (
+        f"batch size auto: {config.batch_size} x accum {config.accum}, {readable(cost.peak_bytes)} predicted "
+        f"of {readable(memory)}"
+    )
+
+
 def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Path:
     rank, world = process
     first = rank == 0
 
     # Everything that can be wrong is looked at before anything is written.
     run = Run(Path(config.out))
-    state = run.to_resume(config)
     files = list_images(config.data)
-    effective = config.batch_size * config.accum * world
+    chosen = ""
+    if config.batch_size == "auto":
+        config, chosen = choose_batch(config, run, len(files), world, device)
+    state = run.to_resume(config)
+    batch = int(config.batch_size)
+    effective = batch * config.accum * world
     if len(files) < effective:
         raise UserError(
-            f"a batch of {effective} images ({config.batch_size} x accum {config.accum} x {world} processes) is more "
+            f"a batch of {effective} images ({batch} x accum {config.accum} x {world} processes) is more "
             f"than the {len(files)} in {config.data!r}; choose --batch-size {max(1, len(files) // config.accum // world)} "
             "or smaller"
         )
     knn_sets = labelled_pair(config.knn_data, config.channels, centre_crop(config.size)) if config.knn_data else None
+    base = psutil.Process().memory_info().rss
     torch.manual_seed(config.seed)
     model = build(config)
     origin = initialise(model, config.init) if config.init and state is None else ""
@@ -225,12 +256,7 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
     peak_lr = config.blr * effective / 256
     model.to(device)
     model.autocast = resolve_precision(config.precision, device)
-    optimizers = [
-        torch.optim.AdamW(
-            groups, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=device.type != "mps"
-        )
-        for groups in parameter_groups(model)
-    ]
+    optimizers = make_optimizers(model, config)
     if state:
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -244,16 +270,19 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
     barrier(world)
     log = Log(run, start, first)
     bad = BadFiles(run, len(files), config.max_bad_share, first)
-    count = (
-        sum(p.numel() for p in model.encoder.backbone.parameters()),
-        sum(p.numel() for p in model.decoders.parameters()),
-    )
+    predicted, _ = count(config, "cuda" if device.type == "cuda" else "cpu")
+    if first:
+        write_json(run.cost, {"predicted": asdict(predicted)})
     log.console.print(
-        f"{config.recipe}: {config.model}, {count[0] / 1e6:.1f} M parameters, decoder {count[1] / 1e6:.1f} M, "
+        f"{config.recipe}: {config.model}, {predicted.encoder_parameters / 1e6:.1f} M parameters, "
+        f"decoder {predicted.decoder_parameters / 1e6:.1f} M, "
         f"{config.size[0]} x {config.size[1]} px, {'bf16' if model.autocast else 'fp32'} on {device}\n"
-        f"{len(files)} images in {config.data}; effective batch {effective} = {config.batch_size} x accum {config.accum} "
+        f"{len(files)} images in {config.data}; effective batch {effective} = {batch} x accum {config.accum} "
         f"x {world} processes; lr {peak_lr:.3g} = blr {config.blr:.3g} x {effective} / 256\n"
         f"{steps} steps = {config.epochs} epochs of {per_epoch}; warm-up {config.warmup:g} epochs"
+        f"\npredicted: {readable(predicted.peak_bytes)} at the peak, "
+        f"{predicted.train_flops_per_image / 1e9:.3g} GFLOP an image"
+        + (f"\n{chosen}" if chosen else "")
         + (f"\nstarting from {origin}" if origin else "")
         + (f"\ncontinuing after step {start}" if start else "")
     )
@@ -268,7 +297,7 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
 
     dataset = Crops(files, config.channels, config.size, config.crop_scale, config.crop_ratio, config.flip, config.seed)
     order = Order(
-        len(files), config.batch_size, per_epoch * config.accum, start * config.accum, steps * config.accum,
+        len(files), batch, per_epoch * config.accum, start * config.accum, steps * config.accum,
         config.seed, rank, world,
     )  # fmt: skip
     batches = iter(loader(dataset, order, resolve_workers(config.workers), device, collate))
@@ -286,11 +315,23 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
         embed = embedding(model.encoder.backbone, "avg")
         workers = resolve_workers(config.workers)
         accuracy = knn_accuracy(
-            extract(embed, train, normalise, config.batch_size, workers),
-            extract(embed, val, normalise, config.batch_size, workers),
+            extract(embed, train, normalise, batch, workers),
+            extract(embed, val, normalise, batch, workers),
         )
         model.train()
         return accuracy
+
+    waited = 0.0  # s, for data, since the last line of the log
+
+    def micro_batches(step: int) -> Iterator[Tensor]:
+        nonlocal waited
+        for micro in range(config.accum):
+            before = time.perf_counter()
+            images, bads = next(batches)
+            waited += time.perf_counter() - before
+            bad.add(bads)
+            torch.manual_seed(seed_of(config.seed, rank, step, micro))  # masks, and drop path if there is any
+            yield normalise(images)
 
     progress = Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"),
@@ -301,8 +342,8 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
 
     model.train()
     losses: list[Tensor] = []  # since the last line of the log, one number for each segment
-    waited, since, saved, accuracy = 0.0, time.perf_counter(), time.perf_counter(), math.nan
-    logged = start
+    since, saved, accuracy = time.perf_counter(), time.perf_counter(), math.nan
+    logged, spent, trained = start, 0.0, 0
     with contextlib.closing(log), progress:
         for step in range(start, steps):
             lr = learning_rate(step, steps, config.warmup * per_epoch, peak_lr)
@@ -310,26 +351,7 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
                 for group in optimizer.param_groups:
                     group["lr"] = lr
 
-            parts = [torch.zeros((), device=device) for _ in optimizers]
-            for micro in range(config.accum):
-                before = time.perf_counter()
-                images, bads = next(batches)
-                waited += time.perf_counter() - before
-                bad.add(bads)
-                last = micro == config.accum - 1
-                torch.manual_seed(seed_of(config.seed, rank, step, micro))  # masks, and drop path if there is any
-                sync = contextlib.nullcontext() if last or world == 1 else trainer.no_sync()
-                with sync:
-                    for i, loss in enumerate(trainer(normalise(images))):
-                        (loss / config.accum).backward()
-                        parts[i] += loss.detach() / config.accum
-                        if last:
-                            if config.clip_grad:
-                                parameters = [p for group in optimizers[i].param_groups for p in group["params"]]
-                                nn.utils.clip_grad_norm_(parameters, config.clip_grad)
-                            optimizers[i].step()
-                            optimizers[i].zero_grad()
-            losses.append(torch.stack(parts))
+            losses.append(update(trainer, optimizers, micro_batches(step), config.accum, config.clip_grad))
 
             done = step + 1
             epoch_ends = done % per_epoch == 0
@@ -368,6 +390,7 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
                 twentieth = max(config.log_every, steps // 20)
                 if not log.console.is_terminal and (done // twentieth > logged // twentieth or done == steps):
                     log.console.print(f"step {done}/{steps}  epoch {line['epoch']:.1f}  {text}")
+                spent, trained = spent + seconds, trained + (done - logged) * effective
                 losses, waited, since, logged = [], 0.0, time.perf_counter(), done
             if epoch_ends:
                 bad.merge(world)
@@ -382,6 +405,14 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
                 saved = time.perf_counter()
 
     if first:
+        speed = trained / spent if spent else 0.0
+        measured = {
+            # a GPU's allocator counts tensors; elsewhere it is what the process grew by, readers and all
+            "peak_bytes": peak_memory(device) - (0 if device.type == "cuda" else base),
+            "images_per_second": speed,
+            "flops_per_second": speed * predicted.train_flops_per_image,
+        }
+        write_json(run.cost, {"predicted": asdict(predicted), "measured": measured})
         if bad.seen:
             log.console.print(f"{len(bad.seen)} unreadable files were skipped; they are listed in {run.skipped}")
         folder = export(Export(config.out, overwrite=True))
