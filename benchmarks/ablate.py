@@ -146,10 +146,12 @@ def main() -> None:
     work = Path(arguments.work)
 
     def place(variant: str, seed: int) -> Path:
-        """Where a cell's result is kept: a changed configuration is another cell."""
-        config = configure(variant, seed, arguments) if variant in VARIANTS else arguments.__dict__ | {"cell": None}
-        values = config.to_json() if isinstance(config, Pretrain) else {k: str(v) for k, v in config.items()
-                                                                        if k in ("scale", "input_size", "data")}  # fmt: skip
+        """Where a cell's result is kept: a changed configuration is another cell, a new field with its default is not."""
+        values = {key: str(getattr(arguments, key)) for key in ("scale", "input_size", "data")}
+        if variant in VARIANTS:
+            default = Pretrain(data="", out="").to_json()
+            own = configure(variant, seed, arguments).to_json().items()
+            values |= {key: value for key, value in own if value != default[key] and key not in ("data", "out")}
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
         return work / "cells" / f"{variant}-{seed}-{digest}.json"
 
