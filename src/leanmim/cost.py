@@ -318,7 +318,7 @@ def count(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[str, Fl
     )
 
 
-def readable(size: float) -> str:
+def readable(size: int | float) -> str:
     """Bytes for people."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 

@@ -82,6 +82,7 @@ class Loaded(NamedTuple):
     colour: str
     config: Pretrain
     environment: dict[str, Any]
+    cost: dict[str, Any]
     metrics: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     skipped: list[dict[str, Any]]
@@ -145,7 +146,7 @@ def load(folder: Path, name: str, colour: str) -> Loaded:
         parse(read(path).splitlines()) for path in (run.metrics, run.evaluations, run.skipped)
     )
     return Loaded(
-        name, colour, config, (parse([read(environment)]) or [{}])[0], metrics, evaluations, skipped,
+        name, colour, config, (parse([read(environment)]) or [{}])[0], (parse([read(run.cost)]) or [{}])[0], metrics, evaluations, skipped,
         picture.read_bytes() if picture.is_file() else b"",
     )  # fmt: skip
 
@@ -171,6 +172,7 @@ def page(runs: Sequence[Loaded]) -> str:
     sections = {
         "Summary": summary(runs),
         "Training": charts(runs),
+        "Cost, predicted and measured": costs(runs),
         "Accuracy on labelled images": accuracies(runs),
         "Reconstructions": pictures(runs),
         "Unreadable files": skipped(runs),
@@ -248,6 +250,31 @@ def summary(runs: Sequence[Loaded]) -> Html:
             cells += [NOT_YET] * 8
         rows.append(row(run.title, [*cells, run.environment.get("device", NOT_YET)]))
     return table(head, rows, "short")
+
+
+def costs(runs: Sequence[Loaded]) -> Html:
+    """What was counted before the run, next to what the run took."""
+    head = (
+        "run", "peak memory, predicted (GiB)", "peak memory, measured (GiB)", "weights", "gradients", "optimizer",
+        "saved for backward", "transient", "GFLOP an image", "images/s, measured", "GFLOP/s, measured",
+    )  # fmt: skip
+    rows = []
+    for run in runs:
+        predicted, measured = run.cost.get("predicted", {}), run.cost.get("measured", {})
+        if not predicted:
+            rows.append(row(run.title, [NOT_YET] * (len(head) - 1)))
+            continue
+        kinds = ("weight", "gradient", "optimizer", "saved", "transient")
+        rows.append(row(run.title, [
+            f"{predicted['peak_bytes'] / 2**30:.2f}",
+            f"{measured['peak_bytes'] / 2**30:.2f}" if measured else NOT_YET,
+            *(f"{predicted[f'{kind}_bytes'] / 2**30:.2f}" for kind in kinds),
+            f"{predicted['train_flops_per_image'] / 1e9:.3g}",
+            f"{measured['images_per_second']:,.0f}" if measured else NOT_YET,
+            f"{measured['flops_per_second'] / 1e9:,.0f}" if measured else NOT_YET,
+        ]))  # fmt: skip
+    note = "Measured on a GPU: its allocator's peak. Elsewhere: what the process grew by, with readers and libraries."
+    return Html(f"{table(head, rows, 'short')}<p>{soft(note)}</p>")
 
 
 def charts(runs: Sequence[Loaded]) -> Html:

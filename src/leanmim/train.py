@@ -271,7 +271,7 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
     log = Log(run, start, first)
     bad = BadFiles(run, len(files), config.max_bad_share, first)
     predicted, _ = count(config, "cuda" if device.type == "cuda" else "cpu")
-    if first:
+    if first and start < steps:
         write_json(run.cost, {"predicted": asdict(predicted)})
     log.console.print(
         f"{config.recipe}: {config.model}, {predicted.encoder_parameters / 1e6:.1f} M parameters, "
@@ -405,14 +405,15 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
                 saved = time.perf_counter()
 
     if first:
-        speed = trained / spent if spent else 0.0
-        measured = {
-            # a GPU's allocator counts tensors; elsewhere it is what the process grew by, readers and all
-            "peak_bytes": peak_memory(device) - (0 if device.type == "cuda" else base),
-            "images_per_second": speed,
-            "flops_per_second": speed * predicted.train_flops_per_image,
-        }
-        write_json(run.cost, {"predicted": asdict(predicted), "measured": measured})
+        if trained:
+            speed = trained / spent
+            measured = {
+                # a GPU's allocator counts tensors; elsewhere it is what the process grew by, readers and all
+                "peak_bytes": peak_memory(device) - (0 if device.type == "cuda" else base),
+                "images_per_second": speed,
+                "flops_per_second": speed * predicted.train_flops_per_image,
+            }
+            write_json(run.cost, {"predicted": asdict(predicted), "measured": measured})
         if bad.seen:
             log.console.print(f"{len(bad.seen)} unreadable files were skipped; they are listed in {run.skipped}")
         folder = export(Export(config.out, overwrite=True))
