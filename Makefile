@@ -25,6 +25,7 @@ format: $(VENV)/.dev
 DATA ?= data
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/vs_transformers.py
+	$(BIN)/python benchmarks/cost_check.py
 	$(BIN)/python benchmarks/ablate.py --data $(DATA)/cifar10
 
 # On a machine with a GPU, with that machine's own Python (torch, timm, transformers installed): 8 minutes at most.

@@ -32,6 +32,9 @@ def main() -> None:
             "--batch-size", "64", "--pairs", "15", "--models", *MODELS,
         ],
     }  # fmt: skip
+    parts["predicted cost"] = [
+        sys.executable, str(HERE / "cost_check.py"), "--device", "cuda", "--batches", "32", "--accums", "1",
+    ]  # fmt: skip
     if Path(arguments.data).is_dir():
         parts["ablation"] = [
             sys.executable, str(HERE / "ablate.py"), "--data", arguments.data, "--scale", "gpu", "--seeds", "0",
