@@ -36,7 +36,7 @@ def main() -> None:
     """Cut, pre-train, evaluate, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="runs/demo", help="run folder")
-    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--epochs", type=int, default=16)
     out = Path(parser.parse_args().out)
     tiles = out.with_name(out.name + "-tiles")
     cut_tiles(tiles)
@@ -57,7 +57,7 @@ def main() -> None:
         batch_size=64,
         blr=4e-3,
         knn_data=str(tiles),
-        knn_every=8,
+        knn_every=4,
         overwrite=True,
     )
     leanmim.pretrain(config)

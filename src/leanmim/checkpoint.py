@@ -267,8 +267,10 @@ def load_backbone(
     config, model, state = restore(run)
     backbone = model.encoder.backbone
     if input_size is not None and input_size != config.size:
-        larger = create_backbone(config.model, input_size, config.channels, **config.model_kwargs)
-        make_encoder(larger, config.masking, input_size)  # says so if the patches do not divide the size
+        larger = create_backbone(config.model, input_size, config.channels, config.depth, **config.model_kwargs)
+        make_encoder(
+            larger, config.masking, input_size, config.channels
+        )  # says so if the patches do not divide the size
         fit_backbone(larger, backbone.state_dict(), str(run))
         backbone = larger
     return backbone.eval(), config, state

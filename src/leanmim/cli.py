@@ -33,6 +33,7 @@ def recipes() -> Any:
 
 DESCRIPTIONS = {
     "mae": "Masked autoencoder: drop 75 % of the patches, reconstruct them (ViT).",
+    "fastmim": "FastMIM: low resolution, masks painted on the image, HOG as target (any backbone).",
     "simmim": "SimMIM: a learned token in masked squares, one linear layer (ViT, Swin).",
 }
 COMMANDS = {

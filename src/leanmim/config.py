@@ -65,18 +65,25 @@ class Pretrain:
     channels: Literal[1, 3] = 3
     """Image channels; files of any kind are converted."""
 
-    masking: Literal["drop", "token"] = "drop"
-    """How the mask reaches the backbone: drop masked tokens (MAE), or put a learned token there (SimMIM)."""
+    depth: int | None = None
+    """Pre-train only the first layers: blocks of a ViT, stages of a hierarchical model. None is all."""
+    masking: Literal["drop", "token", "pixel"] = "drop"
+    """How the mask reaches the backbone: drop masked tokens (MAE, plain ViT), put a learned token there (SimMIM, ViT
+    and Swin), or paint a learned colour on the image (FastMIM, any timm backbone)."""
     mask_ratio: float = 0.75
     """Share of the image that is masked, in (0, 1)."""
     mask_unit: int = 0
-    """Side of the squares that are masked, px; 0 is one patch."""
-    target: Literal["pixels", "raw-pixels"] = "pixels"
-    """What is predicted: pixels normalised patch by patch, or raw pixels of the normalised image."""
+    """Side of the squares that are masked, px; 0 is one patch. With pixel masking it may be less than a patch."""
+    target: Literal["pixels", "raw-pixels", "hog"] = "pixels"
+    """What is predicted: pixels normalised patch by patch, raw pixels of the normalised image, or histograms of
+    oriented gradients (FastMIM)."""
+    hog_cell: int = 8
+    """Side of HOG's cells, px; it divides the patch."""
     loss: Literal["l1", "l2"] = "l2"
     """Compared by absolute or by squared difference, on masked patches only."""
-    decoder_depth: int = 8
-    """Transformer layers of the decoder; 0 is one linear layer (token masking only)."""
+    decoder_depth: int | Literal["auto"] = 8
+    """Transformer layers of the decoder; 0 is one linear layer (not with drop). auto is 1 for a ViT and 4 for a
+    hierarchical backbone (FastMIM)."""
     decoder_width: int = 512
     """Width of the decoder."""
     decoder_heads: int = 16
@@ -167,7 +174,7 @@ class Pretrain:
         check_ranges(
             self,
             ("mask_ratio", 0, 1), ("epochs", 1, None), ("accum", 1, None), ("effective_batch", 1, None),
-            ("decoder_depth", 0, None), ("decoder_width", 4, None), ("decoder_heads", 1, None),
+            ("hog_cell", 1, None), ("decoder_width", 4, None), ("decoder_heads", 1, None),
             ("mask_unit", 0, None), ("workers", -1, None), ("flip", 0, 1),
             ("max_bad_share", 0, 1), ("knn_every", 1, None), ("log_every", 1, None), ("seed", 0, None),
             ("blr", 0, None), ("weight_decay", 0, None), ("clip_grad", 0, None), ("checkpoint_minutes", 0, None),
@@ -180,6 +187,8 @@ class Pretrain:
             check_ranges(self, ("batch_size", 1, None))
         if not 0 <= self.warmup <= self.epochs:
             raise UserError(f"--warmup-epochs {self.warmup_epochs} is not between 0 and the {self.epochs} epochs")
+        if self.decoder_depth != "auto":
+            check_ranges(self, ("decoder_depth", 0, None))
         if self.decoder_depth == 0 and self.masking == "drop":
             raise UserError(
                 "--decoder-depth 0 is a linear head on masked tokens, which --masking drop leaves out; "
@@ -329,11 +338,15 @@ class Cost:
     """Images of one forward pass."""
     accum: int = 1
     """Forward passes whose gradients are averaged into one step."""
-    masking: Literal["drop", "token"] | None = None
+    masking: Literal["drop", "token", "pixel"] | None = None
     """As in pretrain; None is each recipe's own."""
     mask_ratio: float | None = None
     """As in pretrain; None is each recipe's own."""
-    decoder_depth: int | None = None
+    depth: int | None = None
+    """As in pretrain."""
+    target: Literal["pixels", "raw-pixels", "hog"] | None = None
+    """As in pretrain; None is each recipe's own."""
+    decoder_depth: int | Literal["auto"] | None = None
     """As in pretrain; None is each recipe's own."""
     decoder_width: int | None = None
     """As in pretrain; None is each recipe's own."""

@@ -235,7 +235,9 @@ def count(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[str, Fl
     cuda, batch = device == "cuda", int(config.batch_size)
     if cuda and config.precision == "auto" and not torch.cuda.is_available():
         config = replace(config, precision="bf16")
-    backbone = create_backbone(config.model, config.size, config.channels, device="meta", **config.model_kwargs)
+    backbone = create_backbone(
+        config.model, config.size, config.channels, config.depth, device="meta", **config.model_kwargs
+    )
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     sincos.cache_clear()  # no position table may cross the border between real and fake
     try:
@@ -345,7 +347,7 @@ def table(costs: list[StepCost], flops: list[dict[str, Flops]]) -> str:
         row(f"{part} tokens an image", (getattr(c, f"{part}_tokens") for c in costs), "{:.0f}".format)
 
     first = costs[0]
-    form = Table(title=f"One training step, {first.model}, batch {first.batch_size}", title_justify="left", box=SIMPLE)
+    form = Table(box=SIMPLE)
     form.add_column("")
     for cost in costs:
         form.add_column(cost.recipe, justify="right")
@@ -354,7 +356,8 @@ def table(costs: list[StepCost], flops: list[dict[str, Flops]]) -> str:
         form.add_row(name, *(write(value) + ratios[i] * (i > 0) for i, value in enumerate(values)))
     text = StringIO()
     Console(file=text, width=40 + 24 * len(costs), highlight=False).print(form)
-    return text.getvalue().rstrip()
+    lines = [f"One training step, {first.model}, batch {first.batch_size}", text.getvalue().strip("\n")]
+    return "\n".join(line.rstrip() for line in "\n".join(lines).splitlines())
 
 
 def cost(config: Cost) -> str:

@@ -9,6 +9,7 @@ tokens: 16 px for ViT/16, 32 px for Swin.
 |---------|-------------------------------------------------|-----------|
 | drop    | visible tokens only, after positions (MAE)      | plain ViT |
 | token   | a learned token in place of masked ones (SimMIM)| ViT, Swin |
+| pixel   | a learned colour painted on the image (FastMIM) | any       |
 """
 
 import difflib
@@ -23,9 +24,9 @@ from torch import Tensor, nn
 
 from leanmim.decoder import init_linear, sincos
 from leanmim.errors import UserError
-from leanmim.masking import Grid, Mask, take
+from leanmim.masking import Grid, Mask, hidden_squares, magnify, take
 
-Masking = Literal["drop", "token"]
+Masking = Literal["drop", "token", "pixel"]
 Backbone = Any  # a timm model: an nn.Module whose attributes differ from family to family
 
 
@@ -61,6 +62,29 @@ class Encoder(Protocol):
         ...
 
 
+def paint(
+    images: Float[Tensor, "b c H W"], mask: Mask, grid: Grid, colour: Float[Tensor, " c"]
+) -> Float[Tensor, "b c H W"]:
+    """The images with a colour over what is masked (FastMIM, section 3.1)."""
+    hidden = magnify(hidden_squares(mask, grid), (images.shape[2], images.shape[3]))
+    return torch.where(hidden[:, None], colour[:, None, None], images)
+
+
+def as_tokens(features: Tensor, size: tuple[int, int], prefix: int) -> Float[Tensor, "b n d"]:
+    """A timm model's features as one token for each patch: from tokens, channels last, or channels first.
+
+    Args:
+        features: (b s d), (b y x d) or (b d y x); which of them, is seen from the image's proportions.
+        size: height and width of the image, px.
+        prefix: tokens that come before the patches' (class, registers).
+    """
+    if features.ndim == 3:
+        return features[:, prefix:]
+    _, _, y, x = features.shape
+    channels_first = y * size[1] == x * size[0]
+    return features.flatten(2).transpose(1, 2) if channels_first else features.flatten(1, 2)
+
+
 def even_cuts(blocks: int, segments: int) -> tuple[int, ...]:
     """The block after which each segment ends, for segments of equal length.
 
@@ -80,7 +104,7 @@ class ViTEncoder(nn.Module):
 
     Args:
         backbone: a timm VisionTransformer, built for the input size.
-        masking: ``drop`` (MAE) or ``token`` (SimMIM).
+        masking: ``drop`` (MAE), ``token`` (SimMIM) or ``pixel`` (FastMIM).
         segments: cut the blocks into this many equal runs.
     """
 
@@ -92,8 +116,9 @@ class ViTEncoder(nn.Module):
         self.stride = backbone.patch_embed.patch_size[0]
         self.ends = even_cuts(len(backbone.blocks), segments)
         self.widths = (backbone.embed_dim,) * segments
-        self.full_grid = masking == "token"
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, backbone.embed_dim)) if self.full_grid else None
+        self.full_grid = masking != "drop"
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, backbone.embed_dim)) if masking == "token" else None
+        self.colour = nn.Parameter(torch.zeros(backbone.patch_embed.proj.in_channels)) if masking == "pixel" else None
         self.norms = nn.ModuleList(nn.LayerNorm(backbone.embed_dim, eps=1e-6) for _ in range(segments - 1))
 
         self.apply(init_linear)
@@ -119,10 +144,12 @@ class ViTEncoder(nn.Module):
     def embed(self, images: Float[Tensor, "b c H W"], mask: Mask) -> Float[Tensor, "b s d"]:
         """Patches and positions; masked ones dropped or replaced; class and register tokens in front."""
         vit = self.backbone
+        if self.colour is not None:
+            images = paint(images, mask, self.grid, self.colour)
         x = vit.patch_embed(images)
         x = x.flatten(1, -2)  # models with a dynamic image size keep the grid's two axes
         if self.mask_token is not None:
-            hidden = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter_(1, mask.masked, True)
+            hidden = hidden_squares(mask, self.grid).flatten(1)
             x = torch.where(hidden[..., None], self.mask_token.to(x.dtype), x)
         positions = torch.zeros_like(x[:1]) if vit.pos_embed is None else vit.pos_embed
         split = positions.shape[1] - self.grid.n
@@ -187,8 +214,7 @@ class SwinEncoder(nn.Module):
     def embed(self, images: Float[Tensor, "b c H W"], mask: Mask) -> Float[Tensor, "b h w d"]:
         """Stem tokens, those under a masked patch replaced."""
         x = self.backbone.patch_embed(images)
-        hidden = torch.zeros(len(x), self.grid.n, dtype=torch.bool, device=x.device).scatter_(1, mask.masked, True)
-        hidden = hidden.view(-1, *self.grid).repeat_interleave(self.zoom, 1).repeat_interleave(self.zoom, 2)
+        hidden = magnify(hidden_squares(mask, self.grid), (x.shape[1], x.shape[2]))
         return torch.where(hidden[..., None], self.mask_token.to(x.dtype), x)
 
     def segment(self, i: int, x: Float[Tensor, "b h w d"]) -> Float[Tensor, "b y x e"]:
@@ -208,8 +234,97 @@ class SwinEncoder(nn.Module):
         return 0
 
 
-def create_backbone(name: str, input_size: tuple[int, int], channels: int, **kwargs: Any) -> Backbone:
+class TimmEncoder(nn.Module):
+    """Any timm backbone, masked in pixel space (FastMIM, section 3.1).
+
+    Stride and layout of its features are found by running it once on an empty image. What its features do not depend
+    on (norms of the head) is not trained.
+
+    Args:
+        backbone: a timm model with ``forward_features``.
+        input_size: height and width, px.
+        channels: of the images.
+        cut: its last stages were left out, and its norm with them; a norm of our own takes its place.
+
+    Raises:
+        UserError: the features are no grid of patches of the image.
+    """
+
+    full_grid = True
+
+    def __init__(self, backbone: Backbone, input_size: tuple[int, int], channels: int, cut: bool = False) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.size = input_size
+        self.prefix = getattr(backbone, "num_prefix_tokens", None) or 0
+        name = type(backbone).__name__
+        was_training = backbone.training
+        backbone.eval()  # an empty image is none that running statistics should learn from
+        try:
+            features = backbone.forward_features(torch.zeros(1, channels, *input_size))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise UserError(f"{name} does not run at input size {input_size}: {error}; try another size") from error
+        if not isinstance(features, Tensor) or features.ndim not in (3, 4):
+            raise UserError(f"{name} cannot be masked in pixel space: its features are not one grid of patches")
+        features.sum().backward()
+        for parameter in backbone.parameters():
+            parameter.requires_grad_(parameter.grad is not None)
+            parameter.grad = None
+        backbone.train(was_training)
+        tokens = as_tokens(features, input_size, self.prefix)
+        n, width = tokens.shape[1:]
+        self.stride = round((input_size[0] * input_size[1] / n) ** 0.5)
+        self.grid = Grid(input_size[0] // self.stride, input_size[1] // self.stride)
+        known = [info["reduction"] for info in getattr(backbone, "feature_info", [])][-1:] or [self.stride]
+        if self.grid.n != n or any(side % self.stride for side in input_size) or (not cut and known != [self.stride]):
+            near = tuple(max(1, side // known[0]) * known[0] for side in input_size)
+            raise UserError(
+                f"{name} turns {input_size[0]} x {input_size[1]} px into {n} tokens, which are no grid of square "
+                f"patches; try --input-size {near[0]} {near[1]}, or another model"
+            )
+        self.widths: tuple[int, ...] = (width,)
+        self.colour = nn.Parameter(torch.zeros(channels))
+        self.norm = nn.LayerNorm(width, eps=1e-6) if cut else nn.Identity()
+
+    def embed(self, images: Float[Tensor, "b c H W"], mask: Mask) -> Float[Tensor, "b c H W"]:
+        """The images with the learned colour over what is masked."""
+        return paint(images, mask, self.grid, self.colour)
+
+    def segment(self, i: int, x: Float[Tensor, "b c H W"]) -> Tensor:
+        """Run the backbone."""
+        return self.backbone.forward_features(x)
+
+    def read(self, i: int, x: Tensor) -> Float[Tensor, "b n d"]:
+        """One token for each patch."""
+        return self.norm(as_tokens(x, self.size, self.prefix))
+
+    def positions(self, mask: Mask) -> Int[Tensor, "b n"]:
+        """Every patch, row by row."""
+        return torch.arange(self.grid.n, device=mask.visible.device).expand(len(mask.visible), -1)
+
+    def owner(self, name: str) -> int:
+        """There is one segment."""
+        return 0
+
+
+OPTIONAL = ("img_size", "drop_path_rate")  # arguments that not every timm model takes
+
+
+def backbone_arguments(name: str, input_size: tuple[int, int], channels: int, **kwargs: Any) -> dict[str, Any]:
+    """What `create_backbone` gives to timm, if the model takes all of it."""
+    arguments: dict[str, Any] = dict(num_classes=0, in_chans=channels, img_size=input_size, drop_path_rate=0.0)
+    if name.startswith("swin_"):
+        patch = kwargs.get("patch_size", 4)
+        arguments["window_size"] = tuple(max(1, size // patch // 8) for size in input_size)
+    return {**arguments, **kwargs}
+
+
+def create_backbone(
+    name: str, input_size: tuple[int, int], channels: int, first_layers: int | None = None, **kwargs: Any
+) -> Backbone:
     """A timm model without its head, built for ``input_size`` (height, width in px).
+
+    ``first_layers`` keeps only so many: blocks of a ViT, stages of a hierarchical model.
 
     Swin's window is 1/8 of its stem's grid (7 at 224 px, 6 at 192, 4 at 128) as in SimMIM and FastMIM, so that
     windows tile every size.
@@ -222,39 +337,58 @@ def create_backbone(name: str, input_size: tuple[int, int], channels: int, **kwa
         raise UserError(
             f"timm has no model {name!r}; nearest: {', '.join(near) or 'none'} (timm.list_models() has all)"
         )
-    arguments: dict[str, Any] = dict(num_classes=0, in_chans=channels, img_size=input_size, drop_path_rate=0.0)
-    if name.startswith("swin_"):
-        patch = kwargs.get("patch_size", 4)
-        arguments["window_size"] = tuple(max(1, size // patch // 8) for size in input_size)
+    backbone, _ = _create(name, backbone_arguments(name, input_size, channels, **kwargs))
+    if first_layers is None:
+        return backbone
+    parts = backbone.blocks if isinstance(backbone, VisionTransformer) else backbone.feature_info
+    if not 0 < first_layers <= len(parts):
+        what = "blocks" if isinstance(backbone, VisionTransformer) else "stages"
+        raise UserError(f"--depth {first_layers} is out of range; {name} has {len(parts)} {what}")
+    if first_layers < len(parts):
+        if not hasattr(backbone, "prune_intermediate_layers"):
+            raise UserError(f"timm's {name} cannot be cut at --depth {first_layers}; leave --depth out")
+        backbone.prune_intermediate_layers([first_layers - 1], prune_norm=not isinstance(backbone, VisionTransformer))
+    return backbone
+
+
+def _create(name: str, arguments: dict[str, Any]) -> tuple[Backbone, dict[str, Any]]:
+    """The model and the arguments that it took."""
     try:
-        return timm.create_model(name, **{**arguments, **kwargs})
+        return timm.create_model(name, **arguments), arguments
     except TypeError as error:
-        if "img_size" in str(error):  # not a model whose input size is built in
-            del arguments["img_size"]
-            return timm.create_model(name, **{**arguments, **kwargs})
-        raise UserError(f"timm's {name} does not take these --model-kwargs: {error}") from error
+        unknown = [key for key in OPTIONAL if f"'{key}'" in str(error) and key in arguments]
+        if not unknown:
+            raise UserError(f"timm's {name} does not take these --model-kwargs: {error}") from error
+        return _create(name, {key: value for key, value in arguments.items() if key != unknown[0]})
     except (AssertionError, ValueError, RuntimeError) as error:
-        raise UserError(f"timm's {name} cannot be built at input size {input_size} with {kwargs}: {error}") from error
+        raise UserError(f"timm's {name} cannot be built with {arguments}: {error}") from error
 
 
-def make_encoder(backbone: Backbone, masking: Masking, input_size: tuple[int, int], segments: int = 1) -> Encoder:
+def make_encoder(
+    backbone: Backbone,
+    masking: Masking,
+    input_size: tuple[int, int],
+    channels: int = 3,
+    segments: int = 1,
+    cut: bool = False,
+) -> Encoder:
     """The encoder for a backbone and a masking.
 
     Raises:
         UserError: the backbone cannot do this masking, or its patches do not divide the input size.
     """
     family = type(backbone)
-    able = {VisionTransformer: ("drop", "token"), SwinTransformer: ("token",)}.get(family, ())
-    if not able:
-        raise UserError(
-            f"{family.__name__} models cannot be masked with --masking {masking}; models that can: plain timm ViTs "
-            "(drop, token) and Swin (token), for example vit_small_patch16_224 or swin_tiny_patch4_window7_224"
-        )
+    able = {VisionTransformer: ("drop", "token", "pixel"), SwinTransformer: ("token", "pixel")}.get(family, ("pixel",))
     if masking not in able:
         raise UserError(
             f"--masking {masking} does not work with {family.__name__}, whose tokens are tied to the grid; "
-            f"it can do: {', '.join(able)} (for example `leanmim pretrain simmim`)"
+            f"it can do: {', '.join(able)} (for example `leanmim pretrain "
+            f"{'simmim' if 'token' in able else 'fastmim'}`)"
         )
+    if family is not VisionTransformer and masking == "pixel":
+        return TimmEncoder(backbone, input_size, channels, cut)
+    if cut and family is SwinTransformer:
+        raise UserError("--depth with Swin needs --masking pixel, for example `leanmim pretrain fastmim`")
     stride = (
         backbone.patch_embed.patch_size[0] if family is VisionTransformer else backbone.feature_info[-1]["reduction"]
     )

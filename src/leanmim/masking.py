@@ -7,7 +7,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from leanmim.errors import UserError
@@ -26,10 +26,15 @@ class Grid(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """What the encoder sees and what it does not. Every image of a batch has the same counts."""
+    """What the encoder sees and what it does not. Every image of a batch has the same counts.
+
+    Masking in pixel space may be finer than the grid. Then every patch counts as masked, and ``hidden`` tells what of
+    it is: true for the masked squares of a grid that is a whole number of times finer.
+    """
 
     visible: Int[Tensor, "b v"]
     masked: Int[Tensor, "b m"]  # v + m = n
+    hidden: Bool[Tensor, "b y x"] | None = None
 
 
 class Split(NamedTuple):
@@ -84,6 +89,30 @@ def random_mask(noise: Float[Tensor, "b u"], grid: Grid, ratio: float, unit: int
     ids = units[order].flatten(1)
     visible = (count - masked) * unit * unit
     return Mask(ids[:, :visible], ids[:, visible:])
+
+
+def random_fine_mask(noise: Float[Tensor, "b u"], grid: Grid, ratio: float, finer: int) -> Mask:
+    """Mask squares that are ``finer`` times finer than the grid, in pixel space (FastMIM, section 3.1)."""
+    fine = Grid(grid.height * finer, grid.width * finer)
+    masked = random_mask(noise, fine, ratio).masked
+    hidden = torch.zeros(len(noise), fine.n, dtype=torch.bool, device=noise.device).scatter_(1, masked, True)
+    patches = torch.arange(grid.n, device=noise.device).expand(len(noise), -1)
+    return Mask(patches[:, :0], patches, hidden.view(-1, *fine))
+
+
+def hidden_squares(mask: Mask, grid: Grid) -> Bool[Tensor, "b y x"]:
+    """True for what is masked, on the grid or on the finer one that the mask comes with."""
+    if mask.hidden is not None:
+        return mask.hidden
+    b = len(mask.masked)
+    hidden = torch.zeros(b, grid.n, dtype=torch.bool, device=mask.masked.device)
+    return hidden.scatter_(1, mask.masked, True).view(b, *grid)
+
+
+def magnify(squares: Shaped[Tensor, "b y x"], size: tuple[int, int]) -> Shaped[Tensor, "b Y X"]:
+    """Repeat each square until the grid has ``size`` squares, which the old one divides."""
+    down, across = size[0] // squares.shape[1], size[1] // squares.shape[2]
+    return squares.repeat_interleave(down, 1).repeat_interleave(across, 2)
 
 
 def keep_all(mask: Mask) -> Split:

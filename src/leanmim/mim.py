@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from leanmim.config import Pretrain
 from leanmim.decoder import Decoder
-from leanmim.encoders import Backbone, Encoder, create_backbone, make_encoder
+from leanmim.encoders import Backbone, Encoder, ViTEncoder, create_backbone, make_encoder
 from leanmim.errors import UserError
-from leanmim.masking import Mask, keep_all, mask_units, random_mask, take
-from leanmim.targets import Pixels, Target
+from leanmim.masking import Mask, keep_all, magnify, mask_units, random_fine_mask, random_mask, take
+from leanmim.targets import Target, make_target, patchify
 
 Loss = Literal["l1", "l2"]
 
@@ -29,6 +29,7 @@ class MIM(nn.Module):
         target: what is predicted.
         mask_ratio: share of the mask units that is masked.
         mask_unit: side of a mask unit in patches.
+        finer: mask units along a patch's side, where they are finer than patches (pixel masking); else 1.
         loss: ``l2`` (MAE) or ``l1`` (SimMIM), averaged over the masked patches.
         autocast: dtype of the forward pass; None is float32. Targets and losses are float32 always.
     """
@@ -40,6 +41,7 @@ class MIM(nn.Module):
         target: Target,
         mask_ratio: float,
         mask_unit: int = 1,
+        finer: int = 1,
         loss: Loss = "l2",
         autocast: torch.dtype | None = None,
     ) -> None:
@@ -49,13 +51,17 @@ class MIM(nn.Module):
         self.target = target
         self.mask_ratio = mask_ratio
         self.mask_unit = mask_unit
+        self.finer = finer
         self.compare = {"l1": nn.functional.l1_loss, "l2": nn.functional.mse_loss}[loss]
         self.autocast = autocast
 
     def draw_mask(self, images: Float[Tensor, "b c H W"]) -> Mask:
         """A random mask for each image, from torch's global generator of the images' device."""
-        units = len(mask_units(self.encoder.grid, self.mask_unit))
+        grid = self.encoder.grid
+        units = grid.n * self.finer**2 if self.finer > 1 else len(mask_units(grid, self.mask_unit))
         noise = torch.rand(len(images), units, device=images.device)
+        if self.finer > 1:
+            return random_fine_mask(noise, grid, self.mask_ratio, self.finer)
         return random_mask(noise, self.encoder.grid, self.mask_ratio, self.mask_unit)
 
     def predictions(
@@ -86,10 +92,23 @@ class MIM(nn.Module):
             mask: which patches are seen; drawn at random when None.
         """
         target = self.target(images)
+        mask = self.draw_mask(images) if mask is None else mask
+        weights = None if mask.hidden is None else self.cell_weights(mask.hidden)
         for ids, prediction in self.predictions(images, mask):
-            yield self.compare(prediction, take(target, ids))
+            if weights is None:
+                yield self.compare(prediction, take(target, ids))
+            else:
+                share = take(weights, ids)
+                yield (self.compare(prediction, take(target, ids), reduction="none") * share).sum() / share.sum()
 
     forward = losses  # so that DistributedDataParallel can wrap it
+
+    def cell_weights(self, hidden: Bool[Tensor, "b y x"]) -> Float[Tensor, "b n p"]:
+        """1 for each value of the target that belongs to a masked square, 0 for the others."""
+        cells = self.target.patch // self.target.cell  # along a patch's side
+        size = (self.encoder.grid.height * cells, self.encoder.grid.width * cells)
+        weights = patchify(magnify(hidden, size)[:, None].float(), cells)
+        return weights.repeat_interleave(self.target.width // weights.shape[2], dim=2)
 
     def owner(self, name: str) -> int:
         """The segment that trains the parameter ``name``."""
@@ -109,27 +128,47 @@ def build(config: Pretrain, backbone: Backbone | None = None) -> MIM:
     """
     config.check()
     if backbone is None:
-        backbone = create_backbone(config.model, config.size, config.channels, **config.model_kwargs)
-    encoder = make_encoder(backbone, config.masking, config.size)
-    if config.mask_unit % encoder.stride:
-        raise UserError(
-            f"--mask-unit {config.mask_unit} is not a multiple of the model's patch of {encoder.stride} px; "
-            f"try {-(-config.mask_unit // encoder.stride) * encoder.stride}, or 0 for one patch"
-        )
-    target = Pixels(encoder.stride, config.channels, per_patch=config.target == "pixels")
+        backbone = create_backbone(config.model, config.size, config.channels, config.depth, **config.model_kwargs)
+    encoder = make_encoder(backbone, config.masking, config.size, config.channels, cut=config.depth is not None)
+    target = make_target(config.target, encoder.stride, config.channels, config.hog_cell)
+    unit, finer = units_of(config, encoder.stride, target.cell)
+    depth = config.decoder_depth
+    if depth == "auto":
+        depth = 1 if isinstance(encoder, ViTEncoder) else 4
     decoders = [
         Decoder(
             width,
             target.width,
             prefix=encoder.prefix,
             full_grid=encoder.full_grid,
-            depth=config.decoder_depth,
+            depth=depth,
             width=config.decoder_width,
             heads=config.decoder_heads,
         )
         for width in encoder.widths
     ]
-    unit = max(1, config.mask_unit // encoder.stride)
-    units = len(mask_units(encoder.grid, unit))
-    random_mask(torch.zeros(1, units), encoder.grid, config.mask_ratio, unit)  # speaks up now, not in the first step
-    return MIM(encoder, decoders, target, config.mask_ratio, unit, config.loss)
+    model = MIM(encoder, decoders, target, config.mask_ratio, unit, finer, config.loss)
+    model.draw_mask(torch.zeros(1, config.channels, *config.size))  # speaks up now, not in the first step
+    return model
+
+
+def units_of(config: Pretrain, stride: int, cell: int) -> tuple[int, int]:
+    """Side of a mask unit in patches, and mask units along a patch's side: one of them is 1.
+
+    Raises:
+        UserError: the unit is no whole number of patches, or of parts of a patch that can be masked.
+    """
+    side = config.mask_unit or stride
+    if side < stride and config.masking == "pixel":
+        if stride % side or side % cell:
+            raise UserError(
+                f"--mask-unit {side} must divide the model's patch of {stride} px and be a multiple of the target's "
+                f"cells of {cell} px; possible: {[size for size in range(cell, stride + 1, cell) if stride % size == 0]}"
+            )
+        return 1, stride // side
+    if side % stride:
+        raise UserError(
+            f"--mask-unit {side} is not a multiple of the model's patch of {stride} px; "
+            f"try {-(-side // stride) * stride}, or 0 for one patch"
+        )
+    return side // stride, 1

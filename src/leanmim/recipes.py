@@ -36,7 +36,22 @@ SIMMIM = replace(
     leanmim pretrain simmim --data photos --model swin_tiny_patch4_window7_224 --out run
 """
 
-RECIPES = {recipe.recipe: recipe for recipe in (MAE, SIMMIM)}
+FASTMIM = replace(
+    MAE,
+    recipe="fastmim",
+    input_size=(128,),
+    masking="pixel",
+    target="hog",
+    decoder_depth="auto",
+    decoder_width=256,
+    decoder_heads=8,
+)
+"""FastMIM (arXiv 2212.06593): low resolution, a colour painted on masked squares of one patch, HOG, any backbone.
+
+    leanmim pretrain fastmim --data photos --model pvt_v2_b2 --out run
+"""
+
+RECIPES = {recipe.recipe: recipe for recipe in (MAE, SIMMIM, FASTMIM)}
 
 
 def variant(name: str, changes: Any) -> Pretrain:

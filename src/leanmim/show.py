@@ -1,9 +1,12 @@
 """Pictures: original, masked image, reconstruction."""
 
+import math
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -11,28 +14,58 @@ from leanmim.checkpoint import restore
 from leanmim.config import Show
 from leanmim.data import UNREADABLE, Normalise, centre_crop, list_images, read_image
 from leanmim.errors import UserError
-from leanmim.masking import Grid, Mask
+from leanmim.masking import Mask, hidden_squares, magnify
 from leanmim.mim import MIM
-from leanmim.targets import unpatchify
+from leanmim.targets import BINS, FLAT, HOG, Pixels, hog, unpatchify
+
+
+@torch.no_grad()
+def predict(model: MIM, images: Float[Tensor, "b c H W"], mask: Mask) -> Float[Tensor, "b n p"]:
+    """The last segment's predictions of the masked patches, zero for the others."""
+    *_, (ids, prediction) = model.predictions(images, mask)
+    canvas = torch.zeros(len(images), model.encoder.grid.n, prediction.shape[2], device=images.device)
+    return canvas.scatter(1, ids[..., None].expand_as(prediction), prediction)
 
 
 @torch.no_grad()
 def reconstruct(
     model: MIM, images: Float[Tensor, "b c H W"], mask: Mask
 ) -> tuple[Float[Tensor, "b c H W"], Float[Tensor, "b 1 H W"]]:
-    """The last segment's predictions painted over the masked patches, the visible ones as they are.
+    """The last segment's predictions painted over what is masked, the visible as it is. The target is pixels.
 
     Returns:
         The reconstruction, and 1 where a pixel was masked.
     """
-    *_, (ids, prediction) = model.predictions(images, mask)
-    patch, grid = model.encoder.stride, model.encoder.grid
-    places = ids[..., None]
-    canvas = torch.zeros(len(images), grid.n, prediction.shape[2], device=images.device)
-    painted = model.target.paint(canvas.scatter(1, places.expand_as(prediction), prediction), images)
-    hidden = torch.zeros(len(images), grid.n, patch**2, device=images.device)
-    hidden = unpatchify(hidden.scatter(1, places.expand(-1, -1, patch**2), 1.0), patch, Grid(*grid))
+    assert isinstance(model.target, Pixels)
+    painted = model.target.paint(predict(model, images, mask), images)
+    hidden = hidden_pixels(model, images, mask)
     return torch.where(hidden.bool(), painted, images), hidden
+
+
+def hidden_pixels(model: MIM, images: Float[Tensor, "b c H W"], mask: Mask) -> Float[Tensor, "b 1 H W"]:
+    """1 where a pixel is masked."""
+    squares = hidden_squares(mask, model.encoder.grid)
+    return magnify(squares, (images.shape[2], images.shape[3]))[:, None].float()
+
+
+def strokes(histogram: Float[Tensor, "k y x"], cell: int) -> LineCollection:
+    """HOG as it is usually drawn: in each cell a stroke along every edge direction, the brighter the stronger.
+
+    The gradient of bin ``i`` points along ``(sin t, cos t)`` with ``t`` the bin's middle; its edge stands across.
+    """
+    bins = histogram.unflatten(0, (-1, BINS)).mean(0).clamp(min=0)  # over the channels
+    bins = bins / bins.max().clamp(min=1e-6)
+    angle = (torch.arange(BINS) + 0.5) * (math.pi / BINS)
+    along = torch.stack([angle.cos(), -angle.sin()], dim=1) * (0.48 * cell)
+    _, rows, columns = bins.shape
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    centre = (torch.stack([x, y], dim=-1) + 0.5) * cell - 0.5
+    ends = torch.stack([centre - along[:, None, None], centre + along[:, None, None]], dim=-2)  # bins y x 2 2
+    strength = bins.flatten()
+    order = strength.argsort()  # the strongest on top
+    colours = torch.ones(len(order), 4)
+    colours[:, 3] = strength[order]
+    return LineCollection(list(ends.flatten(0, 2)[order].numpy()), colors=colours.numpy(), linewidths=0.8)
 
 
 def choose_files(sources: tuple[str, ...], data: str, count: int) -> list[Path]:
@@ -87,29 +120,33 @@ def show(config: Show) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         mask = model.draw_mask(images)
-    painted, hidden = reconstruct(model, images, mask)
     original = normalise.invert(images)
+    hidden = hidden_pixels(model, images, mask)
     masked = torch.where(hidden.bool(), torch.full_like(original, 0.5), original)
-
-    per_patch = trained.target == "pixels"
-    titles = ("original", f"masked, {hidden.mean():.0%}", "reconstruction" + " *" * per_patch)
-    height = 2.0 * trained.size[0] / trained.size[1]
-    figure = Figure(figsize=(6.3, len(tensors) * height + 0.8), dpi=130, layout="constrained")
-    axes = figure.subplots(len(tensors), 3, squeeze=False)
-    for row, name in enumerate(names):
-        for column, picture in enumerate((original, masked, normalise.invert(painted))):
-            axis = axes[row][column]
-            pixels = picture[row].permute(1, 2, 0).squeeze(-1).numpy()
-            axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.spines[:].set_visible(False)
-            if row == 0:
-                axis.set_title(titles[column], fontsize=10)
-        axes[row][0].set_ylabel(name if len(name) < 25 else name[:22] + "...", fontsize=7)
+    columns: list[tuple[str, Tensor]] = [("original", original), (f"masked, {hidden.mean():.0%}", masked)]
     note = f"{trained.recipe}, {trained.model}, step {state['step']}"
-    if per_patch:
-        note += "\n* predicted patches brought back with the true patch's own mean and deviation"
+    if isinstance(model.target, HOG):
+        true, predicted = histograms(model, images, mask)
+        columns += [("HOG", true), ("HOG, predicted where masked", predicted)]
+        flat = (true.unflatten(1, (-1, BINS)).norm(dim=2) < 0.999).float().mean()
+        note += f"\nvisible cells are the true ones; flat cells (norm under {FLAT}): {flat:.1%}"
+    else:
+        per_patch = trained.target == "pixels"
+        painted, _ = reconstruct(model, images, mask)
+        columns += [("reconstruction" + " *" * per_patch, normalise.invert(painted))]
+        if per_patch:
+            note += "\n* predicted patches brought back with the true patch's own mean and deviation"
+
+    height = 2.0 * trained.size[0] / trained.size[1]
+    figure = Figure(figsize=(2.1 * len(columns), len(tensors) * height + 0.8), dpi=130, layout="constrained")
+    axes = figure.subplots(len(tensors), len(columns), squeeze=False)
+    for row, name in enumerate(names):
+        for column, (title, pictures) in enumerate(columns):
+            axis = axes[row][column]
+            draw(axis, pictures[row], trained.size, trained.hog_cell)
+            if row == 0:
+                axis.set_title(title, fontsize=10 if len(title) < 20 else 7)
+        axes[row][0].set_ylabel(name if len(name) < 25 else name[:22] + "...", fontsize=7)
     figure.supxlabel(note, fontsize=7)
     path = Path(config.out) if config.out else Path(config.run) / "reconstructions.png"
     try:
@@ -118,3 +155,29 @@ def show(config: Show) -> Path:
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be written ({error}); give the name of a picture with --out") from error
     return path
+
+
+def histograms(
+    model: MIM, images: Float[Tensor, "b c H W"], mask: Mask
+) -> tuple[Float[Tensor, "b k y x"], Float[Tensor, "b k y x"]]:
+    """The true histograms, and those predicted for what is masked among the true ones of what is seen."""
+    assert isinstance(model.target, HOG)
+    cells = model.target.patch // model.target.cell
+    true = hog(images, model.target.cell)
+    grid = model.encoder.grid
+    predicted = unpatchify(predict(model, images, mask), cells, grid)
+    hidden = magnify(hidden_squares(mask, grid), (true.shape[2], true.shape[3]))
+    return true, torch.where(hidden[:, None], predicted, true)
+
+
+def draw(axis: Axes, picture: Float[Tensor, "c y x"], size: tuple[int, int], cell: int) -> None:
+    """An image, or histograms as strokes on black, on an axis of the image's size."""
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[:].set_visible(False)
+    if picture.shape[1:] == size:
+        pixels = picture.permute(1, 2, 0).squeeze(-1).numpy()
+        axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    else:
+        axis.imshow(torch.zeros(size).numpy(), cmap="gray", vmin=0, vmax=1)
+        axis.add_collection(strokes(picture, cell), autolim=False)

@@ -18,7 +18,7 @@ from leanmim.checkpoint import Run, load_backbone
 from leanmim.config import Knn, Pretrain
 from leanmim.data import Labelled, Normalise, centre_crop, labelled_pair, loader, resolve_workers
 from leanmim.device import resolve_device
-from leanmim.encoders import Backbone
+from leanmim.encoders import Backbone, as_tokens
 from leanmim.errors import UserError
 from leanmim.mim import build
 
@@ -47,13 +47,14 @@ def embedding(backbone: Backbone, pool: str) -> Embed:
         return backbone
     if pool == "token" and not getattr(backbone, "has_class_token", False):
         raise UserError("--pool token: this model has no class token; use avg")
-    prefix = getattr(backbone, "num_prefix_tokens", 0)
+    prefix = getattr(backbone, "num_prefix_tokens", None) or 0
     last = getattr(backbone, "fc_norm", nn.Identity())
 
     def embed(images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b d"]:
         tokens = backbone.forward_features(images)
-        tokens = tokens.flatten(1, 2) if tokens.ndim == 4 else tokens
-        return last(tokens[:, 0] if pool == "token" else tokens[:, prefix:].mean(1))
+        if pool == "token":
+            return last(tokens[:, 0])
+        return last(as_tokens(tokens, (images.shape[2], images.shape[3]), prefix).mean(1))
 
     return embed
 
