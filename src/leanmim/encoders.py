@@ -251,12 +251,13 @@ class TimmEncoder(nn.Module):
     """
 
     full_grid = True
+    prefix = 0
 
     def __init__(self, backbone: Backbone, input_size: tuple[int, int], channels: int, cut: bool = False) -> None:
         super().__init__()
         self.backbone = backbone
         self.size = input_size
-        self.prefix = getattr(backbone, "num_prefix_tokens", None) or 0
+        self.skip = getattr(backbone, "num_prefix_tokens", None) or 0  # class and register tokens stay behind
         name = type(backbone).__name__
         was_training = backbone.training
         backbone.eval()  # an empty image is none that running statistics should learn from
@@ -271,7 +272,7 @@ class TimmEncoder(nn.Module):
             parameter.requires_grad_(parameter.grad is not None)
             parameter.grad = None
         backbone.train(was_training)
-        tokens = as_tokens(features, input_size, self.prefix)
+        tokens = as_tokens(features, input_size, self.skip)
         n, width = tokens.shape[1:]
         self.stride = round((input_size[0] * input_size[1] / n) ** 0.5)
         self.grid = Grid(input_size[0] // self.stride, input_size[1] // self.stride)
@@ -296,7 +297,7 @@ class TimmEncoder(nn.Module):
 
     def read(self, i: int, x: Tensor) -> Float[Tensor, "b n d"]:
         """One token for each patch."""
-        return self.norm(as_tokens(x, self.size, self.prefix))
+        return self.norm(as_tokens(x, self.size, self.skip))
 
     def positions(self, mask: Mask) -> Int[Tensor, "b n"]:
         """Every patch, row by row."""
