@@ -1,6 +1,6 @@
 """The run folder and what it holds: checkpoints written atomically, read with ``weights_only=True``.
 
-A checkpoint is ``{format, config, step, mean, std, model, optimizers}``. There is no generator state to save:
+A checkpoint is ``{format, config, stage, step, mean, std, model, optimizers}``. There is no generator state to save:
 every step seeds its own randomness from (seed, process, step).
 """
 
@@ -9,17 +9,19 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import timm.models
 import torch
+from torch.optim import AdamW
 
 from leanmim.config import Pretrain
-from leanmim.encoders import Backbone, create_backbone, make_encoder
+from leanmim.encoders import Backbone, ViTEncoder
 from leanmim.errors import UserError
 from leanmim.mim import MIM, build
+from leanmim.schedule import stages
 
 FORMAT = "leanmim-1"
 # What may differ when a run is continued: none of it changes a weight.
@@ -179,9 +181,11 @@ def restore(run: str | Path) -> tuple[Pretrain, MIM, dict[str, Any]]:
     """The model of a run, from its newest checkpoint.
 
     Returns:
-        Its configuration, the model, and the checkpoint (for ``step``, ``mean``, ``std``).
+        Its configuration (that of the stage it has reached), the model, and the checkpoint (for ``step``, ``mean``,
+        ``std``).
     """
     config, state = Run(Path(run)).read()
+    config = stages(config)[state["stage"]].config
     model = build(config)
     try:
         model.load_state_dict(state["model"])
@@ -190,14 +194,58 @@ def restore(run: str | Path) -> tuple[Pretrain, MIM, dict[str, Any]]:
     return config, model, state
 
 
+def adapt(backbone: Backbone, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights with positions and window tables resized to the backbone's input size, by timm."""
+    resize = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+    return resize(state, backbone) if resize else state
+
+
+def carry_over(old: MIM, new: MIM) -> None:
+    """Give a model the weights of the same model at another input size.
+
+    Sine-cosine positions are computed for the new grid, those of a checkpoint resized with the window tables.
+    """
+    start = "encoder.backbone."
+    weights = old.state_dict()
+    computed = isinstance(old.encoder, ViTEncoder) and old.encoder.has_sincos()
+    positions = new.encoder.backbone.pos_embed.detach().clone() if computed else None
+    fit_backbone(
+        new.encoder.backbone, {k[len(start) :]: v for k, v in weights.items() if k.startswith(start)}, "this run"
+    )
+    new.load_state_dict({k: v for k, v in weights.items() if not k.startswith(start)}, strict=False)
+    if positions is not None:
+        new.encoder.backbone.pos_embed.data.copy_(positions)
+
+
+def carry_over_moments(old: MIM, before: list[AdamW], new: MIM, after: list[AdamW]) -> None:
+    """Give the optimizers of the new model the state of the old ones, resized as the weights are."""
+    start = "encoder.backbone."
+    moments: dict[str, dict[str, torch.Tensor]] = {}
+    states = {name: before[old.owner(name)].state.get(p, {}) for name, p in old.named_parameters()}
+    for key in ("exp_avg", "exp_avg_sq"):
+        own = {n: s[key] if key in s else torch.zeros_like(p) for (n, p), s in
+               zip(old.named_parameters(), states.values(), strict=True)}  # fmt: skip
+        buffers = {k: v for k, v in old.encoder.backbone.state_dict().items() if start + k not in own}
+        resized = adapt(
+            new.encoder.backbone, buffers | {k[len(start) :]: v for k, v in own.items() if k.startswith(start)}
+        )
+        moments[key] = own | {start + k: v for k, v in resized.items()}
+    for name, parameter in new.named_parameters():
+        if states[name]:
+            after[new.owner(name)].state[parameter] = {
+                "step": states[name]["step"].clone(),
+                "exp_avg": moments["exp_avg"][name].clone(),
+                "exp_avg_sq": moments["exp_avg_sq"][name].clamp(min=0),  # interpolation may overshoot
+            }
+
+
 def fit_backbone(backbone: Backbone, state: dict[str, torch.Tensor], source: str) -> None:
     """Load encoder weights, with timm resizing positions and window tables to the backbone's input size.
 
     Raises:
         UserError: weights are missing, left over (a classifier's aside), or of another shape.
     """
-    adapt = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
-    state = adapt(state, backbone) if adapt else state
+    state = adapt(backbone, state)
     own = backbone.state_dict()
     head = ("head.", "fc.", "fc_norm.", "head_dist.")
     missing = sorted(own.keys() - state.keys())
@@ -265,12 +313,8 @@ def load_backbone(
         The backbone (in evaluation mode), the configuration, and the checkpoint.
     """
     config, model, state = restore(run)
-    backbone = model.encoder.backbone
     if input_size is not None and input_size != config.size:
-        larger = create_backbone(config.model, input_size, config.channels, config.depth, **config.model_kwargs)
-        make_encoder(
-            larger, config.masking, input_size, config.channels
-        )  # says so if the patches do not divide the size
-        fit_backbone(larger, backbone.state_dict(), str(run))
-        backbone = larger
-    return backbone.eval(), config, state
+        other = build(replace(config, input_size=input_size, mask_unit=0, mask_ratio=0.5))  # only its backbone counts
+        carry_over(model, other)
+        model = other
+    return model.encoder.backbone.eval(), config, state

@@ -34,6 +34,7 @@ def recipes() -> Any:
 DESCRIPTIONS = {
     "mae": "Masked autoencoder: drop 75 % of the patches, reconstruct them (ViT).",
     "fastmim": "FastMIM: low resolution, masks painted on the image, HOG as target (any backbone).",
+    "fastmim-p": "FastMIM-P: FastMIM with a resolution that grows during training.",
     "simmim": "SimMIM: a learned token in masked squares, one linear layer (ViT, Swin).",
 }
 COMMANDS = {

@@ -64,6 +64,16 @@ class Pretrain:
     """Pixels: one number for a square, or height and width."""
     channels: Literal[1, 3] = 3
     """Image channels; files of any kind are converted."""
+    stage_scales: tuple[float, ...] = ()
+    """Progressive resolution (FastMIM-P): the size of each stage as a multiple of --input-size. Empty is one stage."""
+    stage_starts: tuple[float, ...] = ()
+    """Where each stage begins, as a share of the epochs: 0 first, then rising."""
+    stage_batches: tuple[int, ...] = ()
+    """Batch size of each stage; empty is --batch-size for all."""
+    stage_accums: tuple[int, ...] = ()
+    """Accumulation of each stage; empty is --accum for all."""
+    stage_blrs: tuple[float, ...] = ()
+    """Base learning rate of each stage; empty is --blr for all. lr = blr x the stage's effective batch / 256."""
 
     depth: int | None = None
     """Pre-train only the first layers: blocks of a ViT, stages of a hierarchical model. None is all."""
@@ -179,7 +189,28 @@ class Pretrain:
             ("max_bad_share", 0, 1), ("knn_every", 1, None), ("log_every", 1, None), ("seed", 0, None),
             ("blr", 0, None), ("weight_decay", 0, None), ("clip_grad", 0, None), ("checkpoint_minutes", 0, None),
         )  # fmt: skip
+        count = len(self.stage_scales)
+        if len(self.stage_starts) != count:
+            raise UserError(
+                f"--stage-starts has {len(self.stage_starts)} numbers for {count} --stage-scales; give one each"
+            )
+        rising = all(low < high for low, high in zip(self.stage_starts, (*self.stage_starts[1:], 1.0), strict=False))
+        if count and (self.stage_starts[0] != 0 or not rising or not min(self.stage_scales) > 0):
+            raise UserError(
+                f"--stage-starts {self.stage_starts} must begin with 0, rise and stay under 1, and --stage-scales "
+                f"{self.stage_scales} be above 0"
+            )
+        for name in ("stage_batches", "stage_accums", "stage_blrs"):
+            values = getattr(self, name)
+            if values and (len(values) != count or not min(values) > 0):
+                raise UserError(
+                    f"--{name.replace('_', '-')} {values} must be {count} numbers above 0, one for each stage"
+                )
         if self.batch_size == "auto":
+            if self.stage_batches or self.stage_accums:
+                raise UserError(
+                    "--batch-size auto chooses batch and accumulation itself; leave those of the stages out"
+                )
             parse_bytes(self.memory)
             if self.accum != 1:
                 raise UserError("--batch-size auto chooses --accum itself; leave --accum out, set --effective-batch")

@@ -35,6 +35,7 @@ from leanmim.device import resolve_precision
 from leanmim.encoders import create_backbone
 from leanmim.mim import MIM, build
 from leanmim.recipes import RECIPES, variant
+from leanmim.schedule import stages
 from leanmim.step import make_optimizers, update
 
 Flops = dict[str, int]  # part (encoder, decoder, target) -> FLOPs
@@ -220,6 +221,26 @@ def batches(images: Tensor, normalise: Normalise, accum: int) -> Iterator[Tensor
 
 
 def count(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[str, Flops]]:
+    """The cost of a recipe: with stages, the bytes and tokens of the one with the highest peak, and the FLOPs of an
+    image on average over the epochs. Arguments and errors as for `count_stage`.
+    """
+    table = stages(config)
+    counted = [count_stage(stage.config, device) for stage in table]
+    shares = [(stage.stop - stage.start) / config.epochs for stage in table]
+    flops = {
+        phase: {part: round(sum(share * f[phase][part] for share, (_, f) in zip(shares, counted, strict=True)))
+                for part in parts}
+        for phase, parts in counted[0][1].items()
+    }  # fmt: skip
+    most = max((entry for entry, _ in counted), key=lambda entry: entry.peak_bytes)
+    return replace(
+        most,
+        forward_flops_per_image=sum(flops["forward"].values()),
+        train_flops_per_image=sum(flops["training"].values()),
+    ), flops
+
+
+def count_stage(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[str, Flops]]:
     """Count one training step as `update` does it, accumulation included.
 
     Args:

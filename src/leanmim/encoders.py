@@ -135,6 +135,13 @@ class ViTEncoder(nn.Module):
         if backbone.attn_pool is not None:
             backbone.attn_pool.requires_grad_(False)  # pooling is downstream of what is trained here
 
+    def has_sincos(self) -> bool:
+        """Whether positions are the sine-cosine ones, computed and not taken from a checkpoint."""
+        if self.backbone.pos_embed is None:
+            return False
+        own = self.backbone.pos_embed[0, -self.grid.n :]
+        return torch.equal(own, sincos(self.grid, own.shape[1]).to(own.device))
+
     @property
     def final_norm(self) -> nn.Module:
         """The backbone's own last norm; under average pooling timm keeps it after the pool, as ``fc_norm``."""
@@ -312,7 +319,12 @@ OPTIONAL = ("img_size", "drop_path_rate")  # arguments that not every timm model
 
 
 def backbone_arguments(name: str, input_size: tuple[int, int], channels: int, **kwargs: Any) -> dict[str, Any]:
-    """What `create_backbone` gives to timm, if the model takes all of it."""
+    """What `create_backbone` gives to timm: what of it the model takes."""
+    return _create(name, _wishes(name, input_size, channels, **kwargs) | {"device": "meta"})[1]
+
+
+def _wishes(name: str, input_size: tuple[int, int], channels: int, **kwargs: Any) -> dict[str, Any]:
+    """Arguments that a model may take or not."""
     arguments: dict[str, Any] = dict(num_classes=0, in_chans=channels, img_size=input_size, drop_path_rate=0.0)
     if name.startswith("swin_"):
         patch = kwargs.get("patch_size", 4)
@@ -338,7 +350,7 @@ def create_backbone(
         raise UserError(
             f"timm has no model {name!r}; nearest: {', '.join(near) or 'none'} (timm.list_models() has all)"
         )
-    backbone, _ = _create(name, backbone_arguments(name, input_size, channels, **kwargs))
+    backbone, _ = _create(name, _wishes(name, input_size, channels, **kwargs))
     if first_layers is None:
         return backbone
     parts = backbone.blocks if isinstance(backbone, VisionTransformer) else backbone.feature_info

@@ -15,7 +15,7 @@ from torch import Tensor
 from leanmim.checkpoint import restore, write_atomically, write_json
 from leanmim.config import Export, Pretrain
 from leanmim.decoder import sincos
-from leanmim.encoders import ViTEncoder
+from leanmim.encoders import ViTEncoder, backbone_arguments, create_backbone
 from leanmim.errors import UserError
 from leanmim.mim import MIM
 
@@ -47,14 +47,13 @@ def export(config: Export) -> Path:
 
 def timm_arguments(config: Pretrain, model: MIM) -> dict[str, Any]:
     """What timm.create_model needs beside the name to build the model as it was pre-trained."""
+    taken = backbone_arguments(config.model, config.size, config.channels, **config.model_kwargs)
     arguments: dict[str, Any] = dict(config.model_kwargs)
-    backbone = model.encoder.backbone
-    size = backbone.pretrained_cfg["input_size"][1:]
-    if tuple(size) != config.size:
-        arguments["img_size"] = config.size[0] if config.size[0] == config.size[1] else list(config.size)
-    if not isinstance(model.encoder, ViTEncoder) and "img_size" in arguments and "window_size" not in arguments:
-        window = [max(1, side // 8) for side in backbone.patch_embed.grid_size]
-        arguments["window_size"] = window[0] if window[0] == window[1] else window
+    default = tuple(model.encoder.backbone.pretrained_cfg["input_size"][1:])
+    for name in ("img_size", "window_size") if config.size != default else ():
+        if name in taken and name not in arguments:
+            sides = taken[name]
+            arguments[name] = sides[0] if sides[0] == sides[1] else list(sides)
     if config.channels != 3:
         arguments["in_chans"] = config.channels
     return arguments
@@ -63,7 +62,7 @@ def timm_arguments(config: Pretrain, model: MIM) -> dict[str, Any]:
 def to_timm(config: Pretrain, model: MIM, state: dict[str, Any]) -> dict[str, Any]:
     """The backbone's state and timm's description of it; loads strictly with timm.create_model."""
     backbone = model.encoder.backbone
-    description = {
+    description: dict[str, Any] = {
         "architecture": config.model.partition(".")[0],
         "num_classes": 0,
         "num_features": backbone.num_features,
@@ -84,7 +83,15 @@ def to_timm(config: Pretrain, model: MIM, state: dict[str, Any]) -> dict[str, An
         },
         "leanmim": {"recipe": config.recipe, "step": state["step"], "epochs": config.epochs},
     }
-    return {"model.safetensors": backbone.state_dict(), "config.json": description}
+    weights = backbone.state_dict()
+    if config.depth is not None:
+        # the model whole, so that it loads anywhere: what pre-training left out is initialised afresh, and said so
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            whole = create_backbone(config.model, config.size, config.channels, **config.model_kwargs).state_dict()
+        description["leanmim"] |= {"depth": config.depth, "not_pretrained": sorted(whole.keys() - weights.keys())}
+        weights = whole | weights
+    return {"model.safetensors": weights, "config.json": description}
 
 
 def timm_lines(folder: Path, config: Pretrain, model: MIM) -> str:

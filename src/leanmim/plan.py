@@ -17,6 +17,7 @@ from leanmim.device import resolve_device, resolve_precision
 from leanmim.errors import UserError
 from leanmim.mim import build
 from leanmim.recipes import RECIPES, variant
+from leanmim.schedule import stages
 from leanmim.step import make_optimizers, update
 
 SHARE = 0.9  # of the memory is planned with; the rest is the allocator's and the libraries'
@@ -143,7 +144,9 @@ def plan(config: Plan) -> str:
             rate = rate or (config.images_per_second, cost.train_flops_per_image)
             speed, how = rate[0] * rate[1] / cost.train_flops_per_image, "from --images-per-second and FLOPs"
         else:
-            speed, how = throughput(chosen, files, device), f"measured in {STEPS} steps here"
+            shares = [((s.stop - s.start) / chosen.epochs, throughput(s.config, files, device)) for s in stages(chosen)]
+            speed = 1 / sum(share / images for share, images in shares)
+            how = f"measured in {STEPS} steps here"
         epoch = len(files) / speed / 3600
         lines += [
             f"\n{name}: batch {chosen.batch_size} x accum {chosen.accum}, {readable(cost.peak_bytes)} predicted; "

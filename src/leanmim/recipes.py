@@ -51,7 +51,14 @@ FASTMIM = replace(
     leanmim pretrain fastmim --data photos --model pvt_v2_b2 --out run
 """
 
-RECIPES = {recipe.recipe: recipe for recipe in (MAE, SIMMIM, FASTMIM)}
+FASTMIM_P = replace(FASTMIM, recipe="fastmim-p", stage_scales=(1.0, 1.25, 1.5), stage_starts=(0.0, 0.5, 0.8))
+"""FastMIM-P: the resolution grows during training, 128, 160 and 192 px from 0, 50 and 80 % of the epochs on (the
+paper names no stages; these are ours).
+
+    leanmim pretrain fastmim-p --data photos --model swin_tiny_patch4_window7_224 --out run
+"""
+
+RECIPES = {recipe.recipe: recipe for recipe in (MAE, SIMMIM, FASTMIM, FASTMIM_P)}
 
 
 def variant(name: str, changes: Any) -> Pretrain:

@@ -24,10 +24,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
 from torch.utils.tensorboard import SummaryWriter
 
 import leanmim
-from leanmim.checkpoint import Run, initialise, save, write_json
+from leanmim.checkpoint import Run, carry_over, carry_over_moments, initialise, save, write_json
 from leanmim.config import Export, Pretrain, Report, Show, parse_bytes
 from leanmim.cost import count, readable
 from leanmim.data import (
@@ -51,10 +52,10 @@ from leanmim.errors import UserError
 from leanmim.evaluate.features import embedding, extract
 from leanmim.evaluate.knn import knn_accuracy
 from leanmim.export import export
-from leanmim.mim import build
+from leanmim.mim import MIM, build
 from leanmim.plan import available, fit
 from leanmim.report import report
-from leanmim.schedule import learning_rate
+from leanmim.schedule import learning_rate, stages
 from leanmim.show import show
 from leanmim.step import make_optimizers, update
 
@@ -186,6 +187,38 @@ def pretrain(config: Pretrain) -> Path:
         return _pretrain(config, process, device)
 
 
+class Steps(NamedTuple):
+    """How a stage goes on through the data."""
+
+    first: int  # step
+    per_epoch: int
+    images: int  # of a step, over all processes
+
+
+def prepare(model: MIM, config: Pretrain, device: torch.device, world: int) -> Any:
+    """What `update` calls for the losses: the model, compiled and wrapped for several processes as asked."""
+    model.train()
+    if config.compile:
+        model.encoder.segment = torch.compile(model.encoder.segment)  # type: ignore[method-assign]
+        for decoder in model.decoders:
+            decoder.compile()
+    if world > 1:
+        return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    return model
+
+
+def at_next_size(
+    model: MIM, optimizers: list[AdamW], config: Pretrain, device: torch.device
+) -> tuple[MIM, list[AdamW]]:
+    """The same model and optimizers for another input size: nothing that was learned is lost."""
+    larger = build(config).to(device)
+    larger.autocast = model.autocast
+    carry_over(model, larger)
+    fresh = make_optimizers(larger, config)
+    carry_over_moments(model, optimizers, larger, fresh)
+    return larger, fresh
+
+
 def choose_batch(config: Pretrain, run: Run, files: int, world: int, device: torch.device) -> tuple[Pretrain, str]:
     """Batch and accumulation for ``--batch-size auto``: those of the run that is continued, or the largest that fits.
 
@@ -228,18 +261,29 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
     if config.batch_size == "auto":
         config, chosen = choose_batch(config, run, len(files), world, device)
     state = run.to_resume(config)
-    batch = int(config.batch_size)
-    effective = batch * config.accum * world
-    if len(files) < effective:
-        raise UserError(
-            f"a batch of {effective} images ({batch} x accum {config.accum} x {world} processes) is more "
-            f"than the {len(files)} in {config.data!r}; choose --batch-size {max(1, len(files) // config.accum // world)} "
-            "or smaller"
-        )
+    table = stages(config)
+    plan = []  # for each stage: its first step, steps of an epoch, images of a step
+    first_step = 0
+    for stage in table:
+        batch = int(stage.config.batch_size)
+        effective = batch * stage.config.accum * world
+        if len(files) < effective:
+            raise UserError(
+                f"a batch of {effective} images ({batch} x accum {stage.config.accum} x {world} processes) is more than "
+                f"the {len(files)} in {config.data!r}; choose --batch-size "
+                f"{max(1, len(files) // stage.config.accum // world)} or smaller"
+            )
+        plan.append(Steps(first_step, len(files) // effective, effective))
+        first_step += plan[-1].per_epoch * (stage.stop - stage.start)
+    steps = first_step
+    reached = state["stage"] if state else 0
+    now = table[reached].config
     knn_sets = labelled_pair(config.knn_data, config.channels, centre_crop(config.size)) if config.knn_data else None
     base = psutil.Process().memory_info().rss
     torch.manual_seed(config.seed)
-    model = build(config)
+    for stage in table[1:]:
+        build(stage.config)  # speaks up now, not when its time comes
+    model = build(now)
     origin = initialise(model, config.init) if config.init and state is None else ""
     if state:
         mean, std = state["mean"], state["std"]
@@ -251,9 +295,6 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
         mean, std = map(list, IMAGENET[config.channels])
 
     start = state["step"] if state else 0
-    per_epoch = len(files) // effective  # steps
-    steps = per_epoch * config.epochs
-    peak_lr = config.blr * effective / 256
     model.to(device)
     model.autocast = resolve_precision(config.precision, device)
     optimizers = make_optimizers(model, config)
@@ -275,57 +316,52 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
         write_json(run.cost, {"predicted": asdict(predicted)})
     log.console.print(
         f"{config.recipe}: {config.model}, {predicted.encoder_parameters / 1e6:.1f} M parameters, "
-        f"decoder {predicted.decoder_parameters / 1e6:.1f} M, "
-        f"{config.size[0]} x {config.size[1]} px, {'bf16' if model.autocast else 'fp32'} on {device}\n"
-        f"{len(files)} images in {config.data}; effective batch {effective} = {batch} x accum {config.accum} "
-        f"x {world} processes; lr {peak_lr:.3g} = blr {config.blr:.3g} x {effective} / 256\n"
-        f"{steps} steps = {config.epochs} epochs of {per_epoch}; warm-up {config.warmup:g} epochs"
-        f"\npredicted: {readable(predicted.peak_bytes)} at the peak, "
+        f"decoder {predicted.decoder_parameters / 1e6:.1f} M, {'bf16' if model.autocast else 'fp32'} on {device}\n"
+        f"{len(files)} images in {config.data}; {steps} steps in {config.epochs} epochs; "
+        f"warm-up {config.warmup:g} epochs"
+    )
+    for stage, part in zip(table, plan, strict=True):
+        own = stage.config
+        log.console.print(
+            f"epochs {stage.start} to {stage.stop}: {own.size[0]} x {own.size[1]} px, {part.per_epoch} steps each; "
+            f"effective batch {part.images} = {own.batch_size} x accum {own.accum} x {world} processes; "
+            f"lr {own.blr * part.images / 256:.3g} = blr {own.blr:.3g} x {part.images} / 256"
+        )
+    log.console.print(
+        f"predicted: {readable(predicted.peak_bytes)} at the peak, "
         f"{predicted.train_flops_per_image / 1e9:.3g} GFLOP an image"
         + (f"\n{chosen}" if chosen else "")
         + (f"\nstarting from {origin}" if origin else "")
         + (f"\ncontinuing after step {start}" if start else "")
     )
-
-    if config.compile:
-        model.encoder.segment = torch.compile(model.encoder.segment)  # type: ignore[method-assign]
-        for decoder in model.decoders:
-            decoder.compile()
-    trainer: Any = model
-    if world > 1:
-        trainer = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-
-    dataset = Crops(files, config.channels, config.size, config.crop_scale, config.crop_ratio, config.flip, config.seed)
-    order = Order(
-        len(files), batch, per_epoch * config.accum, start * config.accum, steps * config.accum,
-        config.seed, rank, world,
-    )  # fmt: skip
-    batches = iter(loader(dataset, order, resolve_workers(config.workers), device, collate))
     normalise = Normalise(mean, std, device)
+    trainer = prepare(model, config, device, world)
 
     def checkpoint(step: int) -> None:
         state = dict(
-            config=config.to_json(), step=step, mean=mean, std=std, model=model.state_dict(),
+            config=config.to_json(), stage=reached, step=step, mean=mean, std=std, model=model.state_dict(),
             optimizers=[optimizer.state_dict() for optimizer in optimizers],
         )  # fmt: skip
         save(run.last, state)
 
     def online_knn(train: Labelled, val: Labelled) -> float:
         model.eval()
+        for part in (train, val):
+            part.transform = centre_crop(now.size)
         embed = embedding(model.encoder.backbone, "avg")
         workers = resolve_workers(config.workers)
         accuracy = knn_accuracy(
-            extract(embed, train, normalise, batch, workers),
-            extract(embed, val, normalise, batch, workers),
+            extract(embed, train, normalise, int(now.batch_size), workers),
+            extract(embed, val, normalise, int(now.batch_size), workers),
         )
         model.train()
         return accuracy
 
     waited = 0.0  # s, for data, since the last line of the log
 
-    def micro_batches(step: int) -> Iterator[Tensor]:
+    def micro_batches(batches: Iterator[tuple[Tensor, list[Bad]]], accum: int, step: int) -> Iterator[Tensor]:
         nonlocal waited
-        for micro in range(config.accum):
+        for micro in range(accum):
             before = time.perf_counter()
             images, bads = next(batches)
             waited += time.perf_counter() - before
@@ -345,64 +381,81 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
     since, saved, accuracy = time.perf_counter(), time.perf_counter(), math.nan
     logged, spent, trained = start, 0.0, 0
     with contextlib.closing(log), progress:
-        for step in range(start, steps):
-            lr = learning_rate(step, steps, config.warmup * per_epoch, peak_lr)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
+        for number, (stage, part) in enumerate(zip(table, plan, strict=True)):
+            stop = part.first + part.per_epoch * (stage.stop - stage.start)
+            if start >= stop:
+                continue
+            if number > reached:
+                model, optimizers = at_next_size(model, optimizers, stage.config, device)
+                trainer = prepare(model, config, device, world)
+                reached, now = number, stage.config
+            begin = max(start, part.first)
+            dataset = Crops(files, now.channels, now.size, now.crop_scale, now.crop_ratio, now.flip, now.seed)
+            offset = stage.start * part.per_epoch - part.first  # the stage's steps, as if all epochs were like its own
+            order = Order(
+                len(files), int(now.batch_size), part.per_epoch * now.accum, (begin + offset) * now.accum,
+                (stop + offset) * now.accum, config.seed, rank, world,
+            )  # fmt: skip
+            batches = iter(loader(dataset, order, resolve_workers(config.workers), device, collate))
+            for step in range(begin, stop):
+                epoch = (step + offset) / part.per_epoch
+                lr = learning_rate(epoch, config.epochs, config.warmup, now.blr * part.images / 256)
+                for optimizer in optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = lr
+                feed = micro_batches(batches, now.accum, step)
+                losses.append(update(trainer, optimizers, feed, now.accum, config.clip_grad))
 
-            losses.append(update(trainer, optimizers, micro_batches(step), config.accum, config.clip_grad))
-
-            done = step + 1
-            epoch_ends = done % per_epoch == 0
-            minutes = (time.perf_counter() - saved) / 60
-            saves = done == steps or minutes >= config.checkpoint_minutes
-            if done % config.log_every == 0 or done == steps or saves:
-                means = torch.stack(losses).mean(0)
-                if world > 1:
-                    dist.all_reduce(means, dist.ReduceOp.AVG if device.type == "cuda" else dist.ReduceOp.SUM)
-                    means = means if device.type == "cuda" else means / world
-                values = means.tolist()
-                if not all(map(math.isfinite, values)):
-                    raise UserError(
-                        f"the loss is {values} at step {done}: training diverged; lower --blr, set --clip-grad, or use "
-                        "--precision fp32. The last checkpoint is from before and stays"
+                done = step + 1
+                epoch, over = divmod(done + offset, part.per_epoch)
+                minutes = (time.perf_counter() - saved) / 60
+                saves = done == steps or minutes >= config.checkpoint_minutes
+                if done % config.log_every == 0 or done == stop or saves:
+                    means = torch.stack(losses).mean(0)
+                    if world > 1:
+                        dist.all_reduce(means, dist.ReduceOp.AVG if device.type == "cuda" else dist.ReduceOp.SUM)
+                        means = means if device.type == "cuda" else means / world
+                    values = means.tolist()
+                    if not all(map(math.isfinite, values)):
+                        raise UserError(
+                            f"the loss is {values} at step {done}: training diverged; lower --blr, set --clip-grad, or use "
+                            "--precision fp32. The last checkpoint is from before and stays"
+                        )
+                    seconds = time.perf_counter() - since
+                    line = {
+                        "epoch": (done + offset) / part.per_epoch,
+                        "loss": sum(values) / len(values),
+                        "lr": lr,
+                        "images_per_second": (done - logged) * part.images / seconds,
+                        "data_wait": waited / seconds,
+                        "memory_bytes": peak_memory(device),
+                        "seconds": seconds,
+                    }
+                    if len(values) > 1:
+                        line |= {f"loss_{i}": value for i, value in enumerate(values)}
+                    log.write(done, **line)
+                    text = (
+                        f"loss {line['loss']:.4f}  {line['images_per_second']:.0f} images/s  "
+                        f"waiting for data {line['data_wait']:.0%}  {line['memory_bytes'] / 2**30:.2f} GiB"
+                        + (f"  kNN {accuracy:.1%}" if math.isfinite(accuracy) else "")
                     )
-                seconds = time.perf_counter() - since
-                line = {
-                    "epoch": done / per_epoch,
-                    "loss": sum(values) / len(values),
-                    "lr": lr,
-                    "images_per_second": (done - logged) * effective / seconds,
-                    "data_wait": waited / seconds,
-                    "memory_bytes": peak_memory(device),
-                    "seconds": seconds,
-                }
-                if len(values) > 1:
-                    line |= {f"loss_{i}": value for i, value in enumerate(values)}
-                log.write(done, **line)
-                text = (
-                    f"loss {line['loss']:.4f}  {line['images_per_second']:.0f} images/s  "
-                    f"waiting for data {line['data_wait']:.0%}  {line['memory_bytes'] / 2**30:.2f} GiB"
-                    + (f"  kNN {accuracy:.1%}" if math.isfinite(accuracy) else "")
-                )
-                progress.update(task, completed=done, text=text)
-                twentieth = max(config.log_every, steps // 20)
-                if not log.console.is_terminal and (done // twentieth > logged // twentieth or done == steps):
-                    log.console.print(f"step {done}/{steps}  epoch {line['epoch']:.1f}  {text}")
-                spent, trained = spent + seconds, trained + (done - logged) * effective
-                losses, waited, since, logged = [], 0.0, time.perf_counter(), done
-            if epoch_ends:
-                bad.merge(world)
-                if knn_sets and (done // per_epoch % config.knn_every == 0 or done == steps):
-                    if first:
-                        accuracy = online_knn(*knn_sets)
-                        log.write(done, knn=accuracy)
-                    barrier(world)
-                    since = time.perf_counter()
-            if saves and first:
-                checkpoint(done)
-                saved = time.perf_counter()
+                    progress.update(task, completed=done, text=text)
+                    twentieth = max(config.log_every, steps // 20)
+                    if not log.console.is_terminal and (done // twentieth > logged // twentieth or done == steps):
+                        log.console.print(f"step {done}/{steps}  epoch {line['epoch']:.1f}  {text}")
+                    spent, trained = spent + seconds, trained + (done - logged) * part.images
+                    losses, waited, since, logged = [], 0.0, time.perf_counter(), done
+                if not over:
+                    bad.merge(world)
+                    if knn_sets and (epoch % config.knn_every == 0 or done == steps):
+                        if first:
+                            accuracy = online_knn(*knn_sets)
+                            log.write(done, knn=accuracy)
+                        barrier(world)
+                        since = time.perf_counter()
+                if saves and first:
+                    checkpoint(done)
+                    saved = time.perf_counter()
 
     if first:
         if trained:
