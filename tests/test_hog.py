@@ -181,12 +181,14 @@ def test_the_rim_is_reflected() -> None:
 
 
 def test_magnitudes_weigh_the_bins() -> None:
-    """A cell that is half a ramp to the right and half one, twice as steep, downwards."""
-    y, x = torch.meshgrid(torch.arange(16.0), torch.arange(40.0), indexing="ij")
-    image = torch.where(x < 20, x, 19 + 2 * y * (x > 19))[None, None]
-    np.testing.assert_allclose(hog(image).numpy(), oracle(image, 8), atol=1e-6)
-    apart = torch.cat([ramp(90, 8)[..., 1:7], 2 * ramp(0, 8)[..., :2]], -1)  # every pixel a magnitude of its own
-    np.testing.assert_allclose(hog(apart).numpy(), oracle(apart, 8), atol=1e-6)
+    """A ramp to the right that also rises downwards, three times as steep, from row 12: the middle of the cell."""
+    y, x = torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="ij")
+    middle = hog((x + 3 * (y - 12).clamp(min=0))[None, None])[0, :, 1, 1]
+    sums = np.zeros(9)
+    sums[4] = 4 * 8 * 8  # rows 8 to 11: (8, 0), 90 degrees
+    sums[1] = 8 * np.hypot(8, 12)  # row 12: (8, 12), 34 degrees
+    sums[0] = 3 * 8 * np.hypot(8, 24)  # rows 13 to 15: (8, 24), 18 degrees
+    np.testing.assert_allclose(middle.numpy(), sums / np.linalg.norm(sums), atol=1e-6)
 
 
 def test_the_remainder_still_bends_the_gradient_of_the_last_cell() -> None:

@@ -147,7 +147,7 @@ class Run:
             ) from None
         if config.overwrite:
             return None
-        new = config.to_json()
+        new = json.loads(json.dumps(config.to_json()))
         changed = [key for key in sorted(old.keys() | new.keys()) if key not in FREE and old.get(key) != new.get(key)]
         if changed:
             lines = [f"  {key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in changed]
@@ -185,7 +185,7 @@ def restore(run: str | Path) -> tuple[Pretrain, MIM, dict[str, Any]]:
         ``std``).
     """
     config, state = Run(Path(run)).read()
-    config = stages(config)[state["stage"]].config
+    config = stages(config)[state.get("stage", 0)].config
     model = build(config)
     try:
         model.load_state_dict(state["model"])

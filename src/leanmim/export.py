@@ -88,7 +88,9 @@ def to_timm(config: Pretrain, model: MIM, state: dict[str, Any]) -> dict[str, An
         # the model whole, so that it loads anywhere: what pre-training left out is initialised afresh, and said so
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            whole = create_backbone(config.model, config.size, config.channels, **config.model_kwargs).state_dict()
+            whole = create_backbone(
+                config.model, config.size, config.channels, None, **config.model_kwargs
+            ).state_dict()
         description["leanmim"] |= {"depth": config.depth, "not_pretrained": sorted(whole.keys() - weights.keys())}
         weights = whole | weights
     return {"model.safetensors": weights, "config.json": description}

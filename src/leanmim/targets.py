@@ -116,10 +116,10 @@ def hog(images: Float[Tensor, "b c H W"], cell: int = 8) -> Float[Tensor, "b k y
     b, c, height, width = images.shape
     rows, columns = height // cell, width // cell
     device = images.device
-    # Half turns both ways, -9 to 9, have a place of their own at first: folding them together comes at the end.
-    turns = 2 * BINS + 1
+    # A quarter turn both ways, -5 to 4, has places of its own at first; folding -5 to -1 onto 4 to 8 comes at the end.
+    turns = BINS + 1
     down, across = (torch.arange(count * cell, device=device) // cell for count in (rows, columns))
-    place = ((down[:, None] * columns + across) * turns + BINS).flatten()
+    place = ((down[:, None] * columns + across) * turns + 5).flatten()
     planes = images.flatten(0, 1)
     chunk = max(1, CHUNK.get(device.type, CHUNK_ELSEWHERE) // (height * width))
     histogram = torch.zeros(b * c, rows * columns * turns, device=device)
@@ -130,11 +130,11 @@ def hog(images: Float[Tensor, "b c H W"], cell: int = 8) -> Float[Tensor, "b k y
         gx = (smooth[..., 2:] - smooth[..., :-2])[:, : rows * cell, : columns * cell].flatten(1).float()
         smooth = (x[..., :-2] + x[..., 2:]).add_(x[..., 1:-1], alpha=2)
         gy = (smooth[:, 2:] - smooth[:, :-2])[:, : rows * cell, : columns * cell].flatten(1).float()
-        turn = torch.atan2(gx, gy).mul_(BINS / math.pi).floor_().long().add_(place)
+        # atan(gx / gy) is atan2(gx, gy) up to half turns, and exact where that one rounds to a half turn
+        turn = (gx / gy).atan_().nan_to_num_(0).mul_(BINS / math.pi).floor_().long().add_(place)
         out.scatter_add_(1, turn, gx.square_().addcmul_(gy, gy).sqrt_())
     histogram = histogram.view(b, c, rows, columns, turns)
-    bins = histogram[..., :BINS] + histogram[..., BINS:-1]
-    bins[..., 0] += histogram[..., -1]
+    bins = nn.functional.pad(histogram[..., 5:], (0, 4)) + nn.functional.pad(histogram[..., :5], (4, 0))
     return nn.functional.normalize(bins, dim=-1, eps=FLAT).permute(0, 1, 4, 2, 3).flatten(1, 2)
 
 

@@ -276,7 +276,7 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
         plan.append(Steps(first_step, len(files) // effective, effective))
         first_step += plan[-1].per_epoch * (stage.stop - stage.start)
     steps = first_step
-    reached = state["stage"] if state else 0
+    reached = state.get("stage", 0) if state else 0
     now = table[reached].config
     knn_sets = labelled_pair(config.knn_data, config.channels, centre_crop(config.size)) if config.knn_data else None
     base = psutil.Process().memory_info().rss
