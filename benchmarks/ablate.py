@@ -23,15 +23,14 @@ from typing import Any
 
 import record
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import leanmim
 from leanmim.config import Knn, Pretrain, Probe
+from leanmim.cost import count
 from leanmim.data import list_images
 from leanmim.evaluate.knn import knn
 from leanmim.evaluate.probe import probe
-from leanmim.mim import build
-from leanmim.recipes import MAE, SIMMIM
+from leanmim.recipes import FASTMIM, MAE, SIMMIM
 
 # Per scale: the backbone and its decoder, data, schedule. "images" and "val" are per class, 0 is all.
 SCALES: dict[str, dict[str, Any]] = {
@@ -40,12 +39,23 @@ SCALES: dict[str, dict[str, Any]] = {
     "gpu": dict(model=dict(embed_dim=192, depth=12, num_heads=3), decoder=(4, 128, 4), images=0, val=0, epochs=100, jobs=4),
 }  # fmt: skip
 
-# What differs from the base. Later methods add lines here.
+# What differs from the base. "shrink" is the input's share of --input-size, at the same patch; "longer" a factor of the
+# epochs. Later methods add lines here.
+GROWING = dict(stage_scales=(1.0, 1.5, 2.0), stage_starts=(0.0, 0.5, 0.75))
 VARIANTS: dict[str, tuple[Pretrain, dict[str, Any]]] = {
     "mae": (MAE, {}),
     "mae-raw-pixels": (MAE, dict(target="raw-pixels")),
     "mae-mask-0.6": (MAE, dict(mask_ratio=0.6)),
+    "mae-hog": (MAE, dict(target="hog")),
     "simmim": (SIMMIM, {}),
+    "fastmim": (FASTMIM, {}),
+    "fastmim-pixels": (FASTMIM, dict(target="pixels")),
+    "fastmim-raw-pixels": (FASTMIM, dict(target="raw-pixels")),
+    "fastmim-half": (FASTMIM, dict(shrink=0.5)),
+    "fastmim-half-time": (FASTMIM, dict(shrink=0.5, longer=3.0)),
+    "fastmim-half-pixels": (FASTMIM, dict(shrink=0.5, target="pixels")),
+    "fastmim-p": (FASTMIM, dict(shrink=0.5, **GROWING)),
+    "fastmim-p-time": (FASTMIM, dict(shrink=0.5, longer=1.5, **GROWING)),
 }
 
 
@@ -53,20 +63,24 @@ def configure(variant: str, seed: int, arguments: argparse.Namespace) -> Pretrai
     """The configuration of one cell."""
     scale = SCALES[arguments.scale]
     recipe, changes = VARIANTS[variant]
+    changes = dict(changes)
+    shrink, longer = changes.pop("shrink", 1.0), changes.pop("longer", 1.0)
+    patch = arguments.input_size // 8
     depth, width, heads = scale["decoder"]
     base = replace(
         recipe,
         data=str(Path(arguments.work) / "data" / "train"),
         out=str(Path(arguments.work) / f"{variant}-{seed}"),
         model="vit_tiny_patch16_224",
-        model_kwargs={"patch_size": arguments.input_size // 8, **scale["model"]},
-        input_size=(arguments.input_size,),
+        model_kwargs={"patch_size": patch, **scale["model"]},
+        input_size=(int(shrink * arguments.input_size),),
+        hog_cell=max(2, patch // 2),  # four cells a patch, as FastMIM has
         # SimMIM's squares are 1/6 of its image's side; a quarter of the grid here, one patch more
         mask_unit=arguments.input_size // 4 if recipe.mask_unit else 0,
-        decoder_depth=depth if recipe.decoder_depth else 0,
+        decoder_depth=recipe.decoder_depth if recipe.decoder_depth in (0, "auto") else depth,
         decoder_width=width,
         decoder_heads=heads,
-        epochs=arguments.epochs or scale["epochs"],
+        epochs=round(longer * (arguments.epochs or scale["epochs"])),
         batch_size=arguments.batch_size,
         blr=10 * recipe.blr,  # a few epochs need larger steps than the 800 of the paper do
         workers=0 if arguments.device == "cpu" else 3,
@@ -78,12 +92,8 @@ def configure(variant: str, seed: int, arguments: argparse.Namespace) -> Pretrai
 
 
 def training_flops(config: Pretrain) -> int:
-    """FLOPs of one image's forward and backward, counted."""
-    model = build(config)
-    with FlopCounterMode(display=False) as counter:
-        for loss in model.losses(torch.randn(1, config.channels, *config.size)):
-            loss.backward()
-    return counter.get_total_flops()
+    """FLOPs of one image's forward and backward, on average over the stages."""
+    return count(replace(config, batch_size=1))[0].train_flops_per_image
 
 
 def run_cell(variant: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -95,7 +105,8 @@ def run_cell(variant: str, seed: int, arguments: argparse.Namespace) -> dict[str
     before = time.perf_counter()
     leanmim.pretrain(config)
     seconds = time.perf_counter() - before
-    options = dict(run=config.out, data=labelled, device=arguments.device, workers=0, baselines=variant == "pixels")
+    options = dict(run=config.out, data=labelled, device=arguments.device, workers=0, baselines=variant == "pixels",
+                   input_size=(arguments.input_size,))  # fmt: skip
     key = variant if variant == "pixels" else "pretrained"
     accuracies = {
         "knn": dict(knn(Knn(**options)))[key],
@@ -195,6 +206,7 @@ def main() -> None:
             "kNN, %": spread([r["knn"] for r in own]),
             "linear probe, %": spread([r["probe"] for r in own]),
             "training, s": f"{mean(r['seconds'] for r in own):.0f}" if trained else "",
+            "epochs": own[0]["config"]["epochs"] if trained else "",
             "training MFLOP an image": f"{own[0]['flops'] / 1e6:.0f}" if trained else "",
             "final loss": f"{mean(r['loss'] for r in own):.4f}" if trained else "",
         })  # fmt: skip
@@ -202,7 +214,7 @@ def main() -> None:
     images = {part: len(list_images(work / "data" / part)) for part in ("train", "val")}
     configuration = {
         "data": Path(arguments.data).name, "images": f"{images['train']} train, {images['val']} val",
-        "model": f"{some.model} {some.model_kwargs}", "input": f"{some.size[0]} px", "epochs": some.epochs,
+        "model": f"{some.model} {some.model_kwargs}", "input and evaluation": f"{arguments.input_size} px", "epochs": arguments.epochs or scale["epochs"],
         "batch": some.batch_size, "blr": some.blr, "decoder": f"{some.decoder_depth} x {some.decoder_width}",
         "scale": arguments.scale, "cells side by side": arguments.jobs or scale["jobs"],
     }  # fmt: skip
