@@ -120,11 +120,11 @@ def run_cell(variant: str, seed: int, arguments: argparse.Namespace) -> dict[str
 
 def link_subset(data: Path, work: Path, train: int, val: int) -> None:
     """A labelled folder of links to the first images of every class."""
-    for part, count in (("train", train), ("val", val)):
+    for part, most in (("train", train), ("val", val)):
         for folder in sorted((data / part).iterdir()):
             target = work / "data" / part / folder.name
             target.mkdir(parents=True, exist_ok=True)
-            for file in list_images(folder)[: count or None]:
+            for file in list_images(folder)[: most or None]:
                 if not (target / file.name).exists():
                     (target / file.name).symlink_to(file.resolve())
 
@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--scale", default="cpu", choices=list(SCALES))
     parser.add_argument("--input-size", type=int, default=32, help="px; patches are 1/8 of it")
+    parser.add_argument("--images", type=int, default=0, help="training images per class; 0 is the scale's own")
     parser.add_argument("--epochs", type=int, default=0, help="0 is the scale's own")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--jobs", type=int, default=0, help="cells side by side; 0 is the scale's own")
@@ -158,7 +159,7 @@ def main() -> None:
 
     def place(variant: str, seed: int) -> Path:
         """Where a cell's result is kept: a changed configuration is another cell, a new field with its default is not."""
-        values = {key: str(getattr(arguments, key)) for key in ("scale", "input_size", "data")}
+        values = {key: str(getattr(arguments, key)) for key in ("scale", "input_size", "data", "images")}
         if variant in VARIANTS:
             default = Pretrain(data="", out="").to_json()
             own = configure(variant, seed, arguments).to_json().items()
@@ -174,7 +175,7 @@ def main() -> None:
         place(variant, seed).write_text(json.dumps(result))
         return
 
-    link_subset(Path(arguments.data), work, scale["images"], scale["val"])
+    link_subset(Path(arguments.data), work, arguments.images or scale["images"], scale["val"])
     cells = [("pixels", 0)] + [(v, s) for s in arguments.seeds for v in ("random", *arguments.variants)]
     # one thread each, and waiting threads must not spin: the cells share the cores
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if arguments.device == "cpu" else {})
