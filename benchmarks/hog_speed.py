@@ -1,0 +1,120 @@
+"""Our HOG against the straightforward form (one-hot scatter over the image, then unfold), and its share of a step.
+
+    python benchmarks/hog_speed.py
+
+The two take turns in one run; a ratio is the median over the rounds. Transient memory: the allocator's peak above the
+start, result included, by torch's profiler on a CPU and its own statistics on a GPU.
+"""
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import record
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from leanmim.device import resolve_precision
+from leanmim.mim import build
+from leanmim.recipes import FASTMIM
+from leanmim.step import make_optimizers, update
+from leanmim.targets import BINS, hog
+
+
+def straightforward(images: Tensor, cell: int = 8) -> Tensor:
+    """HOG by two convolutions, a scatter into nine planes as large as the image, and unfold."""
+    _, c, height, width = images.shape
+    kernel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], device=images.device)
+    padded = nn.functional.pad(images, (1, 1, 1, 1), mode="reflect")
+    gx = nn.functional.conv2d(padded, kernel.expand(c, 1, 3, 3), groups=c)
+    gy = nn.functional.conv2d(padded, kernel.T.expand(c, 1, 3, 3), groups=c)
+    bins = (torch.atan2(gx, gy) / math.pi * BINS).floor().long() % BINS
+    planes = images.new_zeros(len(images), c, BINS, height, width)
+    planes.scatter_add_(2, bins[:, :, None], torch.stack([gx, gy], dim=-1).norm(dim=-1)[:, :, None])
+    cells = planes.unfold(3, cell, cell).unfold(4, cell, cell).sum(dim=(-1, -2))
+    return nn.functional.normalize(cells, dim=2).flatten(1, 2)
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    before = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - before
+
+
+def transient(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes at the peak above the start."""
+    if device.type == "cuda":
+        start = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() - start
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
+        call()
+    found = [(e.start_ns(), e.nbytes()) for e in events.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for _, size in sorted(found, key=lambda event: event[0]):
+        now += size
+        peak = max(peak, now)
+    return peak
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--step-batch-size", type=int, default=8)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    rows, raw = [], []
+    for size in (128, 224):
+        images = torch.randn(64, 3, size, size, device=device)
+        difference = (hog(images) - straightforward(images)).abs()
+        calls = {"ours": lambda i=images: hog(i), "straightforward": lambda i=images: straightforward(i)}
+        for call in calls.values():
+            call()
+        pairs = [{name: seconds(call, device) for name, call in calls.items()} for _ in range(arguments.rounds)]
+        memory = {name: transient(call, device) for name, call in calls.items()}
+        rows.append({
+            "what": f"batch 64 at {size} px",
+            "ours, ms": f"{1e3 * statistics.median(p['ours'] for p in pairs):.1f}",
+            "straightforward, ms": f"{1e3 * statistics.median(p['straightforward'] for p in pairs):.1f}",
+            "times faster": f"{statistics.median(p['straightforward'] / p['ours'] for p in pairs):.1f}",
+            "ours, MiB": f"{memory['ours'] / 2**20:.1f}",
+            "straightforward, MiB": f"{memory['straightforward'] / 2**20:.1f}",
+            "share of its memory": f"{memory['ours'] / memory['straightforward']:.3f}",
+            "values that differ by over 1e-4": f"{(difference > 1e-4).float().mean():.5f}",
+        })  # fmt: skip
+        raw.append({"size": size, "pairs": pairs, "memory": memory})
+        print(rows[-1], flush=True)
+
+    config = replace(FASTMIM, model="vit_base_patch16_224", batch_size=arguments.step_batch_size)
+    model = build(config).to(device).train()
+    model.autocast = resolve_precision("auto", device)
+    optimizers = make_optimizers(model, config)
+    images = torch.randn(arguments.step_batch_size, 3, *config.size, device=device)
+
+    @torch.enable_grad()
+    def step() -> None:
+        update(model, optimizers, [images])
+
+    step()
+    pairs = [(seconds(lambda: hog(images), device), seconds(step, device)) for _ in range(5)]
+    share = statistics.median(a / b for a, b in pairs)
+    note = f"Share of HOG in a ViT-B/16 FastMIM step (128 px, batch {arguments.step_batch_size}): {share:.2%}."
+    configuration = {"device": arguments.device, "threads": torch.get_num_threads(), "rounds": arguments.rounds}
+    record.write(f"hog-speed-{arguments.device}", "HOG against its straightforward form", configuration, rows,
+                 raw + [{"step pairs": pairs}], note)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
