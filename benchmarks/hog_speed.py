@@ -113,7 +113,7 @@ def main() -> None:
     note = f"Share of HOG in a ViT-B/16 FastMIM step (128 px, batch {arguments.step_batch_size}): {share:.2%}."
     configuration = {"device": arguments.device, "threads": torch.get_num_threads(), "rounds": arguments.rounds}
     record.write(f"hog-speed-{arguments.device}", "HOG against its straightforward form", configuration, rows,
-                 raw + [{"step pairs": pairs}], note)  # fmt: skip
+                 [*raw, {"step pairs": pairs}], note)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ class Timed:
         return seconds
 
     def wait(self) -> None:
+        """Until the device has done its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 

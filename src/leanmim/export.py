@@ -130,6 +130,7 @@ def to_transformers(config: Pretrain, model: MIM, state: dict[str, Any]) -> dict
         and isinstance(block.ls1, torch.nn.Identity),
         "no norm before the first block": block is not None and isinstance(vit.norm_pre, torch.nn.Identity),
         "a square input": config.size[0] == config.size[1],
+        "pixels as target": config.target != "hog",
         "squared error": config.loss == "l2",
     }
     if lacking := [what for what, met in demands.items() if not met]:

@@ -28,7 +28,7 @@ CHARTS = (  # key in metrics.jsonl, title with unit, factor to that unit, does t
     ("memory_bytes", "peak memory (GiB)", 2**-30, True),
     ("data_wait", "waiting for data (% of time)", 100, True),
 )
-LOSS_DEPENDS_ON = ("recipe", "target", "loss", "mask_ratio", "mask_unit")
+LOSS_DEPENDS_ON = ("recipe", "target", "hog_cell", "loss", "mask_ratio", "mask_unit")
 NO_PROTOCOL = {  # options of a measurement that its number does not depend on
     "knn": {"run", "data", "baselines", "device", "workers", "batch_size"},
     "probe": {"run", "data", "baselines", "device", "workers", "batch_size", "k", "temperature"},

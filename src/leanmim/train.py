@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torchvision
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
@@ -369,9 +369,9 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
             torch.manual_seed(seed_of(config.seed, rank, step, micro))  # masks, and drop path if there is any
             yield normalise(images)
 
-    progress = Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[text]}"),
+    progress = Progress(  # narrow enough for 80 columns
+        TextColumn("{task.description}"), BarColumn(bar_width=8), TextColumn("{task.percentage:.0f} %"), TextColumn("left"),
+        TimeRemainingColumn(), TextColumn("{task.fields[text]}"),
         console=log.console, disable=not (first and log.console.is_terminal), transient=True,
     )  # fmt: skip
     task = progress.add_task(config.recipe, total=steps, completed=start, text="")
@@ -435,9 +435,9 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
                         line |= {f"loss_{i}": value for i, value in enumerate(values)}
                     log.write(done, **line)
                     text = (
-                        f"loss {line['loss']:.4f}  {line['images_per_second']:.0f} images/s  "
-                        f"waiting for data {line['data_wait']:.0%}  {line['memory_bytes'] / 2**30:.2f} GiB"
-                        + (f"  kNN {accuracy:.1%}" if math.isfinite(accuracy) else "")
+                        f"loss {line['loss']:.4f} {line['images_per_second']:.0f} images/s "
+                        f"data wait {line['data_wait']:.0%} {line['memory_bytes'] / 2**30:.1f} GiB"
+                        + (f" kNN {accuracy:.1%}" if math.isfinite(accuracy) else "")
                     )
                     progress.update(task, completed=done, text=text)
                     twentieth = max(config.log_every, steps // 20)
