@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs/demo
 
-.PHONY: demo test check format bench bench-gpu clean
+.PHONY: demo test check format bench bench-gpu loss-compare clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python demo/demo.py --out $(RUN)
@@ -27,6 +27,11 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/vs_transformers.py
 	$(BIN)/python benchmarks/cost_check.py
 	$(BIN)/python benchmarks/ablate.py --data $(DATA)/cifar10
+
+# After a refactor: the first ten losses of every recipe, here and at BASE, must be the same bit for bit.
+BASE ?= HEAD
+loss-compare: $(VENV)/.dev
+	$(BIN)/python benchmarks/loss_compare.py --base $(BASE)
 
 # On a machine with a GPU, with that machine's own Python (torch, timm, transformers installed): 8 minutes at most.
 bench-gpu:

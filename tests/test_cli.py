@@ -509,7 +509,7 @@ def test_from_photos_to_report(tiny: Pretrain, tmp_path: Path, capsys: pytest.Ca
     assert "effective batch 4" in lines[1]
     assert lines[2] == "8 steps = 2 epochs of 4; warm-up 0.1 epochs"
     assert lines[-1].startswith("done: encoder in ")
-    assert re.search(r"step 8/8  epoch 2.0  loss \d\.\d{4}  \d+ images/s  waiting for data \d+%", lines[-2])
+    assert re.search(r"step 8/8  epoch 2.0  loss \d\.\d{4} \d+ images/s data wait \d+%", lines[-2])
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == list(range(1, 9))
 
