@@ -14,7 +14,7 @@ from leanmim.step import parameter_groups
 BACKBONES = {
     "vit": ("vit_tiny_patch16_224", {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}),
     "swin": ("swin_tiny_patch4_window7_224", {"embed_dim": 24}),
-    "convnext": ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}),
+    "convnext": ("convnext_atto", {}),
 }
 SIZES = {"square": (64,), "wide": (64, 96), "tall": (128, 64)}
 

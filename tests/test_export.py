@@ -170,3 +170,19 @@ def test_weights_of_another_model_are_refused(tiny: Pretrain, tmp_path: Path) ->
 def test_python_names_are_there() -> None:
     for name in leanmim.__all__:
         assert getattr(leanmim, name) is not None
+
+
+def test_layers_left_out_of_pretraining_are_fresh_and_named(tiny: Pretrain) -> None:
+    run = fake_run(replace(tiny, depth=2))  # of 4 blocks
+    folder = export(Export(run.out))
+    description = json.loads((folder / "config.json").read_text())
+    named = description["leanmim"]["not_pretrained"]
+    assert description["leanmim"]["depth"] == 2
+    assert named and all(name.startswith(("blocks.2.", "blocks.3.")) for name in named)
+    config, ours, _ = restore(run.out)
+    scope: dict = {}
+    exec(timm_lines(folder, config, ours), scope)
+    loaded = scope["model"].state_dict()
+    own = ours.encoder.backbone.state_dict()
+    assert loaded.keys() - own.keys() == set(named)
+    assert all(torch.equal(loaded[name], value) for name, value in own.items())

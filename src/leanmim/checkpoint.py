@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch.optim import AdamW
 
 from leanmim.config import Pretrain
-from leanmim.encoders import Backbone, ViTEncoder
+from leanmim.encoders import Backbone, Encoder, ViTEncoder, create_backbone, make_encoder
 from leanmim.errors import UserError
 from leanmim.mim import MIM, build
 from leanmim.schedule import stages
@@ -200,21 +200,16 @@ def adapt(backbone: Backbone, state: dict[str, torch.Tensor]) -> dict[str, torch
     return resize(state, backbone) if resize else state
 
 
-def carry_over(old: MIM, new: MIM) -> None:
-    """Give a model the weights of the same model at another input size.
+def carry_over(old: Encoder, new: Encoder) -> None:
+    """Give a backbone the weights of the same one at another input size.
 
     Sine-cosine positions are computed for the new grid, those of a checkpoint resized with the window tables.
     """
-    start = "encoder.backbone."
-    weights = old.state_dict()
-    computed = isinstance(old.encoder, ViTEncoder) and old.encoder.has_sincos()
-    positions = new.encoder.backbone.pos_embed.detach().clone() if computed else None
-    fit_backbone(
-        new.encoder.backbone, {k[len(start) :]: v for k, v in weights.items() if k.startswith(start)}, "this run"
-    )
-    new.load_state_dict({k: v for k, v in weights.items() if not k.startswith(start)}, strict=False)
+    computed = isinstance(old, ViTEncoder) and old.has_sincos()
+    positions = new.backbone.pos_embed.detach().clone() if computed else None
+    fit_backbone(new.backbone, old.backbone.state_dict(), "this run")
     if positions is not None:
-        new.encoder.backbone.pos_embed.data.copy_(positions)
+        new.backbone.pos_embed.data.copy_(positions)
 
 
 def carry_over_moments(old: MIM, before: list[AdamW], new: MIM, after: list[AdamW]) -> None:
@@ -314,7 +309,8 @@ def load_backbone(
     """
     config, model, state = restore(run)
     if input_size is not None and input_size != config.size:
-        other = build(replace(config, input_size=input_size, mask_unit=0, mask_ratio=0.5))  # only its backbone counts
-        carry_over(model, other)
-        model = other
+        backbone = create_backbone(config.model, input_size, config.channels, config.depth, **config.model_kwargs)
+        other = make_encoder(backbone, config.masking, input_size, config.channels, first_layers=config.depth)
+        carry_over(model.encoder, other)
+        return other.backbone.eval(), config, state
     return model.encoder.backbone.eval(), config, state

@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import timm
 import torch
 from jaxtyping import Float, Int
+from timm.layers import PatchEmbed
 from timm.models import SwinTransformer, VisionTransformer
 from torch import Tensor, nn
 
@@ -70,19 +71,15 @@ def paint(
     return torch.where(hidden[:, None], colour[:, None, None], images)
 
 
-def as_tokens(features: Tensor, size: tuple[int, int], prefix: int) -> Float[Tensor, "b n d"]:
-    """A timm model's features as one token for each patch: from tokens, channels last, or channels first.
-
-    Args:
-        features: (b s d), (b y x d) or (b d y x); which of them, is seen from the image's proportions.
-        size: height and width of the image, px.
-        prefix: tokens that come before the patches' (class, registers).
-    """
+def as_tokens(backbone: Backbone, features: Tensor) -> Float[Tensor, "b n d"]:
+    """The features of a timm model as one token for each patch, row by row: from tokens, channels first or last."""
+    if hasattr(backbone, "reroll"):  # Hiera's tokens lie in the order of its mask units until the last stage
+        return backbone.reroll(features, len(backbone.blocks) - 1).flatten(1, 2)
     if features.ndim == 3:
-        return features[:, prefix:]
-    _, _, y, x = features.shape
-    channels_first = y * size[1] == x * size[0]
-    return features.flatten(2).transpose(1, 2) if channels_first else features.flatten(1, 2)
+        return features[:, getattr(backbone, "num_prefix_tokens", None) or 0 :]
+    if getattr(backbone, "output_fmt", "NCHW") == "NHWC":
+        return features.flatten(1, 2)
+    return features.flatten(2).transpose(1, 2)
 
 
 def even_cuts(blocks: int, segments: int) -> tuple[int, ...]:
@@ -260,35 +257,39 @@ class TimmEncoder(nn.Module):
     full_grid = True
     prefix = 0
 
-    def __init__(self, backbone: Backbone, input_size: tuple[int, int], channels: int, cut: bool = False) -> None:
+    def __init__(
+        self, backbone: Backbone, input_size: tuple[int, int], channels: int, first_layers: int | None = None
+    ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.size = input_size
-        self.skip = getattr(backbone, "num_prefix_tokens", None) or 0  # class and register tokens stay behind
-        name = type(backbone).__name__
+        name, info = type(backbone).__name__, getattr(backbone, "feature_info", [])
+        stride = info[(first_layers or len(info)) - 1]["reduction"] if info else 1
+        cut = first_layers is not None and first_layers < len(info)
+        near = tuple(max(1, side // stride) * stride for side in input_size)
+        remedy = (
+            f"try --input-size {near[0]} {near[1]}, or another model" if near != input_size else "try another model"
+        )
         was_training = backbone.training
         backbone.eval()  # an empty image is none that running statistics should learn from
-        try:
-            features = backbone.forward_features(torch.zeros(1, channels, *input_size))
-        except (RuntimeError, AssertionError, ValueError) as error:
-            raise UserError(f"{name} does not run at input size {input_size}: {error}; try another size") from error
-        if not isinstance(features, Tensor) or features.ndim not in (3, 4):
-            raise UserError(f"{name} cannot be masked in pixel space: its features are not one grid of patches")
-        features.sum().backward()
+        with torch.enable_grad():
+            try:
+                features = backbone.forward_features(torch.zeros(1, channels, *input_size))
+            except (RuntimeError, AssertionError, ValueError) as error:
+                raise UserError(f"{name} does not run at input size {input_size}: {error}; {remedy}") from error
+            if not isinstance(features, Tensor) or features.ndim not in (3, 4):
+                raise UserError(f"{name} cannot be masked in pixel space: its features are not one grid of patches")
+            features.sum().backward()
         for parameter in backbone.parameters():
             parameter.requires_grad_(parameter.grad is not None)
             parameter.grad = None
         backbone.train(was_training)
-        tokens = as_tokens(features, input_size, self.skip)
-        n, width = tokens.shape[1:]
-        self.stride = round((input_size[0] * input_size[1] / n) ** 0.5)
-        self.grid = Grid(input_size[0] // self.stride, input_size[1] // self.stride)
-        known = [info["reduction"] for info in getattr(backbone, "feature_info", [])][-1:] or [self.stride]
-        if self.grid.n != n or any(side % self.stride for side in input_size) or (not cut and known != [self.stride]):
-            near = tuple(max(1, side // known[0]) * known[0] for side in input_size)
+        n, width = as_tokens(backbone, features).shape[1:]
+        self.stride = stride
+        self.grid = Grid(input_size[0] // stride, input_size[1] // stride)
+        if self.grid.n != n or near != input_size:
             raise UserError(
                 f"{name} turns {input_size[0]} x {input_size[1]} px into {n} tokens, which are no grid of square "
-                f"patches; try --input-size {near[0]} {near[1]}, or another model"
+                f"patches of {stride} px; {remedy}"
             )
         self.widths: tuple[int, ...] = (width,)
         self.colour = nn.Parameter(torch.zeros(channels))
@@ -304,7 +305,7 @@ class TimmEncoder(nn.Module):
 
     def read(self, i: int, x: Tensor) -> Float[Tensor, "b n d"]:
         """One token for each patch."""
-        return self.norm(as_tokens(x, self.size, self.skip))
+        return self.norm(as_tokens(self.backbone, x))
 
     def positions(self, mask: Mask) -> Int[Tensor, "b n"]:
         """Every patch, row by row."""
@@ -383,7 +384,7 @@ def make_encoder(
     input_size: tuple[int, int],
     channels: int = 3,
     segments: int = 1,
-    cut: bool = False,
+    first_layers: int | None = None,
 ) -> Encoder:
     """The encoder for a backbone and a masking.
 
@@ -391,16 +392,25 @@ def make_encoder(
         UserError: the backbone cannot do this masking, or its patches do not divide the input size.
     """
     family = type(backbone)
-    able = {VisionTransformer: ("drop", "token", "pixel"), SwinTransformer: ("token", "pixel")}.get(family, ("pixel",))
+    plain = (
+        family is VisionTransformer
+        and isinstance(backbone.patch_embed.proj, nn.Conv2d)
+        and type(backbone.patch_embed) is PatchEmbed
+    )
+    able = (
+        {VisionTransformer: ("drop", "token", "pixel"), SwinTransformer: ("token", "pixel")}.get(family, ("pixel",))
+        if plain or family is not VisionTransformer
+        else ("pixel",)
+    )
     if masking not in able:
         raise UserError(
             f"--masking {masking} does not work with {family.__name__}, whose tokens are tied to the grid; "
             f"it can do: {', '.join(able)} (for example `leanmim pretrain "
             f"{'simmim' if 'token' in able else 'fastmim'}`)"
         )
-    if family is not VisionTransformer and masking == "pixel":
-        return TimmEncoder(backbone, input_size, channels, cut)
-    if cut and family is SwinTransformer:
+    if not plain and masking == "pixel":
+        return TimmEncoder(backbone, input_size, channels, first_layers)
+    if first_layers is not None and family is SwinTransformer:
         raise UserError("--depth with Swin needs --masking pixel, for example `leanmim pretrain fastmim`")
     stride = (
         backbone.patch_embed.patch_size[0] if family is VisionTransformer else backbone.feature_info[-1]["reduction"]

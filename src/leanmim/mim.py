@@ -129,7 +129,7 @@ def build(config: Pretrain, backbone: Backbone | None = None) -> MIM:
     config.check()
     if backbone is None:
         backbone = create_backbone(config.model, config.size, config.channels, config.depth, **config.model_kwargs)
-    encoder = make_encoder(backbone, config.masking, config.size, config.channels, cut=config.depth is not None)
+    encoder = make_encoder(backbone, config.masking, config.size, config.channels, first_layers=config.depth)
     target = make_target(config.target, encoder.stride, config.channels, config.hog_cell)
     unit, finer = units_of(config, encoder.stride, target.cell)
     depth = config.decoder_depth

@@ -213,7 +213,9 @@ def at_next_size(
     """The same model and optimizers for another input size: nothing that was learned is lost."""
     larger = build(config).to(device)
     larger.autocast = model.autocast
-    carry_over(model, larger)
+    carry_over(model.encoder, larger.encoder)
+    rest = {k: v for k, v in model.state_dict().items() if not k.startswith("encoder.backbone.")}
+    larger.load_state_dict(rest, strict=False)
     fresh = make_optimizers(larger, config)
     carry_over_moments(model, optimizers, larger, fresh)
     return larger, fresh

@@ -47,14 +47,13 @@ def embedding(backbone: Backbone, pool: str) -> Embed:
         return backbone
     if pool == "token" and not getattr(backbone, "has_class_token", False):
         raise UserError("--pool token: this model has no class token; use avg")
-    prefix = getattr(backbone, "num_prefix_tokens", None) or 0
     last = getattr(backbone, "fc_norm", nn.Identity())
 
     def embed(images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b d"]:
         tokens = backbone.forward_features(images)
         if pool == "token":
             return last(tokens[:, 0])
-        return last(as_tokens(tokens, (images.shape[2], images.shape[3]), prefix).mean(1))
+        return last(as_tokens(backbone, tokens).mean(1))
 
     return embed
 
