@@ -301,8 +301,8 @@ BAD = [
     bad("--input-size takes one number or two", input_size=(32, 32, 32)),
     bad("--input-size 0", "positive", input_size=(0,)),
     bad("--masking drop", "SwinTransformer", "it can do: token", "simmim", model=SWIN, model_kwargs={"embed_dim": 24}),
-    bad("ResNet", "--masking drop", "vit_small_patch16_224", model="resnet18", model_kwargs={}),
-    bad("ResNet", "--masking token", SWIN, model="resnet18", model_kwargs={}, masking="token"),
+    bad("ResNet", "--masking drop", "leanmim pretrain fastmim", model="resnet18", model_kwargs={}),
+    bad("ResNet", "--masking token", "it can do: pixel", model="resnet18", model_kwargs={}, masking="token"),
     bad("foo", "--model-kwargs", model_kwargs={"foo": 3}),
     bad("num_heads", "cannot be built", model_kwargs={"embed_dim": 33, "num_heads": 2}),
     bad("--mask-unit 12", "patch of 8 px", "try 16", mask_unit=12),
@@ -506,8 +506,9 @@ def test_from_photos_to_report(tiny: Pretrain, tmp_path: Path, capsys: pytest.Ca
     lines = say(*command(tiny))
     assert lines[0].startswith("mae: vit_tiny_patch16_224, ")
     assert "16 images in" in lines[1]
-    assert "effective batch 4" in lines[1]
-    assert lines[2] == "8 steps = 2 epochs of 4; warm-up 0.1 epochs"
+    assert lines[1].endswith("; 8 steps in 2 epochs; warm-up 0.1 epochs")
+    assert lines[2].startswith("epochs 0 to 2: 32 x 32 px, 4 steps each; effective batch 4 = 4 x accum 1 x 1 processes")
+    assert lines[3].startswith("predicted: ")
     assert lines[-1].startswith("done: encoder in ")
     assert re.search(r"step 8/8  epoch 2.0  loss \d\.\d{4} \d+ images/s data wait \d+%", lines[-2])
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -536,7 +537,7 @@ def test_from_photos_to_report(tiny: Pretrain, tmp_path: Path, capsys: pytest.Ca
     assert "100.0" in page  # of the pixels
 
     fresh = say(*command(replace(tiny, blr=1e-3, overwrite=True)))
-    assert "lr 1.56e-05" in fresh[1]
+    assert "lr 1.56e-05" in fresh[2]
     assert not any("continuing" in line for line in fresh)
     assert not (run / "evaluations.jsonl").exists()  # they were of the run before
 

@@ -36,7 +36,7 @@ def test_a_mask_is_a_partition_of_the_right_counts(
     grid = Grid(*grid)
     _, mask = draw(5, grid, ratio, unit)
     assert mask.visible.shape == (5, visible) and mask.masked.shape == (5, grid.n - visible)
-    for row in torch.cat(mask, 1).tolist():
+    for row in torch.cat([mask.visible, mask.masked], 1).tolist():
         assert sorted(row) == list(range(grid.height * grid.width))
 
 

@@ -197,7 +197,7 @@ def test_a_damaged_checkpoint_is_said_so_and_kept(tiny: Pretrain) -> None:
 def test_checkpoints_hold_plain_values_only(tiny: Pretrain) -> None:
     pretrain(tiny)
     state = torch.load(Run(Path(tiny.out)).last, weights_only=True)
-    assert set(state) == {"format", "config", "step", "mean", "std", "model", "optimizers"}
+    assert set(state) == {"format", "config", "stage", "step", "mean", "std", "model", "optimizers"}
 
 
 def test_statistics_given_and_computed(tiny: Pretrain, tmp_path: Path) -> None:
