@@ -26,6 +26,8 @@ DATA ?= data
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/vs_transformers.py
 	$(BIN)/python benchmarks/cost_check.py
+	$(BIN)/python benchmarks/hog_speed.py
+	$(BIN)/python benchmarks/recipe_costs.py --rounds 3 --time-batch-size 8
 	$(BIN)/python benchmarks/ablate.py --data $(DATA)/cifar10
 
 # After a refactor: the first ten losses of every recipe, here and at BASE, must be the same bit for bit.

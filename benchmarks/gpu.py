@@ -35,6 +35,11 @@ def main() -> None:
     parts["predicted cost"] = [
         sys.executable, str(HERE / "cost_check.py"), "--device", "cuda", "--batches", "32", "--accums", "1",
     ]  # fmt: skip
+    parts["HOG"] = [sys.executable, str(HERE / "hog_speed.py"), "--device", "cuda", "--step-batch-size", "64"]
+    parts["recipes"] = [
+        sys.executable, str(HERE / "recipe_costs.py"), "--device", "cuda", "--time-batch-size", "64",
+        "--name", "fastmim-cost-cuda",
+    ]  # fmt: skip
     if Path(arguments.data).is_dir():
         parts["ablation"] = [
             sys.executable, str(HERE / "ablate.py"), "--data", arguments.data, "--scale", "gpu", "--seeds", "0",

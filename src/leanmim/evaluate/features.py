@@ -18,9 +18,8 @@ from leanmim.checkpoint import Run, load_backbone
 from leanmim.config import Knn, Pretrain
 from leanmim.data import Labelled, Normalise, centre_crop, labelled_pair, loader, resolve_workers
 from leanmim.device import resolve_device
-from leanmim.encoders import Backbone, as_tokens
+from leanmim.encoders import Backbone, as_tokens, create_backbone, make_encoder
 from leanmim.errors import UserError
-from leanmim.mim import build
 
 Embed = Callable[[Float[Tensor, "b c H W"]], Float[Tensor, "b d"]]
 
@@ -106,10 +105,11 @@ def subjects(config: Knn) -> Iterator[Subject]:
 
 def random_backbone(config: Pretrain, size: tuple[int, int]) -> nn.Module:
     """The encoder as it was before pre-training started from nothing."""
-    values = {**config.to_json(), "input_size": list(size)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return build(Pretrain.from_json(values)).encoder.backbone.eval()
+        backbone = create_backbone(config.model, size, config.channels, config.depth, **config.model_kwargs)
+        make_encoder(backbone, config.masking, size, config.channels, first_layers=config.depth)  # initialises it
+        return backbone.eval()
 
 
 def record(config: Knn, what: str, name: str, accuracy: float) -> tuple[str, float]:
