@@ -283,8 +283,11 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
     knn_sets = labelled_pair(config.knn_data, config.channels, centre_crop(config.size)) if config.knn_data else None
     base = psutil.Process().memory_info().rss
     torch.manual_seed(config.seed)
-    for stage in table[1:]:
-        build(stage.config)  # speaks up now, not when its time comes
+    for i, stage in enumerate(table[1:], start=1):
+        try:
+            build(stage.config)  # speaks up now, not when its time comes
+        except UserError as error:
+            raise UserError(f"--stage-scales {config.stage_scales[i]:g}: {error}; or choose other scales") from error
     model = build(now)
     origin = initialise(model, config.init) if config.init and state is None else ""
     if state:
