@@ -82,7 +82,7 @@ def configure(variant: str, seed: int, arguments: argparse.Namespace) -> Pretrai
         decoder_heads=heads,
         epochs=round(longer * (arguments.epochs or scale["epochs"])),
         batch_size=arguments.batch_size,
-        blr=10 * recipe.blr,  # a few epochs need larger steps than the 800 of the paper do
+        blr=arguments.blr or 10 * recipe.blr,  # a few epochs need larger steps than the 800 of the paper do
         workers=0 if arguments.device == "cpu" else 3,
         device=arguments.device,
         seed=seed,
@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=0, help="training images per class; 0 is the scale's own")
     parser.add_argument("--epochs", type=int, default=0, help="0 is the scale's own")
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--blr", type=float, default=0.0, help="0 is ten times the recipe's own")
     parser.add_argument("--jobs", type=int, default=0, help="cells side by side; 0 is the scale's own")
     parser.add_argument("--work", default="", help="folder for runs; default runs/ablate/NAME")
     parser.add_argument("--name", default="", help="of the result; default ablate-DATA-SCALE")
