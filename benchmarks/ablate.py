@@ -30,7 +30,7 @@ from leanmim.cost import count
 from leanmim.data import list_images
 from leanmim.evaluate.knn import knn
 from leanmim.evaluate.probe import probe
-from leanmim.recipes import FASTMIM, MAE, SIMMIM
+from leanmim.recipes import FASTMIM, MAE, PR_MIM, SIMMIM
 
 # Per scale: the backbone and its decoder, data, schedule. "images" and "val" are per class, 0 is all.
 SCALES: dict[str, dict[str, Any]] = {
@@ -56,6 +56,19 @@ VARIANTS: dict[str, tuple[Pretrain, dict[str, Any]]] = {
     "fastmim-half-pixels": (FASTMIM, dict(shrink=0.5, target="pixels")),
     "fastmim-p": (FASTMIM, dict(shrink=0.5, **GROWING)),
     "fastmim-p-time": (FASTMIM, dict(shrink=0.5, longer=1.5, **GROWING)),
+    **{
+        f"pr-mim-{round(100 * throw)}{name}": (PR_MIM, dict(throw=throw, **changes))
+        for throw in (0.5, 0.7)
+        for name, changes in {
+            "": {},
+            "-random": dict(select="random"),
+            "-plain": dict(fill=0),
+            "-plain-random": dict(fill=0, select="random"),
+            "-start-random": dict(select_start="random"),
+            "-fill-1": dict(fill=1),
+            "-fill-4": dict(fill=4),
+        }.items()
+    },
 }
 
 

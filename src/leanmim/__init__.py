@@ -23,6 +23,7 @@ _PLACES = {
     "SIMMIM": "recipes",
     "FASTMIM": "recipes",
     "FASTMIM_P": "recipes",
+    "PR_MIM": "recipes",
     "Cost": "config",
     "Plan": "config",
     "RECIPES": "recipes",

@@ -35,6 +35,7 @@ DESCRIPTIONS = {
     "mae": "Masked autoencoder: drop 75 % of the patches, reconstruct them (ViT).",
     "fastmim": "FastMIM: low resolution, masks painted on the image, HOG as target (any backbone).",
     "fastmim-p": "FastMIM-P: FastMIM with a resolution that grows during training.",
+    "pr-mim": "PR-MIM: the decoder sees a third of the masked patches, the others are filled in (ViT).",
     "simmim": "SimMIM: a learned token in masked squares, one linear layer (ViT, Swin).",
 }
 COMMANDS = {

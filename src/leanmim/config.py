@@ -98,6 +98,16 @@ class Pretrain:
     """Width of the decoder."""
     decoder_heads: int = 16
     """Attention heads of the decoder."""
+    throw: float = 0.0
+    """Partial reconstruction (PR-MIM): share of all patches, masked ones, that the decoder's layers do not see. 0 is
+    full reconstruction."""
+    select: Literal["furthest", "random"] = "furthest"
+    """With --throw: which masked patches are decoded, those furthest from each other or random ones."""
+    select_start: Literal["visible", "random"] = "visible"
+    """With --select furthest: what to be far from at first, all visible patches or one random masked patch."""
+    fill: int = 2
+    """With --throw: rounds in which thrown patches are filled in from decoded and visible neighbours, and then
+    compared as well. 0 is plain partial reconstruction: thrown patches do not count."""
 
     epochs: int = 800
     """Passes over the data."""
@@ -183,7 +193,7 @@ class Pretrain:
         check_size(self.input_size)
         check_ranges(
             self,
-            ("mask_ratio", 0, 1), ("epochs", 1, None), ("accum", 1, None), ("effective_batch", 1, None),
+            ("mask_ratio", 0, 1), ("throw", 0, 1), ("fill", 0, None), ("epochs", 1, None), ("accum", 1, None), ("effective_batch", 1, None),
             ("hog_cell", 1, None), ("decoder_width", 4, None), ("decoder_heads", 1, None),
             ("mask_unit", 0, None), ("workers", -1, None), ("flip", 0, 1),
             ("max_bad_share", 0, 1), ("knn_every", 1, None), ("log_every", 1, None), ("seed", 0, None),
@@ -382,6 +392,10 @@ class Cost:
     decoder_width: int | None = None
     """As in pretrain; None is each recipe's own."""
     decoder_heads: int | None = None
+    """As in pretrain; None is each recipe's own."""
+    throw: float | None = None
+    """As in pretrain; None is each recipe's own."""
+    fill: int | None = None
     """As in pretrain; None is each recipe's own."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the forward pass; auto is bf16 on cuda, fp32 on cpu."""

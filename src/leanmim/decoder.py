@@ -1,7 +1,7 @@
-"""The decoder: scatter what the encoder saw onto the grid, gather what must be decoded, predict.
+"""The decoder: scatter what the encoder saw onto the grid, gather what must be decoded, predict, fill the rest.
 
-b batch, n patches, v visible, k kept, s tokens of the encoder, q prefix tokens (class, registers),
-d encoder width, e decoder width, p target width.
+b batch, n patches, v visible, k kept, t thrown, r predicted, s tokens of the encoder, q prefix tokens (class,
+registers), d encoder width, e decoder width, p target width.
 """
 
 from functools import lru_cache
@@ -31,8 +31,59 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+class Filling(nn.Module):
+    """Reconstructs the thrown patches from their neighbours (PR-MIM's progressive reconstruction; in detail ours).
+
+    Each round fills those with a known one among their eight neighbours, by a depthwise 3 x 3 convolution over the
+    known ones, weighted by how many there are; then they count as known. It happens in a quarter of the width: that
+    is one linear layer of low rank, with the neighbourhood in its middle, and costs next to nothing.
+
+    Args:
+        width: e, a multiple of 4.
+        rounds: at least 1.
+    """
+
+    def __init__(self, width: int, rounds: int) -> None:
+        super().__init__()
+        self.rounds = rounds
+        self.squeeze = nn.Linear(width, width // 4)
+        self.gather = nn.Conv2d(width // 4, width // 4, 3, padding=1, groups=width // 4, bias=False)
+        self.expand = nn.Linear(width // 4, width)
+        nn.init.ones_(self.gather.weight)  # at first the mean of the known neighbours
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "b s e"],
+        ids: Int[Tensor, "b r"],
+        empty: Float[Tensor, "b t e"],
+        thrown: Int[Tensor, "b t"],
+        grid: Grid,
+    ) -> Float[Tensor, "b t e"]:
+        """Fill in the thrown tokens.
+
+        Args:
+            tokens: visible and decoded patches, then perhaps prefix tokens, which are not looked at.
+            ids: where the patches sit on the grid.
+            empty: what is at the thrown places so far.
+            thrown: where those are.
+            grid: the patch grid.
+        """
+        small = self.squeeze(tokens)[:, : ids.shape[1]]  # of all, since a slice of the tokens would have to be copied
+        b, _, c = small.shape
+        x = small.new_zeros(b, grid.n, c).scatter(1, ids[..., None].expand_as(small), small)
+        x = x.view(b, *grid, c).permute(0, 3, 1, 2)  # nothing is moved: channels last
+        filled = small.new_zeros(b, grid.n).scatter(1, ids, 1.0).view(b, 1, *grid)
+        for _ in range(self.rounds):
+            neighbours = 9 * nn.functional.avg_pool2d(filled, 3, stride=1, padding=1)
+            new = (1 - filled) * (neighbours > 0)
+            x = x + self.gather(x) * (new / neighbours.clamp(min=1))
+            filled = filled + new
+        x = x.permute(0, 2, 3, 1).reshape(b, grid.n, c)
+        return empty + self.expand(take(x, thrown))
+
+
 class Decoder(nn.Module):
-    """Reconstructs the kept patches from the encoder's tokens.
+    """Reconstructs masked patches from the encoder's tokens.
 
     ``depth`` transformer layers of ``width``, as in MAE (section 3). Depth 0 is SimMIM's head: one linear layer
     on the encoder's own token at the masked place, so it needs an encoder that returns the full grid.
@@ -45,26 +96,38 @@ class Decoder(nn.Module):
         depth: transformer layers.
         width: e, a multiple of 4 and of ``heads``; not used at depth 0.
         heads: attention heads.
+        fill: rounds in which thrown patches are filled in from their neighbours; 0 does not predict them.
     """
 
     def __init__(
-        self, encoder_width: int, target_width: int, *, prefix: int, full_grid: bool, depth: int, width: int, heads: int
+        self,
+        encoder_width: int,
+        target_width: int,
+        *,
+        prefix: int,
+        full_grid: bool,
+        depth: int,
+        width: int,
+        heads: int,
+        fill: int = 0,
     ) -> None:
         super().__init__()
+        width = width if depth else encoder_width
         self.prefix = prefix
         self.embed = nn.Linear(encoder_width, width) if depth else nn.Identity()
         self.mask_token = None if full_grid else nn.Parameter(torch.zeros(1, 1, width))
         self.layers = nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(depth)))
         self.norm = nn.LayerNorm(width, eps=1e-6) if depth else nn.Identity()
-        self.head = nn.Linear(width if depth else encoder_width, target_width)
+        self.filling = Filling(width, fill) if fill else None
+        self.head = nn.Linear(width, target_width)
         self.apply(init_linear)
         if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(
         self, tokens: Float[Tensor, "b s d"], ids: Int[Tensor, "b s"], split: Split, grid: Grid
-    ) -> tuple[Int[Tensor, "b k"], Float[Tensor, "b k p"]]:
-        """Predict the targets of the kept patches.
+    ) -> tuple[Int[Tensor, "b r"], Float[Tensor, "b r p"]]:
+        """Predict the targets of the kept patches, and of the thrown ones if they are filled in.
 
         Args:
             tokens: the encoder's output.
@@ -82,11 +145,17 @@ class Decoder(nn.Module):
             canvas = x.new_zeros(b, places, e)
         else:
             canvas = self.mask_token.to(x.dtype).expand(b, places, e)
-        x = canvas.scatter(1, ids[..., None].expand_as(x), x)
+        canvas = canvas.scatter(1, ids[..., None].expand_as(x), x)
         if self.mask_token is not None:
-            x = x + nn.functional.pad(sincos(grid, e, x.device), (0, 0, 0, self.prefix)).to(x.dtype)
+            canvas = canvas + nn.functional.pad(sincos(grid, e, x.device), (0, 0, 0, self.prefix)).to(x.dtype)
 
         prefix = torch.arange(grid.n, places, device=x.device).expand(b, -1)
-        x = take(x, torch.cat([split.visible, split.kept, prefix], dim=1))
-        v, k = split.visible.shape[1], split.kept.shape[1]
-        return split.kept, self.head(self.norm(self.layers(x)[:, v : v + k]))
+        seen = torch.cat([split.visible, split.kept], dim=1)
+        v, r = split.visible.shape[1], seen.shape[1]
+        x = self.layers(take(canvas, torch.cat([seen, prefix], dim=1)))
+        prediction = self.head(self.norm(x[:, v:r]))
+        if self.filling is None:
+            return split.kept, prediction
+        filled = self.filling(x, seen, take(canvas, split.thrown), split.thrown, grid)
+        ids, filled = torch.cat([split.kept, split.thrown], dim=1), self.head(self.norm(filled))
+        return ids, torch.cat([prediction, filled], dim=1)

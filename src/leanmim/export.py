@@ -132,6 +132,7 @@ def to_transformers(config: Pretrain, model: MIM, state: dict[str, Any]) -> dict
         "a square input": config.size[0] == config.size[1],
         "pixels as target": config.target != "hog",
         "squared error": config.loss == "l2",
+        "a decoder for all masked patches (no --throw)": not config.throw,
     }
     if lacking := [what for what, met in demands.items() if not met]:
         raise UserError(

@@ -4,13 +4,15 @@ b batch, n patches of the grid, v visible, m masked, k kept, t thrown, u mask un
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from leanmim.errors import UserError
+
+Start = Literal["visible", "random"]
 
 
 class Grid(NamedTuple):
@@ -118,3 +120,48 @@ def magnify(squares: Shaped[Tensor, "b y x"], size: tuple[int, int]) -> Shaped[T
 def keep_all(mask: Mask) -> Split:
     """Decode every masked patch: the full method, nothing thrown."""
     return Split(mask.visible, mask.masked, mask.masked[:, :0])
+
+
+def select_random(mask: Mask, kept: int, noise: Float[Tensor, "b n"]) -> Split:
+    """Decode ``kept`` of the masked patches, those with the lowest noise, and throw the others (PR-MIM's baseline)."""
+    masked = mask.masked.gather(1, noise.gather(1, mask.masked).argsort(dim=1, stable=True))
+    return Split(mask.visible, masked[:, :kept], masked[:, kept:])
+
+
+def distances(grid: Grid, device: torch.device | None = None) -> Float[Tensor, "n n"]:
+    """Squared Euclidean distances between patches, in patches."""
+    rows, columns = torch.meshgrid(torch.arange(grid.height), torch.arange(grid.width), indexing="ij")
+    places = torch.stack([rows.flatten(), columns.flatten()], dim=1)
+    return (places[:, None] - places).square().sum(dim=2).float().to(device)
+
+
+def select_furthest(mask: Mask, grid: Grid, kept: int, noise: Float[Tensor, "b n"], start: Start = "visible") -> Split:
+    """Decode ``kept`` of the masked patches, spread out evenly, and throw the others (PR-MIM's furthest sampling).
+
+    Each pick is a masked patch whose nearest chosen patch is the furthest away, so that every thrown one ends up with
+    a decoded or visible patch close by.
+
+    Args:
+        mask: the patches to choose from.
+        grid: the patch grid.
+        kept: k, in 1 ... m.
+        noise: in [0, 1), one number a patch; of patches equally far away the one with the highest is picked.
+        start: what counts as chosen at first. ``visible``: the visible patches. ``random``: nothing, the first pick is
+            random; visible patches are not looked at.
+    """
+    apart = distances(grid, noise.device)
+    nobody = float(grid.height**2 + grid.width**2)  # further than any patch of the grid
+    nearest = torch.full_like(noise, nobody)
+    if start == "visible" and mask.visible.shape[1]:
+        nearest = apart[mask.visible].amin(dim=1)
+    nearest = nearest.scatter(1, mask.visible, 0.0)
+    picks = []
+    for _ in range(kept):
+        # squared distances are whole numbers: noise orders equal ones only, and nothing chosen (0) is picked again
+        pick = (nearest + noise).argmax(dim=1)
+        nearest = torch.minimum(nearest, apart[pick])
+        picks.append(pick)
+    chosen = torch.stack(picks, dim=1)
+    rest = torch.ones_like(noise).scatter(1, torch.cat([mask.visible, chosen], dim=1), 0.0)
+    thrown = rest.argsort(dim=1, descending=True, stable=True)[:, : mask.masked.shape[1] - kept]
+    return Split(mask.visible, chosen, thrown)

@@ -1,6 +1,6 @@
 """The method, one page: embed, segment, read, decode, compare.
 
-b batch, c channels, H W pixels, n patches, k kept, p target width.
+b batch, c channels, H W pixels, n patches, r predicted, p target width.
 """
 
 from collections.abc import Iterator
@@ -14,10 +14,23 @@ from leanmim.config import Pretrain
 from leanmim.decoder import Decoder
 from leanmim.encoders import Backbone, Encoder, ViTEncoder, create_backbone, make_encoder
 from leanmim.errors import UserError
-from leanmim.masking import Mask, keep_all, magnify, mask_units, random_fine_mask, random_mask, take
+from leanmim.masking import (
+    Mask,
+    Split,
+    Start,
+    keep_all,
+    magnify,
+    mask_units,
+    random_fine_mask,
+    random_mask,
+    select_furthest,
+    select_random,
+    take,
+)
 from leanmim.targets import Target, make_target, patchify
 
 Loss = Literal["l1", "l2"]
+Select = Literal["furthest", "random"]
 
 
 class MIM(nn.Module):
@@ -30,6 +43,9 @@ class MIM(nn.Module):
         mask_ratio: share of the mask units that is masked.
         mask_unit: side of a mask unit in patches.
         finer: mask units along a patch's side, where they are finer than patches (pixel masking); else 1.
+        throw: share of all patches that the decoder's layers do not see, although they are masked (PR-MIM).
+        select: which masked patches are decoded, spread out evenly or at random.
+        start: what furthest sampling starts from, the visible patches or a random masked one.
         loss: ``l2`` (MAE) or ``l1`` (SimMIM), averaged over the masked patches.
         autocast: dtype of the forward pass; None is float32. Targets and losses are float32 always.
     """
@@ -42,6 +58,9 @@ class MIM(nn.Module):
         mask_ratio: float,
         mask_unit: int = 1,
         finer: int = 1,
+        throw: float = 0.0,
+        select: Select = "furthest",
+        start: Start = "visible",
         loss: Loss = "l2",
         autocast: torch.dtype | None = None,
     ) -> None:
@@ -52,7 +71,10 @@ class MIM(nn.Module):
         self.mask_ratio = mask_ratio
         self.mask_unit = mask_unit
         self.finer = finer
-        self.compare = {"l1": nn.functional.l1_loss, "l2": nn.functional.mse_loss}[loss]
+        self.throw = throw
+        self.select = select
+        self.start: Start = start
+        self.compare = {"l1": torch.abs, "l2": torch.square}[loss]
         self.autocast = autocast
 
     def draw_mask(self, images: Float[Tensor, "b c H W"]) -> Mask:
@@ -64,17 +86,37 @@ class MIM(nn.Module):
             return random_fine_mask(noise, grid, self.mask_ratio, self.finer)
         return random_mask(noise, self.encoder.grid, self.mask_ratio, self.mask_unit)
 
+    def draw_split(self, mask: Mask) -> Split:
+        """Which of the masked patches are decoded; at random where that is asked for, or patches are equally far.
+
+        Raises:
+            UserError: so many are thrown that nothing is left to decode.
+        """
+        n, masked = self.encoder.grid.n, mask.masked.shape[1]
+        if not self.throw:
+            return keep_all(mask)
+        thrown = int(n * self.throw + 1e-9)
+        if not 0 < thrown < masked:
+            raise UserError(
+                f"--throw {self.throw} is {thrown} of all {n} patches, and {masked} are masked; choose it between "
+                f"{1 / n:.3g} and {(masked - 1) / n:.3g}, or 0 to decode all"
+            )
+        noise = torch.rand(len(mask.masked), n, device=mask.masked.device)
+        if self.select == "random":
+            return select_random(mask, masked - thrown, noise)
+        return select_furthest(mask, self.encoder.grid, masked - thrown, noise, self.start)
+
     def predictions(
-        self, images: Float[Tensor, "b c H W"], mask: Mask | None = None
+        self, images: Float[Tensor, "b c H W"], mask: Mask | None = None, split: Split | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each segment in order, the places of its predictions (b k) and the predictions (b k p).
+        """For each segment in order, the places of its predictions (b r) and the predictions (b r p).
 
         A segment runs when its predictions are asked for, on the detached output of the one before:
         no gradient crosses a segment's border, and only one segment's graph is alive at a time.
         """
         encoder, grid = self.encoder, self.encoder.grid
         mask = self.draw_mask(images) if mask is None else mask
-        split = keep_all(mask)
+        split = self.draw_split(mask) if split is None else split
         x = None
         for i, decoder in enumerate(self.decoders):
             # Closed before each yield: an open autocast would leak into the caller's backward.
@@ -95,11 +137,12 @@ class MIM(nn.Module):
         mask = self.draw_mask(images) if mask is None else mask
         weights = None if mask.hidden is None else self.cell_weights(mask.hidden)
         for ids, prediction in self.predictions(images, mask):
+            error = self.compare(prediction - take(target, ids))
             if weights is None:
-                yield self.compare(prediction, take(target, ids))
+                yield error.mean()
             else:
                 share = take(weights, ids)
-                yield (self.compare(prediction, take(target, ids), reduction="none") * share).sum() / share.sum()
+                yield (error * share).sum() / share.sum()
 
     forward = losses  # so that DistributedDataParallel can wrap it
 
@@ -144,11 +187,23 @@ def build(config: Pretrain, backbone: Backbone | None = None) -> MIM:
             depth=depth,
             width=config.decoder_width,
             heads=config.decoder_heads,
+            fill=config.fill if config.throw else 0,
         )
         for width in encoder.widths
     ]
-    model = MIM(encoder, decoders, target, config.mask_ratio, unit, finer, config.loss)
-    model.draw_mask(torch.zeros(1, config.channels, *config.size))  # speaks up now, not in the first step
+    model = MIM(
+        encoder,
+        decoders,
+        target,
+        mask_ratio=config.mask_ratio,
+        mask_unit=unit,
+        finer=finer,
+        throw=config.throw,
+        select=config.select,
+        start=config.select_start,
+        loss=config.loss,
+    )
+    model.draw_split(model.draw_mask(torch.zeros(1, config.channels, *config.size)))  # speaks up now, not in a step
     return model
 
 

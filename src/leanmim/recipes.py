@@ -58,7 +58,14 @@ paper names no stages; these are ours).
     leanmim pretrain fastmim-p --data photos --model swin_tiny_patch4_window7_224 --out run
 """
 
-RECIPES = {recipe.recipe: recipe for recipe in (MAE, SIMMIM, FASTMIM, FASTMIM_P)}
+PR_MIM = replace(MAE, recipe="pr-mim", throw=0.5)
+"""PR-MIM (arXiv 2411.15746): MAE whose decoder sees the visible and a furthest-sampled third of the masked patches;
+half of all patches are thrown, and filled in from their neighbours.
+
+    leanmim pretrain pr-mim --data photos --model vit_base_patch16_224 --out run
+"""
+
+RECIPES = {recipe.recipe: recipe for recipe in (MAE, SIMMIM, FASTMIM, FASTMIM_P, PR_MIM)}
 
 
 def variant(name: str, changes: Any) -> Pretrain:

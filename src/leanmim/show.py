@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
@@ -14,22 +14,26 @@ from leanmim.checkpoint import restore
 from leanmim.config import Show
 from leanmim.data import UNREADABLE, Normalise, centre_crop, list_images, read_image
 from leanmim.errors import UserError
-from leanmim.masking import Mask, hidden_squares, magnify
+from leanmim.masking import Mask, Split, hidden_squares, magnify
 from leanmim.mim import MIM
 from leanmim.targets import BINS, FLAT, HOG, Pixels, hog, unpatchify
 
+THROWN = torch.tensor([0.95, 0.6, 0.2])  # orange
+
 
 @torch.no_grad()
-def predict(model: MIM, images: Float[Tensor, "b c H W"], mask: Mask) -> Float[Tensor, "b n p"]:
+def predict(
+    model: MIM, images: Float[Tensor, "b c H W"], mask: Mask, split: Split | None = None
+) -> Float[Tensor, "b n p"]:
     """The last segment's predictions of the masked patches, zero for the others."""
-    *_, (ids, prediction) = model.predictions(images, mask)
+    *_, (ids, prediction) = model.predictions(images, mask, split)
     canvas = torch.zeros(len(images), model.encoder.grid.n, prediction.shape[2], device=images.device)
     return canvas.scatter(1, ids[..., None].expand_as(prediction), prediction)
 
 
 @torch.no_grad()
 def reconstruct(
-    model: MIM, images: Float[Tensor, "b c H W"], mask: Mask
+    model: MIM, images: Float[Tensor, "b c H W"], mask: Mask, split: Split | None = None
 ) -> tuple[Float[Tensor, "b c H W"], Float[Tensor, "b 1 H W"]]:
     """The last segment's predictions painted over what is masked, the visible as it is. The target is pixels.
 
@@ -37,7 +41,7 @@ def reconstruct(
         The reconstruction, and 1 where a pixel was masked.
     """
     assert isinstance(model.target, Pixels)
-    painted = model.target.paint(predict(model, images, mask), images)
+    painted = model.target.paint(predict(model, images, mask, split), images)
     hidden = hidden_pixels(model, images, mask)
     return torch.where(hidden.bool(), painted, images), hidden
 
@@ -48,10 +52,11 @@ def hidden_pixels(model: MIM, images: Float[Tensor, "b c H W"], mask: Mask) -> F
     return magnify(squares, (images.shape[2], images.shape[3]))[:, None].float()
 
 
-def strokes(histogram: Float[Tensor, "k y x"], cell: int) -> LineCollection:
+def strokes(histogram: Float[Tensor, "k y x"], cell: int, thrown: Bool[Tensor, "y x"] | None = None) -> LineCollection:
     """HOG as it is usually drawn: in each cell a stroke along every edge direction, the brighter the stronger.
 
     The gradient of bin ``i`` points along ``(sin t, cos t)`` with ``t`` the bin's middle; its edge stands across.
+    Strokes are white, those of ``thrown`` cells orange.
     """
     bins = histogram.unflatten(0, (-1, BINS)).mean(0).clamp(min=0)  # over the channels
     bins = bins / bins.max().clamp(min=1e-6)
@@ -64,6 +69,8 @@ def strokes(histogram: Float[Tensor, "k y x"], cell: int) -> LineCollection:
     strength = bins.flatten()
     order = strength.argsort()  # the strongest on top
     colours = torch.ones(len(order), 4)
+    if thrown is not None:
+        colours[:, :3] = torch.where(thrown.expand_as(bins).flatten()[order, None], THROWN, 1.0)
     colours[:, 3] = strength[order]
     return LineCollection(list(ends.flatten(0, 2)[order].numpy()), colors=colours.numpy(), linewidths=0.8)
 
@@ -88,7 +95,8 @@ def choose_files(sources: tuple[str, ...], data: str, count: int) -> list[Path]:
 def show(config: Show) -> Path:
     """Draw rows of original, masked image and reconstruction.
 
-    Predictions of per-patch normalised pixels are brought back with the true patch's own mean and deviation,
+    Where patches are thrown (PR-MIM), they are orange in the masked image, and a further column shows them alone, as
+    they were filled in. Predictions of per-patch normalised pixels are brought back with the true patch's own mean and deviation,
     and the picture says so.
 
     Returns:
@@ -120,20 +128,35 @@ def show(config: Show) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         mask = model.draw_mask(images)
+        split = model.draw_split(mask)
     original = normalise.invert(images)
     hidden = hidden_pixels(model, images, mask)
     masked = torch.where(hidden.bool(), torch.full_like(original, 0.5), original)
-    columns: list[tuple[str, Tensor]] = [("original", original), (f"masked, {hidden.mean():.0%}", masked)]
+    thrown = hidden * hidden_pixels(model, images, Mask(split.visible, split.thrown))
+    throws, fills = bool(split.thrown.shape[1]), bool(trained.fill)
+
+    def orange(pictures: Float[Tensor, "b c H W"]) -> Float[Tensor, "b 3 H W"]:
+        """With thrown patches in their colour."""
+        return torch.where(thrown.bool(), THROWN[:, None, None], pictures.expand(-1, 3, -1, -1))
+
+    if throws:
+        masked = orange(masked)
+    title = f"masked, {hidden.mean():.0%}" + f", thrown {thrown.mean():.0%} (orange)" * throws
+    columns: list[tuple[str, Tensor]] = [("original", original), (title, masked)]
     note = f"{trained.recipe}, {trained.model}, step {state['step']}"
     if isinstance(model.target, HOG):
-        true, predicted = histograms(model, images, mask)
+        true, predicted = histograms(model, images, mask, split)
         columns += [("HOG", true), ("HOG, predicted where masked", predicted)]
         flat = (true.unflatten(1, (-1, BINS)).norm(dim=2) < 0.999).float().mean()
         note += f"\nvisible cells are the true ones; flat cells (norm under {FLAT}): {flat:.1%}"
+        note += ("; orange: filled in" if fills else "; thrown cells are empty") * throws
     else:
         per_patch = trained.target == "pixels"
-        painted, _ = reconstruct(model, images, mask)
-        columns += [("reconstruction" + " *" * per_patch, normalise.invert(painted))]
+        painted, _ = reconstruct(model, images, mask, split)
+        painted = normalise.invert(painted)
+        columns += [("reconstruction" + " *" * per_patch, painted if fills or not throws else orange(painted))]
+        if throws and fills:
+            columns += [("filled in only", torch.where(thrown.bool(), painted, torch.ones_like(painted)))]
         if per_patch:
             note += "\n* predicted patches brought back with the true patch's own mean and deviation"
 
@@ -143,7 +166,8 @@ def show(config: Show) -> Path:
     for row, name in enumerate(names):
         for column, (title, pictures) in enumerate(columns):
             axis = axes[row][column]
-            draw(axis, pictures[row], trained.size, trained.hog_cell)
+            orange_cells = thrown[row, 0].bool() if throws and title.startswith("HOG, predicted") else None
+            draw(axis, pictures[row], trained.size, trained.hog_cell, orange_cells)
             if row == 0:
                 axis.set_title(title, fontsize=10 if len(title) < 20 else 7)
         axes[row][0].set_ylabel(name if len(name) < 25 else name[:22] + "...", fontsize=7)
@@ -158,20 +182,26 @@ def show(config: Show) -> Path:
 
 
 def histograms(
-    model: MIM, images: Float[Tensor, "b c H W"], mask: Mask
+    model: MIM, images: Float[Tensor, "b c H W"], mask: Mask, split: Split | None = None
 ) -> tuple[Float[Tensor, "b k y x"], Float[Tensor, "b k y x"]]:
     """The true histograms, and those predicted for what is masked among the true ones of what is seen."""
     assert isinstance(model.target, HOG)
     cells = model.target.patch // model.target.cell
     true = hog(images, model.target.cell)
     grid = model.encoder.grid
-    predicted = unpatchify(predict(model, images, mask), cells, grid)
+    predicted = unpatchify(predict(model, images, mask, split), cells, grid)
     hidden = magnify(hidden_squares(mask, grid), (true.shape[2], true.shape[3]))
     return true, torch.where(hidden[:, None], predicted, true)
 
 
-def draw(axis: Axes, picture: Float[Tensor, "c y x"], size: tuple[int, int], cell: int) -> None:
-    """An image, or histograms as strokes on black, on an axis of the image's size."""
+def draw(
+    axis: Axes,
+    picture: Float[Tensor, "c y x"],
+    size: tuple[int, int],
+    cell: int,
+    thrown: Bool[Tensor, "H W"] | None = None,
+) -> None:
+    """An image, or histograms as strokes on black (orange ones where thrown), on an axis of the image's size."""
     axis.set_xticks([])
     axis.set_yticks([])
     axis.spines[:].set_visible(False)
@@ -180,4 +210,5 @@ def draw(axis: Axes, picture: Float[Tensor, "c y x"], size: tuple[int, int], cel
         axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     else:
         axis.imshow(torch.zeros(size).numpy(), cmap="gray", vmin=0, vmax=1)
-        axis.add_collection(strokes(picture, cell), autolim=False)
+        cells = None if thrown is None else thrown[cell // 2 :: cell, cell // 2 :: cell]
+        axis.add_collection(strokes(picture, cell, cells), autolim=False)
