@@ -35,7 +35,7 @@ from leanmim.recipes import FASTMIM, MAE, PR_MIM, SIMMIM
 # Per scale: the backbone and its decoder, data, schedule. "images" and "val" are per class, 0 is all.
 SCALES: dict[str, dict[str, Any]] = {
     "smoke": dict(model=dict(embed_dim=48, depth=2, num_heads=2), decoder=(1, 32, 2), images=40, val=20, epochs=2, jobs=2),
-    "cpu": dict(model=dict(embed_dim=96, depth=6, num_heads=3), decoder=(2, 64, 2), images=1000, val=200, epochs=8, jobs=2),
+    "cpu": dict(model=dict(embed_dim=96, depth=6, num_heads=3), decoder=(2, 64, 2), images=1000, val=500, epochs=8, jobs=2),
     "gpu": dict(model=dict(embed_dim=192, depth=12, num_heads=3), decoder=(4, 128, 4), images=0, val=0, epochs=100, jobs=4),
 }  # fmt: skip
 
@@ -87,7 +87,8 @@ def configure(variant: str, seed: int, arguments: argparse.Namespace) -> Pretrai
         model="vit_tiny_patch16_224",
         model_kwargs={"patch_size": patch, **scale["model"]},
         input_size=(int(shrink * arguments.input_size),),
-        hog_cell=max(2, patch // 2),  # four cells a patch, as FastMIM has
+        # four cells a patch, as FastMIM has
+        hog_cell=max(2, patch // 2) if changes.get("target", recipe.target) == "hog" else recipe.hog_cell,
         # SimMIM's squares are 1/6 of its image's side; a quarter of the grid here, one patch more
         mask_unit=arguments.input_size // 4 if recipe.mask_unit else 0,
         decoder_depth=recipe.decoder_depth if recipe.decoder_depth in (0, "auto") else depth,

@@ -148,6 +148,7 @@ class Run:
         if config.overwrite:
             return None
         new = json.loads(json.dumps(config.to_json()))
+        old = json.loads(json.dumps(Pretrain(data="", out="").to_json() | old))  # older than a field: its default
         changed = [key for key in sorted(old.keys() | new.keys()) if key not in FREE and old.get(key) != new.get(key)]
         if changed:
             lines = [f"  {key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in changed]
