@@ -51,6 +51,9 @@ VARIANTS: dict[str, tuple[Pretrain, dict[str, Any]]] = {
     "fastmim": (FASTMIM, {}),
     "fastmim-pixels": (FASTMIM, dict(target="pixels")),
     "fastmim-raw-pixels": (FASTMIM, dict(target="raw-pixels")),
+    "mae-half": (MAE, dict(shrink=0.5)),
+    "mae-hog-half": (MAE, dict(target="hog", shrink=0.5)),
+    "mae-hog-p": (MAE, dict(target="hog", shrink=0.5, **GROWING)),
     "fastmim-half": (FASTMIM, dict(shrink=0.5)),
     "fastmim-half-time": (FASTMIM, dict(shrink=0.5, longer=3.0)),
     "fastmim-half-pixels": (FASTMIM, dict(shrink=0.5, target="pixels")),
@@ -87,8 +90,8 @@ def configure(variant: str, seed: int, arguments: argparse.Namespace) -> Pretrai
         model="vit_tiny_patch16_224",
         model_kwargs={"patch_size": patch, **scale["model"]},
         input_size=(int(shrink * arguments.input_size),),
-        # four cells a patch, as FastMIM has
-        hog_cell=max(2, patch // 2) if changes.get("target", recipe.target) == "hog" else recipe.hog_cell,
+        # four cells a patch, as FastMIM has; but of fewer than 4 x 4 pixels there is no histogram
+        hog_cell=max(4, patch // 2) if changes.get("target", recipe.target) == "hog" else recipe.hog_cell,
         # SimMIM's squares are 1/6 of its image's side; a quarter of the grid here, one patch more
         mask_unit=arguments.input_size // 4 if recipe.mask_unit else 0,
         decoder_depth=recipe.decoder_depth if recipe.decoder_depth in (0, "auto") else depth,
