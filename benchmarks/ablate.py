@@ -25,11 +25,12 @@ import record
 import torch
 
 import leanmim
-from leanmim.config import Knn, Pretrain, Probe
+from leanmim.config import Pretrain, Probe
 from leanmim.cost import count
 from leanmim.data import list_images
-from leanmim.evaluate.knn import knn
-from leanmim.evaluate.probe import probe
+from leanmim.evaluate.features import extract, subjects
+from leanmim.evaluate.knn import knn_accuracy
+from leanmim.evaluate.probe import fast_probe
 from leanmim.recipes import FASTMIM, MAE, PR_MIM, SIMMIM
 
 # Per scale: the backbone and its decoder, data, schedule. "images" and "val" are per class, 0 is all.
@@ -52,8 +53,11 @@ VARIANTS: dict[str, tuple[Pretrain, dict[str, Any]]] = {
     "fastmim-pixels": (FASTMIM, dict(target="pixels")),
     "fastmim-raw-pixels": (FASTMIM, dict(target="raw-pixels")),
     "mae-half": (MAE, dict(shrink=0.5)),
+    "mae-half-time": (MAE, dict(shrink=0.5, longer=2.5)),
     "mae-hog-half": (MAE, dict(target="hog", shrink=0.5)),
+    "mae-hog-half-time": (MAE, dict(target="hog", shrink=0.5, longer=2.5)),
     "mae-hog-p": (MAE, dict(target="hog", shrink=0.5, **GROWING)),
+    "mae-hog-p-time": (MAE, dict(target="hog", shrink=0.5, longer=1.5, **GROWING)),
     "fastmim-half": (FASTMIM, dict(shrink=0.5)),
     "fastmim-half-time": (FASTMIM, dict(shrink=0.5, longer=3.0)),
     "fastmim-half-pixels": (FASTMIM, dict(shrink=0.5, target="pixels")),
@@ -122,12 +126,13 @@ def run_cell(variant: str, seed: int, arguments: argparse.Namespace) -> dict[str
     before = time.perf_counter()
     leanmim.pretrain(config)
     seconds = time.perf_counter() - before
-    options = dict(run=config.out, data=labelled, device=arguments.device, workers=0, baselines=variant == "pixels",
+    probed = Probe(run=config.out, data=labelled, device=arguments.device, workers=0, baselines=variant == "pixels",
                    input_size=(arguments.input_size,))  # fmt: skip
-    key = variant if variant == "pixels" else "pretrained"
+    subject = next(s for s in subjects(probed) if s.name == ("pixels" if variant == "pixels" else "pretrained"))
+    train, val = (extract(subject.embed, part, subject.normalise, 256, 0) for part in (subject.train, subject.val))
     accuracies = {
-        "knn": dict(knn(Knn(**options)))[key],
-        "probe": dict(probe(Probe(**options, solver="fast")))[key],
+        "knn": knn_accuracy(train, val, probed.k, probed.temperature),
+        "probe": fast_probe(train, val, probed.c),
     }
     lines = map(json.loads, (Path(config.out) / "metrics.jsonl").read_text().splitlines())
     loss = [line["loss"] for line in lines if "loss" in line][-1]
