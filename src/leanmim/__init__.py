@@ -24,6 +24,7 @@ _PLACES = {
     "FASTMIM": "recipes",
     "FASTMIM_P": "recipes",
     "PR_MIM": "recipes",
+    "BIM": "recipes",
     "Cost": "config",
     "Plan": "config",
     "RECIPES": "recipes",

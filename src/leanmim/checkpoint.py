@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,14 @@ import torch
 from torch.optim import AdamW
 
 from leanmim.config import Pretrain
-from leanmim.encoders import Backbone, Encoder, ViTEncoder, create_backbone, make_encoder
+from leanmim.encoders import Backbone, Encoder, Prefix, ViTEncoder, create_backbone, make_encoder, shorter
 from leanmim.errors import UserError
 from leanmim.mim import MIM, build
 from leanmim.schedule import stages
 
 FORMAT = "leanmim-1"
 # What may differ when a run is continued: none of it changes a weight.
-FREE = {"out", "workers", "overwrite", "checkpoint_minutes", "memory", "effective_batch"}
+FREE = {"out", "workers", "overwrite", "checkpoint_minutes", "memory", "effective_batch", "offload"}
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -301,17 +301,56 @@ def initialise(model: MIM, source: str) -> str:
 
 
 def load_backbone(
-    run: str | Path, input_size: tuple[int, int] | None = None
+    run: str | Path, input_size: tuple[int, int] | None = None, depth: int | None = None
 ) -> tuple[Backbone, Pretrain, dict[str, Any]]:
     """The pre-trained timm model of a run, at the size of pre-training or another.
 
+    Args:
+        run: its folder.
+        input_size: height and width, px; None is that of pre-training.
+        depth: only so many of its blocks or stages, the end of a segment; None is all.
+
     Returns:
         The backbone (in evaluation mode), the configuration, and the checkpoint.
+
+    Raises:
+        UserError: the run cannot be read, or no segment ends at ``depth``.
     """
     config, model, state = restore(run)
     if input_size is not None and input_size != config.size:
         backbone = create_backbone(config.model, input_size, config.channels, config.depth, **config.model_kwargs)
-        other = make_encoder(backbone, config.masking, input_size, config.channels, first_layers=config.depth)
+        other = make_encoder(backbone, config.masking, input_size, config.channels, config.segments, config.depth)
         carry_over(model.encoder, other)
-        return other.backbone.eval(), config, state
-    return model.encoder.backbone.eval(), config, state
+        ends = range(len(other.depths))
+        for mine, theirs in zip(map(other.closing_norm, ends), map(model.encoder.closing_norm, ends), strict=True):
+            mine.load_state_dict(theirs.state_dict())
+        return prefix(other, replace(config, input_size=input_size), depth).eval(), config, state
+    return prefix(model.encoder, config, depth).eval(), config, state
+
+
+def prefix(encoder: Encoder, config: Pretrain, depth: int | None) -> Backbone:
+    """A backbone up to the end of a segment, closed by that segment's norm (BIM: several depths from one run).
+
+    Raises:
+        UserError: no segment ends there.
+    """
+    if depth is None or depth == encoder.depths[-1]:
+        return encoder.backbone
+    if depth not in encoder.depths:
+        raise UserError(
+            f"--depth {depth}: the segments of this run end at {', '.join(map(str, encoder.depths))}; choose one of these, "
+            "or pre-train with other --segments"
+        )
+    norm = encoder.closing_norm(encoder.depths.index(depth))
+    arguments = shorter(encoder.backbone, depth)
+    if not arguments:
+        cut = create_backbone(config.model, config.size, config.channels, depth, **config.model_kwargs)
+        whole = encoder.backbone.state_dict()
+        cut.load_state_dict({key: whole[key] for key in cut.state_dict()})
+        return Prefix(cut, norm)
+    short = create_backbone(config.model, config.size, config.channels, **{**config.model_kwargs, **arguments})
+    own, whole = short.state_dict(), encoder.backbone.state_dict()
+    last = "fc_norm." if isinstance(getattr(short, "norm", None), torch.nn.Identity) else "norm."
+    closing = {last + key: value for key, value in norm.state_dict().items()}
+    short.load_state_dict({key: closing.get(key, whole.get(key)) for key in own})
+    return short

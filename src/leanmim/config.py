@@ -80,8 +80,9 @@ class Pretrain:
     masking: Literal["drop", "token", "pixel"] = "drop"
     """How the mask reaches the backbone: drop masked tokens (MAE, plain ViT), put a learned token there (SimMIM, ViT
     and Swin), or paint a learned colour on the image (FastMIM, any timm backbone)."""
-    mask_ratio: float = 0.75
-    """Share of the image that is masked, in (0, 1)."""
+    mask_ratio: float | tuple[float, ...] = 0.75
+    """Share of the image that is masked, in (0, 1); or one for each segment, not falling (BIM): later segments see
+    fewer patches."""
     mask_unit: int = 0
     """Side of the squares that are masked, px; 0 is one patch. With pixel masking it may be less than a patch."""
     target: Literal["pixels", "raw-pixels", "hog"] = "pixels"
@@ -98,6 +99,12 @@ class Pretrain:
     """Width of the decoder."""
     decoder_heads: int = 16
     """Attention heads of the decoder."""
+    segments: int | tuple[int, ...] = 1
+    """Block-wise training (BIM): cut the backbone into so many equal segments, each trained by a decoder and loss of its
+    own; or the blocks after which a segment ends, for example 3 6 12. Blocks of a ViT, stages of a hierarchical model."""
+    offload: bool = False
+    """With --segments: keep only one segment and the next on the GPU; weights, gradients and optimizer state of the
+    others wait in host memory. Same numbers, less GPU memory, more time."""
     throw: float = 0.0
     """Partial reconstruction (PR-MIM): share of all patches, masked ones, that the decoder's layers do not see. 0 is
     full reconstruction."""
@@ -174,6 +181,11 @@ class Pretrain:
         return (self.input_size[0], self.input_size[-1])
 
     @property
+    def mask_ratios(self) -> tuple[float, ...]:
+        """One for all segments, or one for each."""
+        return self.mask_ratio if isinstance(self.mask_ratio, tuple) else (self.mask_ratio,)
+
+    @property
     def warmup(self) -> float:
         """Resolved warm-up, epochs."""
         return 0.05 * self.epochs if self.warmup_epochs is None else self.warmup_epochs
@@ -193,12 +205,22 @@ class Pretrain:
         check_size(self.input_size)
         check_ranges(
             self,
-            ("mask_ratio", 0, 1), ("throw", 0, 1), ("fill", 0, None), ("epochs", 1, None), ("accum", 1, None), ("effective_batch", 1, None),
+            ("throw", 0, 1), ("fill", 0, None), ("epochs", 1, None), ("accum", 1, None), ("effective_batch", 1, None),
             ("hog_cell", 1, None), ("decoder_width", 4, None), ("decoder_heads", 1, None),
             ("mask_unit", 0, None), ("workers", -1, None), ("flip", 0, 1),
             ("max_bad_share", 0, 1), ("knn_every", 1, None), ("log_every", 1, None), ("seed", 0, None),
             ("blr", 0, None), ("weight_decay", 0, None), ("clip_grad", 0, None), ("checkpoint_minutes", 0, None),
         )  # fmt: skip
+        for ratio in self.mask_ratios:
+            if not 0 <= ratio <= 1:
+                raise UserError(f"--mask-ratio {ratio} is out of range; it is at least 0, at most 1")
+        if list(self.mask_ratios) != sorted(self.mask_ratios):
+            raise UserError(
+                f"--mask-ratio {' '.join(map(str, self.mask_ratios))} falls; a later segment cannot see what an earlier one "
+                "did not: give ratios that stay or rise"
+            )
+        if self.offload and self.segments in (1, (1,)):
+            raise UserError("--offload keeps one segment of several on the GPU; give --segments, or leave it out")
         count = len(self.stage_scales)
         if len(self.stage_starts) != count:
             raise UserError(
@@ -272,6 +294,8 @@ class Knn:
     """Of the votes' weights, exp(cosine similarity / temperature)."""
     pool: Literal["avg", "token", "timm"] = "avg"
     """Features: mean of the patch tokens, the class token, or what the timm model returns."""
+    depth: int | None = None
+    """Of a run with --segments: the first blocks or stages only, up to the end of a segment."""
     input_size: tuple[int, ...] = ()
     """Pixels: one number or height and width; empty is the size of pre-training."""
     crop: float | None = None
@@ -333,6 +357,8 @@ class Show:
     """Rows at most."""
     out: str | None = None
     """Picture to write; None is reconstructions.png in the run folder."""
+    block: int | None = None
+    """Of a run with --segments: whose reconstruction, 0 is the first segment; None is the last."""
     seed: int = 0
     """Seed of the masks."""
 
@@ -345,8 +371,12 @@ class Export:
     """Run folder of `leanmim pretrain`."""
     format: Literal["timm", "transformers"] = "timm"
     """timm: the backbone. transformers: ViTMAEForPreTraining, decoder included (MAE only)."""
+    depth: int | None = None
+    """Of a run with --segments: the first blocks or stages only, up to the end of a segment, with its own norm."""
+    all_depths: bool = False
+    """A model for the end of each segment, in folders depth3, depth6, ... of --out."""
     out: str | None = None
-    """Folder to write; None is export/FORMAT in the run folder."""
+    """Folder to write; None is export/FORMAT in the run folder, or export/timm-depth3 for a --depth of 3."""
     overwrite: bool = False
     """Replace files that are already in --out."""
 
@@ -381,7 +411,11 @@ class Cost:
     """Forward passes whose gradients are averaged into one step."""
     masking: Literal["drop", "token", "pixel"] | None = None
     """As in pretrain; None is each recipe's own."""
-    mask_ratio: float | None = None
+    mask_ratio: float | tuple[float, ...] | None = None
+    """As in pretrain; None is each recipe's own."""
+    segments: int | tuple[int, ...] | None = None
+    """As in pretrain; None is each recipe's own."""
+    offload: bool | None = None
     """As in pretrain; None is each recipe's own."""
     depth: int | None = None
     """As in pretrain."""

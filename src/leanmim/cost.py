@@ -34,6 +34,7 @@ from leanmim.decoder import Decoder, sincos
 from leanmim.device import resolve_precision
 from leanmim.encoders import create_backbone
 from leanmim.mim import MIM, build
+from leanmim.offload import Offload
 from leanmim.recipes import RECIPES, variant
 from leanmim.schedule import stages
 from leanmim.step import make_optimizers, update
@@ -81,12 +82,13 @@ class Storages(TorchDispatchMode):
         self.round_to = round_to
         self.live: dict[int, tuple[weakref.ref, int, str]] = {}
         self.held: Counter[int] = Counter()  # storage -> how many times autograd holds it
+        self.kinds: dict[int, str] = {}  # storage on the host -> its kind on the device
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
 
     def add(self, kind: str, size: int) -> None:
-        """Count ``size`` bytes more."""
-        for name in (kind, "all"):
+        """Count ``size`` bytes more; what waits on the host is not the device's."""
+        for name in (kind, "all") if kind != "host" else (kind,):
             self.now[name] += size
             self.peak[name] = max(self.peak[name], self.now[name])
 
@@ -97,8 +99,7 @@ class Storages(TorchDispatchMode):
         if key in self.live:
             reference, size, old = self.live[key]
             if kind and kind != old:
-                self.now[old] -= size
-                self.now["all"] -= size
+                self.drop(old, size)
                 self.live[key] = reference, size, kind
                 self.add(kind, size)
         else:
@@ -106,11 +107,29 @@ class Storages(TorchDispatchMode):
             self.live[key] = weakref.ref(storage, partial(self.forget, key)), size, kind or "transient"
             self.add(kind or "transient", size)
 
+    def store(self, tensor: Tensor) -> Tensor:
+        """A copy that is not on the device, for `Offload`."""
+        kind = self.live[id(tensor.untyped_storage())][2]
+        copy = tensor.clone()
+        self.follow(copy, "host")
+        self.kinds[id(copy.untyped_storage())] = kind
+        return copy
+
+    def fetch(self, tensor: Tensor) -> Tensor:
+        """A copy on the device of what was stored."""
+        copy = tensor.clone()
+        self.follow(copy, self.kinds.pop(id(tensor.untyped_storage())))
+        return copy
+
     def forget(self, key: int, _: Any) -> None:
         """A storage has ended."""
         _, size, kind = self.live.pop(key)
-        self.now[kind] -= size
-        self.now["all"] -= size
+        self.drop(kind, size)
+
+    def drop(self, kind: str, size: int) -> None:
+        """Count ``size`` bytes less."""
+        for name in (kind, "all") if kind != "host" else (kind,):
+            self.now[name] -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, follow its results."""
@@ -181,7 +200,7 @@ def cuda_workspace() -> int:
 class Stopwatch:
     """FLOPs by phase (forward, backward) and part, read off one counter as the step goes along."""
 
-    def __init__(self, counter: FlopCounterMode, model: MIM) -> None:
+    def __init__(self, counter: FlopCounterMode, model: MIM | Offload) -> None:
         self.counter, self.model = counter, model
         self.flops: Counter[tuple[str, str]] = Counter()
         self.tokens: Counter[str] = Counter()
@@ -280,11 +299,16 @@ def count_stage(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[s
             for optimizer in optimizers:
                 for tensor in tree_leaves([list(state.values()) for state in optimizer.state.values()]):
                     storages.follow(tensor, "optimizer")
+            trained: MIM | Offload = model
+            if config.offload and cuda:
+                with storages:
+                    trained = Offload(model, optimizers, images.device, storages.fetch, storages.store)
+                storages.peak = storages.now.copy()
             with FlopCounterMode(display=False) as counter:
                 model.target(normalise(images))
             target = counter.get_total_flops() // batch
             counter = FlopCounterMode(display=False)
-            watch = Stopwatch(counter, model)
+            watch = Stopwatch(counter, trained)
             with ExitStack() as stack:
                 for parameter in model.parameters():
                     if parameter.requires_grad:

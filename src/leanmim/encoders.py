@@ -18,16 +18,17 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import timm
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from timm.layers import PatchEmbed
 from timm.models import SwinTransformer, VisionTransformer
 from torch import Tensor, nn
 
 from leanmim.decoder import init_linear, sincos
 from leanmim.errors import UserError
-from leanmim.masking import Grid, Mask, hidden_squares, magnify, take
+from leanmim.masking import Grid, Mask, cover, hidden_squares, magnify, take
 
 Masking = Literal["drop", "token", "pixel"]
+Segments = int | tuple[int, ...]  # so many equal ones, or the block after which each ends
 Backbone = Any  # a timm model: an nn.Module whose attributes differ from family to family
 
 
@@ -39,6 +40,7 @@ class Encoder(Protocol):
     stride: int
     grid: Grid
     widths: tuple[int, ...]  # one per segment
+    depths: tuple[int, ...]  # blocks or stages up to the end of each segment
     prefix: int
     full_grid: bool  # `read` returns a token for every patch
 
@@ -50,12 +52,20 @@ class Encoder(Protocol):
         """Run segment ``i``: a run of the backbone's blocks, or a stage."""
         ...
 
+    def narrow(self, i: int, x: Tensor, before: Mask, after: Mask) -> Tensor:
+        """The input of segment ``i``, whose mask hides more than that of the segment before (BIM)."""
+        ...
+
     def read(self, i: int, x: Tensor) -> Float[Tensor, "b s d"]:
         """The tokens after segment ``i``, closed by that segment's own norm."""
         ...
 
     def positions(self, mask: Mask) -> Int[Tensor, "b s"]:
         """Where the tokens of `read` sit on the grid; prefix tokens sit past its end."""
+        ...
+
+    def closing_norm(self, i: int) -> nn.Module:
+        """The norm at the end of segment ``i``."""
         ...
 
     def owner(self, name: str) -> int:
@@ -82,16 +92,70 @@ def as_tokens(backbone: Backbone, features: Tensor) -> Float[Tensor, "b n d"]:
     return features.flatten(2).transpose(1, 2)
 
 
-def even_cuts(blocks: int, segments: int) -> tuple[int, ...]:
-    """The block after which each segment ends, for segments of equal length.
+def cuts(segments: Segments, parts: int, what: str = "blocks") -> tuple[int, ...]:
+    """The block (or stage) after which each segment ends.
 
     Raises:
-        UserError: the blocks do not divide.
+        UserError: the blocks do not divide, or the numbers do not rise to the last block.
     """
-    if not 0 < segments <= blocks or blocks % segments:
-        good = [s for s in range(1, blocks + 1) if blocks % s == 0]
-        raise UserError(f"{blocks} blocks do not divide into {segments} equal segments; possible: {good}")
-    return tuple(accumulate([blocks // segments] * segments))
+    if isinstance(segments, int):
+        if not 0 < segments <= parts or parts % segments:
+            good = [s for s in range(1, parts + 1) if parts % s == 0]
+            raise UserError(
+                f"--segments: {parts} {what} do not divide into {segments} equal segments; possible: {good}"
+            )
+        return tuple(accumulate([parts // segments] * segments))
+    rising = all(low < high for low, high in zip((0, *segments), segments, strict=False))
+    if not segments or not rising or segments[-1] != parts:
+        raise UserError(
+            f"--segments {' '.join(map(str, segments))} does not cut the model's {parts} {what}: give rising numbers of "
+            f"which the last is {parts}, or one number of equal segments"
+        )
+    return segments
+
+
+class Borders(nn.Module):
+    """What lies between the segments of a hierarchical backbone: a norm that closes each but the last, and (for masks
+    that hide more at every border) a token to hide with.
+
+    Args:
+        grid: of the backbone's output.
+        widths: channels at the end of each segment but the last.
+        zooms: tokens there along the side of an output patch.
+        narrows: masks hide more at the borders.
+    """
+
+    def __init__(self, grid: Grid, widths: tuple[int, ...], zooms: tuple[int, ...], narrows: bool) -> None:
+        super().__init__()
+        self.grid, self.zooms = grid, zooms
+        self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-6) for width in widths)
+        self.tokens = nn.ParameterList(nn.Parameter(torch.zeros(width)) for width in widths if narrows)
+        for token in self.tokens:
+            nn.init.normal_(token, std=0.02)
+
+    def read(self, i: int, tokens: Float[Tensor, "b N c"]) -> Float[Tensor, "b n d"]:
+        """The fine tokens of each patch side by side, normalised."""
+        k = self.zooms[i]
+        x = self.norms[i](tokens).unflatten(1, (self.grid.height, k, self.grid.width, k))
+        return x.transpose(2, 3).flatten(3, 5).flatten(1, 2)
+
+    def narrow(self, i: int, x: Tensor, before: Mask, after: Mask, channels_last: bool) -> Tensor:
+        """A token at what is newly masked before segment ``i``."""
+        if not len(self.tokens):
+            return x
+        size = (self.grid.height * self.zooms[i - 1], self.grid.width * self.zooms[i - 1])
+        new = newly_hidden(before, after, self.grid, size)
+        token = self.tokens[i - 1].to(x.dtype)
+        if x.ndim == 3:
+            return torch.where(new.flatten(1)[..., None], token, x)
+        if channels_last:
+            return torch.where(new[..., None], token, x)
+        return torch.where(new[:, None], token[:, None, None], x)
+
+
+def newly_hidden(before: Mask, after: Mask, grid: Grid, size: tuple[int, int]) -> Bool[Tensor, "b y x"]:
+    """What is hidden as a whole now and was not before, on a grid of ``size``."""
+    return cover(hidden_squares(after, grid), size) & ~cover(hidden_squares(before, grid), size)
 
 
 class ViTEncoder(nn.Module):
@@ -102,26 +166,30 @@ class ViTEncoder(nn.Module):
     Args:
         backbone: a timm VisionTransformer, built for the input size.
         masking: ``drop`` (MAE), ``token`` (SimMIM) or ``pixel`` (FastMIM).
-        segments: cut the blocks into this many equal runs.
+        segments: how the blocks are cut.
+        narrows: masks hide more at every border.
     """
 
-    def __init__(self, backbone: Backbone, masking: Masking, segments: int = 1) -> None:
+    def __init__(self, backbone: Backbone, masking: Masking, segments: Segments = 1, narrows: bool = False) -> None:
         super().__init__()
         self.backbone = backbone
         self.prefix = backbone.num_prefix_tokens
         self.grid = Grid(*backbone.patch_embed.grid_size)
         self.stride = backbone.patch_embed.patch_size[0]
-        self.ends = even_cuts(len(backbone.blocks), segments)
-        self.widths = (backbone.embed_dim,) * segments
+        self.ends = cuts(segments, len(backbone.blocks))
+        self.depths = self.ends
+        self.widths = (backbone.embed_dim,) * len(self.ends)
         self.full_grid = masking != "drop"
         self.mask_token = nn.Parameter(torch.zeros(1, 1, backbone.embed_dim)) if masking == "token" else None
         self.colour = nn.Parameter(torch.zeros(backbone.patch_embed.proj.in_channels)) if masking == "pixel" else None
-        self.norms = nn.ModuleList(nn.LayerNorm(backbone.embed_dim, eps=1e-6) for _ in range(segments - 1))
+        self.norms = nn.ModuleList(nn.LayerNorm(backbone.embed_dim, eps=1e-6) for _ in self.ends[1:])
+        tokens = len(self.norms) if narrows and self.full_grid else 0
+        self.tokens = nn.ParameterList(nn.Parameter(torch.zeros(1, 1, backbone.embed_dim)) for _ in range(tokens))
 
         self.apply(init_linear)
         stem = backbone.patch_embed.proj
         nn.init.xavier_uniform_(stem.weight.view(len(stem.weight), -1))  # the stem is a linear layer on patches
-        for token in (self.mask_token, backbone.cls_token, backbone.reg_token):
+        for token in (self.mask_token, backbone.cls_token, backbone.reg_token, *self.tokens):
             if token is not None:
                 nn.init.normal_(token, std=0.02)
         if backbone.pos_embed is not None:
@@ -174,9 +242,23 @@ class ViTEncoder(nn.Module):
             x = block(x)
         return x
 
+    def narrow(self, i: int, x: Float[Tensor, "b s d"], before: Mask, after: Mask) -> Float[Tensor, "b z d"]:
+        """The first visible ones (nested masks keep their order), or a token in place of those newly masked."""
+        if not self.full_grid:
+            return x[:, : self.prefix + after.visible.shape[1]]
+        if not len(self.tokens):
+            return x
+        new = newly_hidden(before, after, self.grid, self.grid).flatten(1)
+        new = nn.functional.pad(new, (self.prefix, 0))
+        return torch.where(new[..., None], self.tokens[i - 1].to(x.dtype), x)
+
     def read(self, i: int, x: Float[Tensor, "b s d"]) -> Float[Tensor, "b s d"]:
-        """Close segment ``i`` with its norm: the backbone's own for the last one."""
-        return self.final_norm(x) if i == len(self.norms) else self.norms[i](x)
+        """Close segment ``i`` with its norm."""
+        return self.closing_norm(i)(x)
+
+    def closing_norm(self, i: int) -> nn.Module:
+        """The backbone's own for the last segment."""
+        return self.final_norm if i == len(self.norms) else self.norms[i]
 
     def positions(self, mask: Mask) -> Int[Tensor, "b s"]:
         """Prefix tokens first, then the visible patches, or all of them."""
@@ -190,8 +272,8 @@ class ViTEncoder(nn.Module):
         part, _, rest = name.removeprefix("backbone.").partition(".")
         if part == "blocks":
             return next(i for i, end in enumerate(self.ends) if int(rest.split(".")[0]) < end)
-        if part == "norms":
-            return int(rest.split(".")[0])
+        if part in ("norms", "tokens"):
+            return int(rest.split(".")[0]) + (part == "tokens")
         return len(self.norms) if part in ("norm", "fc_norm") else 0
 
 
@@ -204,16 +286,21 @@ class SwinEncoder(nn.Module):
     full_grid = True
     prefix = 0
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, segments: Segments = 1, narrows: bool = False) -> None:
         super().__init__()
         self.backbone = backbone
         self.stride = backbone.feature_info[-1]["reduction"]
+        self.ends = self.depths = cuts(segments, len(backbone.layers), "stages")
         stem = Grid(*backbone.patch_embed.grid_size)
         self.zoom = self.stride // backbone.patch_embed.patch_size[0]  # stem tokens along a patch's side
         self.grid = Grid(stem.height // self.zoom, stem.width // self.zoom)
-        self.widths: tuple[int, ...] = (backbone.num_features,)
+        inner = [backbone.feature_info[end - 1] for end in self.ends[:-1]]
+        widths = tuple(info["num_chs"] for info in inner)
+        zooms = tuple(self.stride // info["reduction"] for info in inner)
+        self.widths = (*(w * k**2 for w, k in zip(widths, zooms, strict=True)), backbone.num_features)
         self.mask_token = nn.Parameter(torch.zeros(backbone.embed_dim))
         nn.init.normal_(self.mask_token, std=0.02)
+        self.borders = Borders(self.grid, widths, zooms, narrows)
 
     def embed(self, images: Float[Tensor, "b c H W"], mask: Mask) -> Float[Tensor, "b h w d"]:
         """Stem tokens, those under a masked patch replaced."""
@@ -222,20 +309,44 @@ class SwinEncoder(nn.Module):
         return torch.where(hidden[..., None], self.mask_token.to(x.dtype), x)
 
     def segment(self, i: int, x: Float[Tensor, "b h w d"]) -> Float[Tensor, "b y x e"]:
-        """Run all stages."""
-        return self.backbone.layers(x)
+        """Run the stages of segment ``i``."""
+        start = self.ends[i - 1] if i else 0
+        return self.backbone.layers[start : self.ends[i]](x)
 
-    def read(self, i: int, x: Float[Tensor, "b y x e"]) -> Float[Tensor, "b n e"]:
-        """The last stage's tokens after the backbone's norm."""
+    def narrow(self, i: int, x: Float[Tensor, "b h w d"], before: Mask, after: Mask) -> Float[Tensor, "b h w d"]:
+        """A token at what is newly masked."""
+        return self.borders.narrow(i, x, before, after, channels_last=True)
+
+    def read(self, i: int, x: Float[Tensor, "b y x e"]) -> Float[Tensor, "b n d"]:
+        """The last stage's tokens after the backbone's norm; of an earlier stage those of a patch side by side."""
+        if i < len(self.ends) - 1:
+            return self.borders.read(i, x.flatten(1, 2))
         return self.backbone.norm(x).flatten(1, 2)
 
     def positions(self, mask: Mask) -> Int[Tensor, "b n"]:
         """Every patch, row by row."""
         return torch.arange(self.grid.n, device=mask.visible.device).expand(len(mask.visible), -1)
 
+    def closing_norm(self, i: int) -> nn.Module:
+        """The backbone's own for the last segment."""
+        return self.backbone.norm if i == len(self.ends) - 1 else self.borders.norms[i]
+
     def owner(self, name: str) -> int:
-        """There is one segment."""
-        return 0
+        """Stages belong to their segment, the final norm to the last, stem and mask token to the first."""
+        if name.startswith("backbone.layers."):
+            stage = int(name.split(".")[2])
+            return next(i for i, end in enumerate(self.ends) if stage < end)
+        return (
+            owner_of_border(name)
+            if name.startswith("borders.")
+            else (len(self.ends) - 1) * name.startswith("backbone.norm.")
+        )
+
+
+def owner_of_border(name: str) -> int:
+    """The segment that a norm of `Borders` closes, or before which its token is put."""
+    _, part, number = name.split(".")[:3]
+    return int(number) + (part == "tokens")
 
 
 class TimmEncoder(nn.Module):
@@ -248,17 +359,25 @@ class TimmEncoder(nn.Module):
         backbone: a timm model with ``forward_features``.
         input_size: height and width, px.
         channels: of the images.
-        cut: its last stages were left out, and its norm with them; a norm of our own takes its place.
+        first_layers: so many stages are left of it, if some were left out; then a norm of our own closes them.
+        segments: how its last four stages are cut; what comes before them belongs to the first.
+        narrows: masks hide more at every border.
 
     Raises:
-        UserError: the features are no grid of patches of the image.
+        UserError: the features are no grid of patches of the image, or the stages do not follow each other.
     """
 
     full_grid = True
     prefix = 0
 
     def __init__(
-        self, backbone: Backbone, input_size: tuple[int, int], channels: int, first_layers: int | None = None
+        self,
+        backbone: Backbone,
+        input_size: tuple[int, int],
+        channels: int,
+        first_layers: int | None = None,
+        segments: Segments = 1,
+        narrows: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -271,7 +390,7 @@ class TimmEncoder(nn.Module):
         )
         was_training = backbone.training
         backbone.eval()  # an empty image is none that running statistics should learn from
-        with torch.enable_grad():
+        with torch.enable_grad(), Flow(backbone) as flow:
             try:
                 features = backbone.forward_features(torch.zeros(1, channels, *input_size))
             except (RuntimeError, AssertionError, ValueError) as error:
@@ -291,29 +410,132 @@ class TimmEncoder(nn.Module):
                 f"{name} turns {input_size[0]} x {input_size[1]} px into {n} tokens, which are no grid of square "
                 f"patches of {stride} px; {remedy}"
             )
-        self.widths: tuple[int, ...] = (width,)
         self.colour = nn.Parameter(torch.zeros(channels))
         self.norm = nn.LayerNorm(width, eps=1e-6) if cut else nn.Identity()
+        parts = info[:first_layers][-4:]
+        ends = (1,) if segments in (1, (1,)) else cuts(segments, len(parts), "stages")
+        layers = first_layers or len(info)
+        self.depths = tuple(layers - ends[-1] + end for end in ends)
+        inner = [parts[end - 1] for end in ends[:-1]]
+        zooms = tuple(stride // part["reduction"] for part in inner)
+        widths = tuple(part["num_chs"] for part in inner)
+        self.widths = (*(w * k**2 for w, k in zip(widths, zooms, strict=True)), width)
+        self.units = flow.units(features) if inner else []
+        places = [self.units.index(part["module"]) + 1 if part["module"] in self.units else 0 for part in inner]
+        if inner and not all(places):
+            raise UserError(
+                f"{name} cannot be cut into segments: its stages do not simply follow each other; use --segments 1"
+            )
+        self.ends = (*places, len(self.units))
+        self.borders = Borders(self.grid, widths, zooms, narrows)
 
     def embed(self, images: Float[Tensor, "b c H W"], mask: Mask) -> Float[Tensor, "b c H W"]:
         """The images with the learned colour over what is masked."""
         return paint(images, mask, self.grid, self.colour)
 
     def segment(self, i: int, x: Float[Tensor, "b c H W"]) -> Tensor:
-        """Run the backbone."""
-        return self.backbone.forward_features(x)
+        """Run the backbone, or the modules of segment ``i``."""
+        if not self.units:
+            return self.backbone.forward_features(x)
+        for name in self.units[self.ends[i - 1] if i else 0 : self.ends[i]]:
+            x = self.backbone.get_submodule(name)(x)
+        return x
+
+    def narrow(self, i: int, x: Tensor, before: Mask, after: Mask) -> Tensor:
+        """A token at what is newly masked."""
+        channels_last = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
+        return self.borders.narrow(i, x, before, after, channels_last)
 
     def read(self, i: int, x: Tensor) -> Float[Tensor, "b n d"]:
-        """One token for each patch."""
-        return self.norm(as_tokens(self.backbone, x))
+        """One token for each patch; of an earlier stage those of a patch side by side."""
+        tokens = as_tokens(self.backbone, x)
+        return self.borders.read(i, tokens) if i < len(self.ends) - 1 else self.norm(tokens)
 
     def positions(self, mask: Mask) -> Int[Tensor, "b n"]:
         """Every patch, row by row."""
         return torch.arange(self.grid.n, device=mask.visible.device).expand(len(mask.visible), -1)
 
+    def closing_norm(self, i: int) -> nn.Module:
+        """That of the border; the backbone's features are what its own norm gives."""
+        return self.norm if i == len(self.ends) - 1 else self.borders.norms[i]
+
     def owner(self, name: str) -> int:
-        """There is one segment."""
-        return 0
+        """Modules belong to their segment, the colour to the first, a norm of our own to the last."""
+        if name.startswith("borders."):
+            return owner_of_border(name)
+        inside = name.removeprefix("backbone.")
+        place = next((k for k, unit in enumerate(self.units) if inside.startswith(unit + ".")), 0)
+        return len(self.ends) - 1 if name.startswith("norm.") else sum(end <= place for end in self.ends[:-1])
+
+
+class Flow:
+    """Watches which modules a backbone runs, one after the other: its children, and those of the stages' container.
+
+    Args:
+        backbone: a timm model.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        stages = [part["module"] for part in getattr(backbone, "feature_info", [])]
+        parents = {name.rpartition(".")[0] for name in stages} - {""}
+        children = [name for name, _ in backbone.named_children() if name not in parents]
+        children += [f"{parent}.{name}" for parent in parents for name, _ in
+                     backbone.get_submodule(parent).named_children()]  # fmt: skip
+        self.modules = {name: backbone.get_submodule(name) for name in children}
+        self.calls: list[tuple[str, Any, Any]] = []  # name, input, output
+
+    def __enter__(self) -> "Flow":
+        """Begin to watch."""
+        self.hooks = [
+            module.register_forward_hook(lambda _, x, y, name=name: self.calls.append((name, x[0] if x else None, y)))
+            for name, module in self.modules.items()
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Watch no longer."""
+        for hook in self.hooks:
+            hook.remove()
+
+    def units(self, result: Tensor) -> list[str]:
+        """The modules in their order, if each one's input is the output of the one before, and the last one's output
+        is ``result``; else none.
+        """
+        chained = all(y is x for (_, _, y), (_, x, _) in zip(self.calls, self.calls[1:], strict=False))
+        return [name for name, _, _ in self.calls] if chained and self.calls and self.calls[-1][2] is result else []
+
+
+class Prefix(nn.Module):
+    """The first stages of a hierarchical backbone, closed by a norm: for families that timm cannot build shorter.
+
+    Args:
+        backbone: a timm model cut after a stage.
+        norm: of its channels.
+    """
+
+    def __init__(self, backbone: Backbone, norm: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.norm = backbone, norm
+
+    def forward_features(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b n d"]:
+        """Normalised tokens, row by row."""
+        return self.norm(as_tokens(self.backbone, self.backbone.forward_features(images)))
+
+    def forward(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b d"]:
+        """Their mean."""
+        return self.forward_features(images).mean(1)
+
+
+def shorter(backbone: Backbone, depth: int) -> dict[str, Any]:
+    """timm's arguments for the same model with the first ``depth`` blocks (ViT) or stages (Swin) only; empty where timm
+    takes none.
+    """
+    if isinstance(backbone, VisionTransformer):
+        return {"depth": depth}
+    if isinstance(backbone, SwinTransformer):
+        stages: list[Any] = [stage.blocks for stage in backbone.layers[:depth]]
+        return {"depths": [len(s) for s in stages], "num_heads": [s[0].attn.num_heads for s in stages]}
+    return {}
 
 
 OPTIONAL = ("img_size", "drop_path_rate")  # arguments that not every timm model takes
@@ -354,15 +576,20 @@ def create_backbone(
     backbone, _ = _create(name, _wishes(name, input_size, channels, **kwargs))
     if first_layers is None:
         return backbone
-    parts = backbone.blocks if isinstance(backbone, VisionTransformer) else backbone.feature_info
-    if not 0 < first_layers <= len(parts):
+    layers = count_layers(backbone)
+    if not 0 < first_layers <= layers:
         what = "blocks" if isinstance(backbone, VisionTransformer) else "stages"
-        raise UserError(f"--depth {first_layers} is out of range; {name} has {len(parts)} {what}")
-    if first_layers < len(parts):
+        raise UserError(f"--depth {first_layers} is out of range; {name} has {layers} {what}")
+    if first_layers < layers:
         if not hasattr(backbone, "prune_intermediate_layers"):
             raise UserError(f"timm's {name} cannot be cut at --depth {first_layers}; leave --depth out")
         backbone.prune_intermediate_layers([first_layers - 1], prune_norm=not isinstance(backbone, VisionTransformer))
     return backbone
+
+
+def count_layers(backbone: Backbone) -> int:
+    """Blocks of a ViT, stages of a hierarchical model."""
+    return len(backbone.blocks if isinstance(backbone, VisionTransformer) else backbone.feature_info)
 
 
 def _create(name: str, arguments: dict[str, Any]) -> tuple[Backbone, dict[str, Any]]:
@@ -383,8 +610,9 @@ def make_encoder(
     masking: Masking,
     input_size: tuple[int, int],
     channels: int = 3,
-    segments: int = 1,
+    segments: Segments = 1,
     first_layers: int | None = None,
+    narrows: bool = False,
 ) -> Encoder:
     """The encoder for a backbone and a masking.
 
@@ -409,7 +637,7 @@ def make_encoder(
             f"{'simmim' if 'token' in able else 'fastmim'}`)"
         )
     if not plain and masking == "pixel":
-        return TimmEncoder(backbone, input_size, channels, first_layers)
+        return TimmEncoder(backbone, input_size, channels, first_layers, segments, narrows)
     if first_layers is not None and family is SwinTransformer:
         raise UserError("--depth with Swin needs --masking pixel, for example `leanmim pretrain fastmim`")
     stride = (
@@ -424,5 +652,5 @@ def make_encoder(
     if family is VisionTransformer:
         if backbone.patch_embed.patch_size[0] != backbone.patch_embed.patch_size[1]:
             raise UserError(f"patches must be square, not {backbone.patch_embed.patch_size}; choose another patch_size")
-        return ViTEncoder(backbone, masking, segments)
-    return SwinEncoder(backbone)
+        return ViTEncoder(backbone, masking, segments, narrows)
+    return SwinEncoder(backbone, segments, narrows)

@@ -4,6 +4,7 @@ timm: ``model.safetensors`` with the backbone's own keys, and timm's ``config.js
 transformers: a folder for ViTMAEForPreTraining, encoder and decoder.
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from leanmim.checkpoint import restore, write_atomically, write_json
+from leanmim.checkpoint import prefix, restore, write_atomically, write_json
 from leanmim.config import Export, Pretrain
 from leanmim.decoder import sincos
-from leanmim.encoders import ViTEncoder, backbone_arguments, create_backbone
+from leanmim.encoders import Prefix, ViTEncoder, backbone_arguments, create_backbone, shorter
 from leanmim.errors import UserError
 from leanmim.mim import MIM
 
@@ -24,18 +25,33 @@ def export(config: Export) -> Path:
     """Write a run's weights in another library's format.
 
     Returns:
-        The folder.
+        The folder; with ``all_depths`` the one that holds those of all depths.
 
     Raises:
-        UserError: the run cannot be read, the format cannot hold this model, or files would be overwritten.
+        UserError: the run cannot be read, the format cannot hold this model, no segment ends at the depth, or files
+            would be overwritten.
     """
     trained, model, state = restore(config.run)
-    folder = Path(config.out) if config.out else Path(config.run) / "export" / config.format
+    if config.all_depths:
+        if config.depth is not None:
+            raise UserError("--depth and --all-depths: give one of them")
+        parent = Path(config.out) if config.out else Path(config.run) / "export"
+        for depth in model.encoder.depths:
+            name = f"depth{depth}" if config.out else f"{config.format}-depth{depth}"
+            export(replace(config, all_depths=False, depth=depth, out=str(parent / name)))
+        return parent
+    name = config.format + (f"-depth{config.depth}" if config.depth is not None else "")
+    folder = Path(config.out) if config.out else Path(config.run) / "export" / name
     if config.out and not config.overwrite and folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{str(folder)!r} is not empty; choose another --out, or --overwrite")
     if folder.is_file():
         raise UserError(f"{str(folder)!r} is a file; --out takes a folder")
-    files = (to_timm if config.format == "timm" else to_transformers)(trained, model, state)
+    if config.format == "timm":
+        files = to_timm(trained, model, state, config.depth)
+    elif config.depth in (None, model.encoder.depths[-1]):
+        files = to_transformers(trained, model, state)
+    else:
+        raise UserError("--depth: --format transformers writes whole models; use --format timm")
     for name, content in files.items():
         if name.endswith(".safetensors"):
             tensors = {key: value.detach().contiguous().clone() for key, value in content.items()}
@@ -45,8 +61,8 @@ def export(config: Export) -> Path:
     return folder
 
 
-def timm_arguments(config: Pretrain, model: MIM) -> dict[str, Any]:
-    """What timm.create_model needs beside the name to build the model as it was pre-trained."""
+def timm_arguments(config: Pretrain, model: MIM, depth: int | None = None) -> dict[str, Any]:
+    """What timm.create_model needs beside the name to build the model as it was pre-trained, or its first blocks."""
     taken = backbone_arguments(config.model, config.size, config.channels, **config.model_kwargs)
     arguments: dict[str, Any] = dict(config.model_kwargs)
     default = tuple(model.encoder.backbone.pretrained_cfg["input_size"][1:])
@@ -56,18 +72,29 @@ def timm_arguments(config: Pretrain, model: MIM) -> dict[str, Any]:
             arguments[name] = sides[0] if sides[0] == sides[1] else list(sides)
     if config.channels != 3:
         arguments["in_chans"] = config.channels
+    if depth is not None and depth != model.encoder.depths[-1]:
+        arguments |= shorter(model.encoder.backbone, depth)
     return arguments
 
 
-def to_timm(config: Pretrain, model: MIM, state: dict[str, Any]) -> dict[str, Any]:
-    """The backbone's state and timm's description of it; loads strictly with timm.create_model."""
-    backbone = model.encoder.backbone
+def to_timm(config: Pretrain, model: MIM, state: dict[str, Any], depth: int | None = None) -> dict[str, Any]:
+    """The backbone's state and timm's description of it; loads strictly with timm.create_model.
+
+    Args:
+        config: of the run.
+        model: of the run.
+        state: its checkpoint.
+        depth: only so many blocks or stages, the end of a segment. A family that timm cannot build shorter is written
+            whole, its later stages initialised afresh, and the description says so.
+    """
+    short = prefix(model.encoder, config, depth)
+    backbone = short.backbone if isinstance(short, Prefix) else short
     description: dict[str, Any] = {
         "architecture": config.model.partition(".")[0],
         "num_classes": 0,
         "num_features": backbone.num_features,
         "global_pool": backbone.global_pool,
-        "model_args": timm_arguments(config, model),
+        "model_args": timm_arguments(config, model, depth),
         "pretrained_cfg": {
             "custom_load": False,
             "input_size": [config.channels, *config.size],
@@ -84,14 +111,15 @@ def to_timm(config: Pretrain, model: MIM, state: dict[str, Any]) -> dict[str, An
         "leanmim": {"recipe": config.recipe, "step": state["step"], "epochs": config.epochs},
     }
     weights = backbone.state_dict()
-    if config.depth is not None:
+    layers = config.depth if not isinstance(short, Prefix) else depth
+    if layers is not None:
         # the model whole, so that it loads anywhere: what pre-training left out is initialised afresh, and said so
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             whole = create_backbone(
                 config.model, config.size, config.channels, None, **config.model_kwargs
             ).state_dict()
-        description["leanmim"] |= {"depth": config.depth, "not_pretrained": sorted(whole.keys() - weights.keys())}
+        description["leanmim"] |= {"depth": layers, "not_pretrained": sorted(whole.keys() - weights.keys())}
         weights = whole | weights
     return {"model.safetensors": weights, "config.json": description}
 
@@ -132,6 +160,7 @@ def to_transformers(config: Pretrain, model: MIM, state: dict[str, Any]) -> dict
         "a square input": config.size[0] == config.size[1],
         "pixels as target": config.target != "hog",
         "squared error": config.loss == "l2",
+        "one decoder (no --segments)": len(model.decoders) == 1,
         "a decoder for all masked patches (no --throw)": not config.throw,
     }
     if lacking := [what for what, met in demands.items() if not met]:

@@ -67,6 +67,21 @@ def mask_units(grid: Grid, unit: int) -> Int[Tensor, "u p"]:
     return ids.permute(0, 2, 1, 3).reshape(-1, unit * unit)
 
 
+def count_visible(units: int, ratio: float) -> int:
+    """How many of the mask units stay visible.
+
+    Raises:
+        UserError: the ratio leaves nothing visible or nothing masked.
+    """
+    masked = math.ceil(units * ratio - 1e-9)  # 10 units at ratio 0.9 are 9, whatever the rounding of 10 * 0.9
+    if not 0 < masked < units:
+        raise UserError(
+            f"--mask-ratio {ratio} masks {masked} of {units} units; choose it between {1 / units:.3g} and "
+            f"{1 - 1 / units:.3g}, or a larger --input-size"
+        )
+    return units - masked
+
+
 def random_mask(noise: Float[Tensor, "b u"], grid: Grid, ratio: float, unit: int = 1) -> Mask:
     """Mask the ``ratio`` of units with the highest noise (MAE, section 3: random sampling without replacement).
 
@@ -80,16 +95,9 @@ def random_mask(noise: Float[Tensor, "b u"], grid: Grid, ratio: float, unit: int
         UserError: the ratio leaves nothing visible or nothing masked, or the unit does not divide the grid.
     """
     units = mask_units(grid, unit).to(noise.device)
-    count = len(units)
-    masked = math.ceil(count * ratio - 1e-9)  # 10 units at ratio 0.9 are 9, whatever the rounding of 10 * 0.9
-    if not 0 < masked < count:
-        raise UserError(
-            f"--mask-ratio {ratio} masks {masked} of {count} units; choose it between {1 / count:.3g} and "
-            f"{1 - 1 / count:.3g}, or a larger --input-size"
-        )
     order = noise.argsort(dim=1, stable=True)
     ids = units[order].flatten(1)
-    visible = (count - masked) * unit * unit
+    visible = count_visible(len(units), ratio) * unit * unit
     return Mask(ids[:, :visible], ids[:, visible:])
 
 
@@ -102,6 +110,23 @@ def random_fine_mask(noise: Float[Tensor, "b u"], grid: Grid, ratio: float, fine
     return Mask(patches[:, :0], patches, hidden.view(-1, *fine))
 
 
+def narrower(mask: Mask, grid: Grid, ratio: float, unit: int = 1) -> Mask:
+    """The same mask with more masked, ``ratio`` of all: some of its visible patches, chosen at random (BIM, nested masks).
+
+    What is visible lies in random order, unit by unit; the first ones stay. Of a mask finer than the grid, more squares
+    are hidden, by numbers from torch's global generator.
+
+    Raises:
+        UserError: as for `random_mask`.
+    """
+    if mask.hidden is not None:
+        finer = mask.hidden.shape[1] // grid.height
+        noise = torch.rand(mask.hidden.shape, device=mask.hidden.device) + mask.hidden  # those hidden stay so
+        return random_fine_mask(noise.flatten(1), grid, ratio, finer)
+    visible = count_visible(len(mask_units(grid, unit)), ratio) * unit * unit
+    return Mask(mask.visible[:, :visible], torch.cat([mask.visible[:, visible:], mask.masked], dim=1))
+
+
 def hidden_squares(mask: Mask, grid: Grid) -> Bool[Tensor, "b y x"]:
     """True for what is masked, on the grid or on the finer one that the mask comes with."""
     if mask.hidden is not None:
@@ -112,9 +137,17 @@ def hidden_squares(mask: Mask, grid: Grid) -> Bool[Tensor, "b y x"]:
 
 
 def magnify(squares: Shaped[Tensor, "b y x"], size: tuple[int, int]) -> Shaped[Tensor, "b Y X"]:
-    """Repeat each square until the grid has ``size`` squares, which the old one divides."""
+    """Repeat each square until the grid has ``size`` squares; the old grid divides the new one."""
     down, across = size[0] // squares.shape[1], size[1] // squares.shape[2]
     return squares.repeat_interleave(down, 1).repeat_interleave(across, 2)
+
+
+def cover(hidden: Bool[Tensor, "b y x"], size: tuple[int, int]) -> Bool[Tensor, "b Y X"]:
+    """Which squares of a grid of ``size``, coarser or finer, are hidden as a whole."""
+    if hidden.shape[1] <= size[0]:
+        return magnify(hidden, size)
+    down, across = hidden.shape[1] // size[0], hidden.shape[2] // size[1]
+    return hidden.unflatten(2, (size[1], across)).unflatten(1, (size[0], down)).all(4).all(2)
 
 
 def keep_all(mask: Mask) -> Split:

@@ -21,6 +21,7 @@ from leanmim.masking import (
     keep_all,
     magnify,
     mask_units,
+    narrower,
     random_fine_mask,
     random_mask,
     select_furthest,
@@ -40,7 +41,7 @@ class MIM(nn.Module):
         encoder: a backbone and the way a mask reaches it.
         decoders: one per segment of the encoder.
         target: what is predicted.
-        mask_ratio: share of the mask units that is masked.
+        mask_ratio: share of the mask units that is masked; one for all segments, or one for each, not falling (BIM).
         mask_unit: side of a mask unit in patches.
         finer: mask units along a patch's side, where they are finer than patches (pixel masking); else 1.
         throw: share of all patches that the decoder's layers do not see, although they are masked (PR-MIM).
@@ -55,7 +56,7 @@ class MIM(nn.Module):
         encoder: Encoder,
         decoders: list[Decoder],
         target: Target,
-        mask_ratio: float,
+        mask_ratio: float | tuple[float, ...],
         mask_unit: int = 1,
         finer: int = 1,
         throw: float = 0.0,
@@ -68,7 +69,9 @@ class MIM(nn.Module):
         self.encoder = encoder
         self.decoders = nn.ModuleList(decoders)
         self.target = target
-        self.mask_ratio = mask_ratio
+        ratios = mask_ratio if isinstance(mask_ratio, tuple) else (mask_ratio,) * len(decoders)
+        assert len(ratios) == len(decoders)
+        self.mask_ratios = ratios
         self.mask_unit = mask_unit
         self.finer = finer
         self.throw = throw
@@ -78,13 +81,21 @@ class MIM(nn.Module):
         self.autocast = autocast
 
     def draw_mask(self, images: Float[Tensor, "b c H W"]) -> Mask:
-        """A random mask for each image, from torch's global generator of the images' device."""
+        """A random mask of the first segment for each image, from torch's global generator of the images' device."""
         grid = self.encoder.grid
         units = grid.n * self.finer**2 if self.finer > 1 else len(mask_units(grid, self.mask_unit))
         noise = torch.rand(len(images), units, device=images.device)
         if self.finer > 1:
-            return random_fine_mask(noise, grid, self.mask_ratio, self.finer)
-        return random_mask(noise, self.encoder.grid, self.mask_ratio, self.mask_unit)
+            return random_fine_mask(noise, grid, self.mask_ratios[0], self.finer)
+        return random_mask(noise, grid, self.mask_ratios[0], self.mask_unit)
+
+    def nest(self, mask: Mask) -> list[Mask]:
+        """The masks of all segments: each hides what the one before hides, and perhaps more."""
+        masks = [mask]
+        for last, ratio in zip(self.mask_ratios, self.mask_ratios[1:], strict=False):
+            same = ratio == last
+            masks.append(masks[-1] if same else narrower(masks[-1], self.encoder.grid, ratio, self.mask_unit))
+        return masks
 
     def draw_split(self, mask: Mask) -> Split:
         """Which of the masked patches are decoded; at random where that is asked for, or patches are equally far.
@@ -107,42 +118,60 @@ class MIM(nn.Module):
         return select_furthest(mask, self.encoder.grid, masked - thrown, noise, self.start)
 
     def predictions(
-        self, images: Float[Tensor, "b c H W"], mask: Mask | None = None, split: Split | None = None
+        self,
+        images: Float[Tensor, "b c H W"],
+        masks: Mask | list[Mask] | None = None,
+        splits: Split | list[Split] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """For each segment in order, the places of its predictions (b r) and the predictions (b r p).
 
         A segment runs when its predictions are asked for, on the detached output of the one before:
         no gradient crosses a segment's border, and only one segment's graph is alive at a time.
+
+        Args:
+            images: normalised images.
+            masks: the first segment's mask, or one for each; drawn at random when None.
+            splits: which masked patches are decoded, for each segment; drawn at random when None.
         """
         encoder, grid = self.encoder, self.encoder.grid
-        mask = self.draw_mask(images) if mask is None else mask
-        split = self.draw_split(mask) if split is None else split
-        x = None
-        for i, decoder in enumerate(self.decoders):
+        masks = self.draw_mask(images) if masks is None else masks
+        masks = self.nest(masks) if isinstance(masks, Mask) else masks
+        splits = [self.draw_split(mask) for mask in masks] if splits is None else splits
+        splits = [splits] if isinstance(splits, Split) else splits
+        x = images
+        for i, (decoder, mask, split) in enumerate(zip(self.decoders, masks, splits, strict=True)):
             # Closed before each yield: an open autocast would leak into the caller's backward.
             with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
-                x = encoder.embed(images, mask) if x is None else x.detach()
+                x = encoder.embed(images, mask) if i == 0 else encoder.narrow(i, x.detach(), masks[i - 1], mask)
                 x = encoder.segment(i, x)
                 ids, prediction = decoder(encoder.read(i, x), encoder.positions(mask), split, grid)
-            yield ids, prediction.float()
+            prediction = prediction.float()
+            yield ids, prediction
+            del prediction  # the next segment must not find this one's memory still held
 
-    def losses(self, images: Float[Tensor, "b c H W"], mask: Mask | None = None) -> Iterator[Float[Tensor, ""]]:
+    def losses(
+        self, images: Float[Tensor, "b c H W"], masks: Mask | list[Mask] | None = None
+    ) -> Iterator[Float[Tensor, ""]]:
         """One loss per segment, in order; call backward on each before asking for the next.
 
         Args:
             images: normalised images.
-            mask: which patches are seen; drawn at random when None.
+            masks: the first segment's mask, or one for each; drawn at random when None.
         """
         target = self.target(images)
-        mask = self.draw_mask(images) if mask is None else mask
-        weights = None if mask.hidden is None else self.cell_weights(mask.hidden)
-        for ids, prediction in self.predictions(images, mask):
+        masks = self.draw_mask(images) if masks is None else masks
+        masks = self.nest(masks) if isinstance(masks, Mask) else masks
+        predictions = self.predictions(images, masks)
+        for mask in masks:
+            ids, prediction = next(predictions)
             error = self.compare(prediction - take(target, ids))
-            if weights is None:
-                yield error.mean()
+            if mask.hidden is None:
+                loss = error.mean()
             else:
-                share = take(weights, ids)
-                yield (error * share).sum() / share.sum()
+                share = take(self.cell_weights(mask.hidden), ids)
+                loss = (error * share).sum() / share.sum().clamp(min=1)
+            del prediction, error
+            yield loss
 
     forward = losses  # so that DistributedDataParallel can wrap it
 
@@ -172,7 +201,15 @@ def build(config: Pretrain, backbone: Backbone | None = None) -> MIM:
     config.check()
     if backbone is None:
         backbone = create_backbone(config.model, config.size, config.channels, config.depth, **config.model_kwargs)
-    encoder = make_encoder(backbone, config.masking, config.size, config.channels, first_layers=config.depth)
+    ratios = config.mask_ratios
+    encoder = make_encoder(
+        backbone, config.masking, config.size, config.channels, config.segments, config.depth, ratios[0] < ratios[-1]
+    )
+    if len(ratios) not in (1, len(encoder.widths)):
+        raise UserError(
+            f"--mask-ratio gives {len(ratios)} numbers for {len(encoder.widths)} segments; give one for all, or one for "
+            "each of --segments"
+        )
     target = make_target(config.target, encoder.stride, config.channels, config.hog_cell)
     unit, finer = units_of(config, encoder.stride, target.cell)
     depth = config.decoder_depth
@@ -195,7 +232,7 @@ def build(config: Pretrain, backbone: Backbone | None = None) -> MIM:
         encoder,
         decoders,
         target,
-        mask_ratio=config.mask_ratio,
+        mask_ratio=ratios if len(ratios) > 1 else ratios[0],
         mask_unit=unit,
         finer=finer,
         throw=config.throw,
@@ -203,7 +240,8 @@ def build(config: Pretrain, backbone: Backbone | None = None) -> MIM:
         start=config.select_start,
         loss=config.loss,
     )
-    model.draw_split(model.draw_mask(torch.zeros(1, config.channels, *config.size)))  # speaks up now, not in a step
+    for mask in model.nest(model.draw_mask(torch.zeros(1, config.channels, *config.size))):
+        model.draw_split(mask)  # speaks up now, not in the first step
     return model
 
 

@@ -65,7 +65,14 @@ half of all patches are thrown, and filled in from their neighbours.
     leanmim pretrain pr-mim --data photos --model vit_base_patch16_224 --out run
 """
 
-RECIPES = {recipe.recipe: recipe for recipe in (MAE, SIMMIM, FASTMIM, FASTMIM_P, PR_MIM)}
+BIM = replace(MAE, recipe="bim", segments=4, mask_ratio=(0.6, 0.7, 0.75, 0.8), decoder_depth=2)
+"""BIM (arXiv 2311.17218): MAE in four segments, each with its own 2 x 512 decoder and loss; no gradient crosses a
+border, and later segments see fewer patches (the paper names no ratios; these are ours).
+
+    leanmim pretrain bim --data photos --model vit_base_patch16_224 --out run
+"""
+
+RECIPES = {recipe.recipe: recipe for recipe in (MAE, SIMMIM, FASTMIM, FASTMIM_P, PR_MIM, BIM)}
 
 
 def variant(name: str, changes: Any) -> Pretrain:

@@ -28,7 +28,9 @@ CHARTS = (  # key in metrics.jsonl, title with unit, factor to that unit, does t
     ("memory_bytes", "peak memory (GiB)", 2**-30, True),
     ("data_wait", "waiting for data (% of time)", 100, True),
 )
-LOSS_DEPENDS_ON = ("recipe", "target", "hog_cell", "loss", "mask_ratio", "mask_unit")
+LOSS_DEPENDS_ON = (
+    "recipe", "target", "hog_cell", "loss", "mask_ratio", "mask_unit", "segments", "throw", "select", "fill",
+)  # fmt: skip
 NO_PROTOCOL = {  # options of a measurement that its number does not depend on
     "knn": {"run", "data", "baselines", "device", "workers", "batch_size"},
     "probe": {"run", "data", "baselines", "device", "workers", "batch_size", "k", "temperature"},
@@ -174,6 +176,7 @@ def page(runs: Sequence[Loaded]) -> str:
         "Training": charts(runs),
         "Cost, predicted and measured": costs(runs),
         "Accuracy on labelled images": accuracies(runs),
+        "Accuracy against depth": depths(runs),
         "Reconstructions": pictures(runs),
         "Unreadable files": skipped(runs),
         "Configuration": comparison(runs, [run.config.to_json() for run in runs]),
@@ -184,7 +187,7 @@ def page(runs: Sequence[Loaded]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{title} - leanmim</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         f'<h1>{title}</h1>\n<p class="soft">leanmim {leanmim.__version__}, page written {now}</p>\n'
-        + "\n".join(f"<section>\n<h2>{heading}</h2>\n{body}\n</section>" for heading, body in sections.items())
+        + "\n".join(f"<section>\n<h2>{heading}</h2>\n{body}\n</section>" for heading, body in sections.items() if body)
         + "\n</body>\n</html>\n"
     )
 
@@ -313,7 +316,7 @@ class Curve(NamedTuple):
     opacity: float = 0.9
 
 
-def chart(title: str, curves: Sequence[Curve], zero: bool, empty: str) -> str:
+def chart(title: str, curves: Sequence[Curve], zero: bool, empty: str, across: str = "epoch") -> str:
     """An SVG picture: the page's own style sheet colours it, so it follows light and dark."""
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts = [f'<text class="title" x="8" y="18">{title}</text>']
@@ -327,8 +330,8 @@ def chart(title: str, curves: Sequence[Curve], zero: bool, empty: str) -> str:
         low, high = marks[0], marks[-1]
 
         def place(x: float, y: float) -> tuple[float, float]:
-            across, up = x / last, (y - low) / (high - low)
-            return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+            right, up = x / last, (y - low) / (high - low)
+            return LEFT + right * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
         for mark in marks:
             y = place(0.0, mark)[1]
@@ -338,7 +341,7 @@ def chart(title: str, curves: Sequence[Curve], zero: bool, empty: str) -> str:
             parts.append(
                 f'<text x="{place(mark, 0.0)[0]:.1f}" y="{HEIGHT - 22}" text-anchor="middle">{mark:.6g}</text>'
             )
-        parts.append(f'<text x="{middle}" y="{HEIGHT - 5}" text-anchor="middle">epoch</text>')
+        parts.append(f'<text x="{middle}" y="{HEIGHT - 5}" text-anchor="middle">{across}</text>')
         for curve in curves:
             places = [place(*point) for point in thin(curve.points)]
             line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
@@ -377,6 +380,30 @@ def accuracies(runs: Sequence[Loaded]) -> Html:
         for (what, data, options, title), values in sorted(found.items(), key=lambda item: item[0][:3])
     ]
     return table(["run", "measure", *(f"{name} (%)" for name in names), "data", "options"], rows, "short notes")
+
+
+def depths(runs: Sequence[Loaded]) -> Html:
+    """Accuracy of the ends of segments against their depth, parameters and latency, in one picture."""
+    found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for run in runs:
+        for line in run.evaluations:
+            if "depth" in line and line["name"] == "pretrained":
+                found.setdefault((run.title, line["what"]), {})[line["parameters"]] = line
+    curves = {key: [lines[size] for size in sorted(lines)] for key, lines in found.items() if len(lines) > 1}
+    if not curves:
+        return Html("")
+    panels = []
+    for what, title in (("knn", "kNN (%)"), ("probe", "linear probe (%)")):
+        for key, name, factor in (("depth", "depth", 1), ("parameters", "M parameters", 1e-6),
+                                  ("latency_ms", "latency, ms an image", 1)):  # fmt: skip
+            drawn = [
+                Curve([(line[key] * factor, 100 * line["value"]) for line in lines], run.colour, run.name)
+                for run in runs for lines in [curves.get((run.title, what), [])] if lines
+            ]  # fmt: skip
+            if drawn:
+                panels.append(chart(f"{title} against {name}", drawn, False, "", name))
+    body = f'<figure class="card"><div class="grid">{"".join(panels)}</div></figure>'
+    return Html(body)
 
 
 def pictures(runs: Sequence[Loaded]) -> Html:

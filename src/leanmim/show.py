@@ -23,26 +23,35 @@ THROWN = torch.tensor([0.95, 0.6, 0.2])  # orange
 
 @torch.no_grad()
 def predict(
-    model: MIM, images: Float[Tensor, "b c H W"], mask: Mask, split: Split | None = None
+    model: MIM,
+    images: Float[Tensor, "b c H W"],
+    masks: Mask | list[Mask],
+    splits: list[Split] | None = None,
+    block: int = -1,
 ) -> Float[Tensor, "b n p"]:
-    """The last segment's predictions of the masked patches, zero for the others."""
-    *_, (ids, prediction) = model.predictions(images, mask, split)
+    """A segment's predictions of the masked patches, zero for the others."""
+    ids, prediction = list(model.predictions(images, masks, splits))[block]
     canvas = torch.zeros(len(images), model.encoder.grid.n, prediction.shape[2], device=images.device)
     return canvas.scatter(1, ids[..., None].expand_as(prediction), prediction)
 
 
 @torch.no_grad()
 def reconstruct(
-    model: MIM, images: Float[Tensor, "b c H W"], mask: Mask, split: Split | None = None
+    model: MIM,
+    images: Float[Tensor, "b c H W"],
+    masks: Mask | list[Mask],
+    splits: list[Split] | None = None,
+    block: int = -1,
 ) -> tuple[Float[Tensor, "b c H W"], Float[Tensor, "b 1 H W"]]:
-    """The last segment's predictions painted over what is masked, the visible as it is. The target is pixels.
+    """A segment's predictions painted over what is masked for it, the visible as it is. The target is pixels.
 
     Returns:
         The reconstruction, and 1 where a pixel was masked.
     """
     assert isinstance(model.target, Pixels)
-    painted = model.target.paint(predict(model, images, mask, split), images)
-    hidden = hidden_pixels(model, images, mask)
+    masks = model.nest(masks) if isinstance(masks, Mask) else masks
+    painted = model.target.paint(predict(model, images, masks, splits, block), images)
+    hidden = hidden_pixels(model, images, masks[block])
     return torch.where(hidden.bool(), painted, images), hidden
 
 
@@ -127,8 +136,12 @@ def show(config: Show) -> Path:
     images = normalise(torch.stack(tensors))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        mask = model.draw_mask(images)
-        split = model.draw_split(mask)
+        masks = model.nest(model.draw_mask(images))
+        splits = [model.draw_split(mask) for mask in masks]
+    block = len(masks) - 1 if config.block is None else config.block
+    if not 0 <= block < len(masks):
+        raise UserError(f"--block {block}: this run has {len(masks)} segments, 0 to {len(masks) - 1}")
+    mask, split = masks[block], splits[block]
     original = normalise.invert(images)
     hidden = hidden_pixels(model, images, mask)
     masked = torch.where(hidden.bool(), torch.full_like(original, 0.5), original)
@@ -144,15 +157,16 @@ def show(config: Show) -> Path:
     title = f"masked, {hidden.mean():.0%}" + f", thrown {thrown.mean():.0%} (orange)" * throws
     columns: list[tuple[str, Tensor]] = [("original", original), (title, masked)]
     note = f"{trained.recipe}, {trained.model}, step {state['step']}"
+    note += f", segment {block} of 0 to {len(masks) - 1}" * (len(masks) > 1)
     if isinstance(model.target, HOG):
-        true, predicted = histograms(model, images, mask, split)
+        true, predicted = histograms(model, images, masks, splits, block)
         columns += [("HOG", true), ("HOG, predicted where masked", predicted)]
         flat = (true.unflatten(1, (-1, BINS)).norm(dim=2) < 0.999).float().mean()
         note += f"\nvisible cells are the true ones; flat cells (norm under {FLAT}): {flat:.1%}"
         note += ("; orange: filled in" if fills else "; thrown cells are empty") * throws
     else:
         per_patch = trained.target == "pixels"
-        painted, _ = reconstruct(model, images, mask, split)
+        painted, _ = reconstruct(model, images, masks, splits, block)
         painted = normalise.invert(painted)
         columns += [("reconstruction" + " *" * per_patch, painted if fills or not throws else orange(painted))]
         if throws and fills:
@@ -182,15 +196,15 @@ def show(config: Show) -> Path:
 
 
 def histograms(
-    model: MIM, images: Float[Tensor, "b c H W"], mask: Mask, split: Split | None = None
+    model: MIM, images: Float[Tensor, "b c H W"], masks: list[Mask], splits: list[Split], block: int
 ) -> tuple[Float[Tensor, "b k y x"], Float[Tensor, "b k y x"]]:
     """The true histograms, and those predicted for what is masked among the true ones of what is seen."""
     assert isinstance(model.target, HOG)
     cells = model.target.patch // model.target.cell
     true = hog(images, model.target.cell)
     grid = model.encoder.grid
-    predicted = unpatchify(predict(model, images, mask, split), cells, grid)
-    hidden = magnify(hidden_squares(mask, grid), (true.shape[2], true.shape[3]))
+    predicted = unpatchify(predict(model, images, masks, splits, block), cells, grid)
+    hidden = magnify(hidden_squares(masks[block], grid), (true.shape[2], true.shape[3]))
     return true, torch.where(hidden[:, None], predicted, true)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -33,6 +34,14 @@ def make_optimizers(model: MIM, config: Pretrain) -> list[AdamW]:
     ]
 
 
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Among all processes."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = nn.utils.parameters_to_vector(gradients) / dist.get_world_size()
+    dist.all_reduce(flat)
+    nn.utils.vector_to_parameters(flat, gradients)
+
+
 def update(
     losses: Callable[[Tensor], Iterator[Tensor]],
     optimizers: list[AdamW],
@@ -42,7 +51,8 @@ def update(
 ) -> Float[Tensor, " s"]:
     """One step over ``accum`` batches of normalised images.
 
-    In the last batch each segment steps, and frees its gradients, right after its own backward pass.
+    In the last batch each segment steps, and frees its gradients, right after its own backward pass. Among several
+    processes its gradients are averaged before, unless DistributedDataParallel has done so.
 
     Args:
         losses: a `MIM`, bare or in DistributedDataParallel.
@@ -55,6 +65,7 @@ def update(
         The loss of each segment, averaged over the batches.
     """
     means: list[Any] = [0.0] * len(optimizers)
+    several = dist.is_initialized() and not isinstance(losses, DistributedDataParallel)
     for micro, images in enumerate(batches, start=1):
         last = micro == accum
         apart = isinstance(losses, DistributedDataParallel) and not last
@@ -63,10 +74,11 @@ def update(
                 (loss / accum).backward()
                 means[i] = means[i] + loss.detach() / accum
                 if last:
+                    parameters = [p for group in optimizers[i].param_groups for p in group["params"]]
+                    if several:
+                        average_gradients(parameters)
                     if clip_grad:
-                        nn.utils.clip_grad_norm_(
-                            [p for group in optimizers[i].param_groups for p in group["params"]], clip_grad
-                        )
+                        nn.utils.clip_grad_norm_(parameters, clip_grad)
                     optimizers[i].step()
                     optimizers[i].zero_grad()
     return torch.stack(means)

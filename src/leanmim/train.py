@@ -53,6 +53,7 @@ from leanmim.evaluate.features import embedding, extract
 from leanmim.evaluate.knn import knn_accuracy
 from leanmim.export import export
 from leanmim.mim import MIM, build
+from leanmim.offload import Offload
 from leanmim.plan import available, fit
 from leanmim.report import report
 from leanmim.schedule import learning_rate, stages
@@ -195,23 +196,32 @@ class Steps(NamedTuple):
     images: int  # of a step, over all processes
 
 
-def prepare(model: MIM, config: Pretrain, device: torch.device, world: int) -> Any:
-    """What `update` calls for the losses: the model, compiled and wrapped for several processes as asked."""
+def prepare(model: MIM, optimizers: list[AdamW], config: Pretrain, device: torch.device, world: int) -> Any:
+    """What `update` calls for the losses: the model, compiled, offloaded and wrapped for several processes as asked."""
     model.train()
     if config.compile:
+        torch._dynamo.config.recompile_limit = max(8, 2 * len(optimizers))  # one version for each segment
         model.encoder.segment = torch.compile(model.encoder.segment)  # type: ignore[method-assign]
         for decoder in model.decoders:
             decoder.compile()
-    if world > 1:
+    if offloads(config, device):
+        return Offload(model, optimizers, device)
+    if world > 1 and len(optimizers) == 1:  # segments step one by one: `update` averages their gradients itself
         return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     return model
+
+
+def offloads(config: Pretrain, device: torch.device) -> bool:
+    """Whether segments wait in host memory: where a device has memory of its own."""
+    return config.offload and device.type == "cuda"
 
 
 def at_next_size(
     model: MIM, optimizers: list[AdamW], config: Pretrain, device: torch.device
 ) -> tuple[MIM, list[AdamW]]:
     """The same model and optimizers for another input size: nothing that was learned is lost."""
-    larger = build(config).to(device)
+    larger = build(config)
+    larger = larger if offloads(config, device) else larger.to(device)
     larger.autocast = model.autocast
     carry_over(model.encoder, larger.encoder)
     rest = {k: v for k, v in model.state_dict().items() if not k.startswith("encoder.backbone.")}
@@ -300,7 +310,8 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
         mean, std = map(list, IMAGENET[config.channels])
 
     start = state["step"] if state else 0
-    model.to(device)
+    if not offloads(config, device):
+        model.to(device)
     model.autocast = resolve_precision(config.precision, device)
     optimizers = make_optimizers(model, config)
     if state:
@@ -336,13 +347,20 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
         f"predicted: {readable(predicted.peak_bytes)} at the peak, "
         f"{predicted.train_flops_per_image / 1e9:.3g} GFLOP an image"
         + (f"\n{chosen}" if chosen else "")
+        + (
+            f"\nnothing to offload: {device.type} has no memory of its own"
+            if config.offload > offloads(config, device)
+            else ""
+        )
         + (f"\nstarting from {origin}" if origin else "")
         + (f"\ncontinuing after step {start}" if start else "")
     )
     normalise = Normalise(mean, std, device)
-    trainer = prepare(model, config, device, world)
+    trainer = prepare(model, optimizers, config, device, world)
 
     def checkpoint(step: int) -> None:
+        if isinstance(trainer, Offload):
+            trainer.wait()
         state = dict(
             config=config.to_json(), stage=reached, step=step, mean=mean, std=std, model=model.state_dict(),
             optimizers=[optimizer.state_dict() for optimizer in optimizers],
@@ -355,10 +373,11 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
             part.transform = centre_crop(now.size)
         embed = embedding(model.encoder.backbone, "avg")
         workers = resolve_workers(config.workers)
-        accuracy = knn_accuracy(
-            extract(embed, train, normalise, int(now.batch_size), workers),
-            extract(embed, val, normalise, int(now.batch_size), workers),
-        )
+        with trainer.whole() if isinstance(trainer, Offload) else contextlib.nullcontext():
+            accuracy = knn_accuracy(
+                extract(embed, train, normalise, int(now.batch_size), workers),
+                extract(embed, val, normalise, int(now.batch_size), workers),
+            )
         model.train()
         return accuracy
 
@@ -391,8 +410,10 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
             if start >= stop:
                 continue
             if number > reached:
+                if isinstance(trainer, Offload):
+                    trainer.wait()
                 model, optimizers = at_next_size(model, optimizers, stage.config, device)
-                trainer = prepare(model, config, device, world)
+                trainer = prepare(model, optimizers, config, device, world)
                 reached, now = number, stage.config
             begin = max(start, part.first)
             dataset = Crops(files, now.channels, now.size, now.crop_scale, now.crop_ratio, now.flip, now.seed)

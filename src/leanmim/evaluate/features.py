@@ -4,21 +4,23 @@ b batch, c channels, H W pixels, s tokens, d width.
 """
 
 import json
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from statistics import median
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from leanmim.checkpoint import Run, load_backbone
+from leanmim.checkpoint import Run, load_backbone, prefix
 from leanmim.config import Knn, Pretrain
 from leanmim.data import Labelled, Normalise, centre_crop, labelled_pair, loader, resolve_workers
 from leanmim.device import resolve_device
-from leanmim.encoders import Backbone, as_tokens, create_backbone, make_encoder
+from leanmim.encoders import Backbone, as_tokens, count_layers, create_backbone, make_encoder
 from leanmim.errors import UserError
 
 Embed = Callable[[Float[Tensor, "b c H W"]], Float[Tensor, "b d"]]
@@ -86,35 +88,56 @@ class Subject(NamedTuple):
     val: Labelled
     normalise: Normalise
     workers: int
+    facts: dict[str, Any] | None = None  # depth, parameters, latency: of a run whose ends of segments can be compared
 
 
 def subjects(config: Knn) -> Iterator[Subject]:
     """The run's encoder, then (with ``baselines``) a freshly initialised one and raw pixels."""
     config.check()
     size = (config.input_size[0], config.input_size[-1]) if config.input_size else None
-    backbone, trained, state = load_backbone(config.run, size)
+    backbone, trained, state = load_backbone(config.run, size, config.depth)
     device = resolve_device(config.device)
     size = size or trained.size
     train, val = labelled_pair(config.data, trained.channels, centre_crop(size, config.crop))
     rest = (train, val, Normalise(state["mean"], state["std"], device), resolve_workers(config.workers))
-    yield Subject("pretrained", embedding(backbone.to(device), config.pool), *rest)
+    embed = embedding(backbone.to(device), config.pool)
+    facts: dict[str, Any] | None = None
+    if trained.segments not in (1, (1,)):
+        facts = {
+            "depth": config.depth or count_layers(backbone),
+            "parameters": sum(p.numel() for p in backbone.parameters()),
+            "latency_ms": 1e3 * latency(embed, torch.zeros(1, trained.channels, *size, device=device)),
+        }
+    yield Subject("pretrained", embed, *rest, facts)
     if config.baselines:
-        yield Subject("random", embedding(random_backbone(trained, size).to(device), config.pool), *rest)
+        random = random_backbone(trained, size, config.depth).to(device)
+        yield Subject("random", embedding(random, config.pool), *rest)
         yield Subject("pixels", raw_pixels, *rest)
 
 
-def random_backbone(config: Pretrain, size: tuple[int, int]) -> nn.Module:
-    """The encoder as it was before pre-training started from nothing."""
+@torch.inference_mode()
+def latency(embed: Embed, image: Float[Tensor, "1 c H W"], repeats: int = 10) -> float:
+    """Seconds for one image, the median of several."""
+    times = []
+    for _ in range(repeats + 1):
+        before = time.perf_counter()
+        embed(image).sum().item()  # waits for the device
+        times.append(time.perf_counter() - before)
+    return median(times[1:])
+
+
+def random_backbone(config: Pretrain, size: tuple[int, int], depth: int | None = None) -> nn.Module:
+    """The encoder as it was before pre-training started from nothing, or its first blocks or stages."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         backbone = create_backbone(config.model, size, config.channels, config.depth, **config.model_kwargs)
-        make_encoder(backbone, config.masking, size, config.channels, first_layers=config.depth)  # initialises it
-        return backbone.eval()
+        encoder = make_encoder(backbone, config.masking, size, config.channels, config.segments, config.depth)
+        return prefix(encoder, replace(config, input_size=size), depth).eval()
 
 
-def record(config: Knn, what: str, name: str, accuracy: float) -> tuple[str, float]:
+def record(config: Knn, what: str, subject: Subject, accuracy: float) -> tuple[str, float]:
     """Append a result to the run's evaluations.jsonl, for the report."""
-    line = {"what": what, "name": name, "value": accuracy, "data": config.data, "options": asdict(config)}
+    line = {"what": what, "name": subject.name, "value": accuracy, "data": config.data, "options": asdict(config)}
     with open(Run(Path(config.run)).evaluations, "a") as file:
-        file.write(json.dumps(line) + "\n")
-    return name, accuracy
+        file.write(json.dumps(line | (subject.facts or {})) + "\n")
+    return subject.name, accuracy

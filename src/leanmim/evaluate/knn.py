@@ -36,4 +36,4 @@ def knn(config: Knn) -> Iterator[tuple[str, float]]:
             extract(subject.embed, data, subject.normalise, config.batch_size, subject.workers)
             for data in (subject.train, subject.val)
         )
-        yield record(config, "knn", subject.name, knn_accuracy(train, val, config.k, config.temperature))
+        yield record(config, "knn", subject, knn_accuracy(train, val, config.k, config.temperature))

@@ -94,4 +94,4 @@ def probe(config: Probe) -> Iterator[tuple[str, float]]:
                 for data in (subject.train, subject.val)
             )
             accuracy = fast_probe(train, val, config.c)
-        yield record(config, "probe", subject.name, accuracy)
+        yield record(config, "probe", subject, accuracy)
