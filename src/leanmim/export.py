@@ -93,7 +93,6 @@ def to_timm(config: Pretrain, model: MIM, state: dict[str, Any], depth: int | No
         "architecture": config.model.partition(".")[0],
         "num_classes": 0,
         "num_features": backbone.num_features,
-        "global_pool": backbone.global_pool,
         "model_args": timm_arguments(config, model, depth),
         "pretrained_cfg": {
             "custom_load": False,
@@ -110,6 +109,8 @@ def to_timm(config: Pretrain, model: MIM, state: dict[str, Any], depth: int | No
         },
         "leanmim": {"recipe": config.recipe, "step": state["step"], "epochs": config.epochs},
     }
+    if isinstance(pool := getattr(backbone, "global_pool", None), str):  # elsewhere it is a module, or the head's
+        description["global_pool"] = pool
     weights = backbone.state_dict()
     layers = config.depth if not isinstance(short, Prefix) else depth
     if layers is not None:
