@@ -31,7 +31,7 @@ from leanmim.data import list_images
 from leanmim.evaluate.features import extract, subjects
 from leanmim.evaluate.knn import knn_accuracy
 from leanmim.evaluate.probe import fast_probe
-from leanmim.recipes import FASTMIM, MAE, PR_MIM, SIMMIM
+from leanmim.recipes import BIM, FASTMIM, MAE, PR_MIM, SIMMIM
 
 # Per scale: the backbone and its decoder, data, schedule. "images" and "val" are per class, 0 is all.
 SCALES: dict[str, dict[str, Any]] = {
@@ -76,6 +76,13 @@ VARIANTS: dict[str, tuple[Pretrain, dict[str, Any]]] = {
             "-fill-4": dict(fill=4),
         }.items()
     },
+    # six blocks, cut in two, three or six
+    "bim-2": (BIM, dict(segments=2, mask_ratio=0.75, decoder_depth=1)),
+    "bim-3": (BIM, dict(segments=3, mask_ratio=0.75, decoder_depth=1)),
+    "bim-6": (BIM, dict(segments=6, mask_ratio=0.75, decoder_depth=1)),
+    "bim-3-layers-2": (BIM, dict(segments=3, mask_ratio=0.75, decoder_depth=2)),
+    "bim-3-rising": (BIM, dict(segments=3, mask_ratio=(0.7, 0.75, 0.8), decoder_depth=1)),
+    "bim-3-steep": (BIM, dict(segments=3, mask_ratio=(0.6, 0.75, 0.9), decoder_depth=1)),
 }
 
 

@@ -191,7 +191,7 @@ def select_furthest(mask: Mask, grid: Grid, kept: int, noise: Float[Tensor, "b n
     picks = []
     for _ in range(kept):
         # squared distances are whole numbers: noise orders equal ones only, and nothing chosen (0) is picked again
-        pick = (nearest + noise).argmax(dim=1)
+        pick = (nearest + noise / 2).argmax(dim=1)
         nearest = torch.minimum(nearest, apart[pick])
         picks.append(pick)
     chosen = torch.stack(picks, dim=1)

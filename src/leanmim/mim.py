@@ -3,6 +3,7 @@
 b batch, c channels, H W pixels, n patches, r predicted, p target width.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -108,10 +109,9 @@ class MIM(nn.Module):
             return keep_all(mask)
         thrown = int(n * self.throw + 1e-9)
         if not 0 < thrown < masked:
-            raise UserError(
-                f"--throw {self.throw} is {thrown} of all {n} patches, and {masked} are masked; choose it between "
-                f"{1 / n:.3g} and {(masked - 1) / n:.3g}, or 0 to decode all"
-            )
+            low, high = math.ceil(1e4 / n) / 1e4, math.floor(1e4 * (masked - 1) / n) / 1e4
+            remedy = f"choose it between {low:g} and {high:g}, or 0 to decode all" if masked > 1 else "choose 0"
+            raise UserError(f"--throw {self.throw} is {thrown} of all {n} patches, and {masked} are masked; {remedy}")
         noise = torch.rand(len(mask.masked), n, device=mask.masked.device)
         if self.select == "random":
             return select_random(mask, masked - thrown, noise)
