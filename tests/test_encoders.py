@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from leanmim.encoders import ViTEncoder, create_backbone, even_cuts, make_encoder
+from leanmim.encoders import ViTEncoder, create_backbone, cuts, make_encoder
 from leanmim.errors import UserError
 from leanmim.masking import Grid, Mask, random_mask, take
 
@@ -128,7 +128,7 @@ def test_segments_are_runs_of_blocks_with_norms_of_their_own() -> None:
     assert owners["norms.1.bias"] == 1
     assert owners["backbone.cls_token"] == owners["backbone.patch_embed.proj.weight"] == 0
     with pytest.raises(UserError, match=r"12 blocks do not divide into 5.*\[1, 2, 3, 4, 6, 12\]"):
-        even_cuts(12, 5)
+        cuts(5, 12)
 
 
 def test_the_backbone_is_timms_own_module() -> None:

@@ -89,7 +89,8 @@ def test_only_masked_patches_are_painted(config: Pretrain) -> None:
 def test_a_perfect_prediction_restores_the_original(config: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
     model, images, mask = scene(config)
 
-    def oracle(images: Tensor, mask: Mask, split: object = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def oracle(images: Tensor, masks: list[Mask], splits: object) -> Iterator[tuple[Tensor, Tensor]]:
+        (mask,) = masks
         order = mask.masked.flip(1)  # the place of a prediction is what its index says
         yield order, take(model.target(images), order)
 
@@ -110,7 +111,7 @@ def test_per_patch_predictions_take_the_true_patchs_mean_and_deviation(
 ) -> None:
     model, images, mask = scene(tiny)
     flat = torch.zeros(3, mask.masked.shape[1], model.target.width)
-    monkeypatch.setattr(model, "predictions", lambda images, mask, split=None: iter([(mask.masked, flat)]))
+    monkeypatch.setattr(model, "predictions", lambda images, masks, splits: iter([(masks[0].masked, flat)]))
     painted, _ = reconstruct(model, images, mask)
     mean = take(patchify(images, 8), mask.masked).mean(-1, keepdim=True)
     torch.testing.assert_close(take(patchify(painted, 8), mask.masked), mean.expand(-1, -1, model.target.width))
