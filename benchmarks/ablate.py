@@ -57,12 +57,12 @@ VARIANTS: dict[str, tuple[Pretrain, dict[str, Any]]] = {
     "mae-hog-half": (MAE, dict(target="hog", shrink=0.5)),
     "mae-hog-half-time": (MAE, dict(target="hog", shrink=0.5, longer=2.5)),
     "mae-hog-p": (MAE, dict(target="hog", shrink=0.5, **GROWING)),
-    "mae-hog-p-time": (MAE, dict(target="hog", shrink=0.5, longer=1.5, **GROWING)),
+    "mae-hog-p-time": (MAE, dict(target="hog", shrink=0.5, longer=1.6, **GROWING)),
     "fastmim-half": (FASTMIM, dict(shrink=0.5)),
-    "fastmim-half-time": (FASTMIM, dict(shrink=0.5, longer=3.0)),
+    "fastmim-half-time": (FASTMIM, dict(shrink=0.5, longer=2.5)),
     "fastmim-half-pixels": (FASTMIM, dict(shrink=0.5, target="pixels")),
     "fastmim-p": (FASTMIM, dict(shrink=0.5, **GROWING)),
-    "fastmim-p-time": (FASTMIM, dict(shrink=0.5, longer=1.5, **GROWING)),
+    "fastmim-p-time": (FASTMIM, dict(shrink=0.5, longer=1.6, **GROWING)),
     **{
         f"pr-mim-{round(100 * throw)}{name}": (PR_MIM, dict(throw=throw, **changes))
         for throw in (0.5, 0.7)
