@@ -16,7 +16,7 @@ from leanmim.config import Export, Pretrain
 from leanmim.errors import UserError
 from leanmim.export import export, timm_lines
 from leanmim.mim import build
-from leanmim.recipes import SIMMIM
+from leanmim.recipes import FASTMIM, SIMMIM
 
 
 def fake_run(config: Pretrain) -> Pretrain:
@@ -40,8 +40,19 @@ VITS = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=[*VITS, "swin"])
+OTHERS = {  # what a backbone calls its pooling, and where it keeps it, differs from family to family
+    "convnext_atto": {}, "resnet18": {}, "test_efficientnet": {}, "regnety_002": {}, "mobilevit_xxs": {}, "pvt_v2_b0": {},
+    "edgenext_xx_small": {}, "hiera_tiny_224": {"embed_dim": 32, "stages": [1, 1, 1, 1]},
+    "eva02_tiny_patch14_224": {"depth": 1},
+}  # fmt: skip
+
+
+@pytest.fixture(params=[*VITS, "swin", *OTHERS])
 def run(request: pytest.FixtureRequest, tiny: Pretrain) -> Pretrain:
+    if request.param in OTHERS:
+        size, cell = ((56,), 7) if "patch14" in request.param else ((64,), 8)
+        other = dict(model=request.param, model_kwargs=OTHERS[request.param], input_size=size, hog_cell=cell)
+        return fake_run(replace(FASTMIM, data=tiny.data, out=tiny.out, **other))
     if request.param == "swin":
         swin = dict(model="swin_tiny_patch4_window7_224", model_kwargs={"embed_dim": 24}, input_size=(64,))
         return fake_run(replace(SIMMIM, data=tiny.data, out=tiny.out, **swin))

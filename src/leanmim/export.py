@@ -89,6 +89,7 @@ def to_timm(config: Pretrain, model: MIM, state: dict[str, Any], depth: int | No
     """
     short = prefix(model.encoder, config, depth)
     backbone = short.backbone if isinstance(short, Prefix) else short
+    taken = backbone_arguments(config.model, config.size, config.channels, **config.model_kwargs)
     description: dict[str, Any] = {
         "architecture": config.model.partition(".")[0],
         "num_classes": 0,
@@ -97,7 +98,7 @@ def to_timm(config: Pretrain, model: MIM, state: dict[str, Any], depth: int | No
         "pretrained_cfg": {
             "custom_load": False,
             "input_size": [config.channels, *config.size],
-            "fixed_input_size": True,
+            "fixed_input_size": "img_size" in taken,  # timm gives it to those models only
             "interpolation": "bicubic",
             "crop_pct": 0.875,
             "crop_mode": "center",

@@ -59,6 +59,7 @@ tbody th { width: 1%; padding-right: 20px; }
 .long td { min-width: 10em; overflow-wrap: anywhere; }
 tr.differs > * { background: var(--mark); }
 .grid { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
+.three { grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); }
 figure { margin: 0; padding: 10px; }
 img { display: block; width: 100%; max-width: 820px; margin: 8px auto 0; border-radius: 4px; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 20px; }
@@ -402,7 +403,7 @@ def depths(runs: Sequence[Loaded]) -> Html:
             ]  # fmt: skip
             if drawn:
                 panels.append(chart(f"{title} against {name}", drawn, False, "", name))
-    body = f'<figure class="card"><div class="grid">{"".join(panels)}</div></figure>'
+    body = f'<figure class="card"><div class="grid three">{"".join(panels)}</div></figure>'
     return Html(body)
 
 
