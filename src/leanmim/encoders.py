@@ -336,11 +336,9 @@ class SwinEncoder(nn.Module):
         if name.startswith("backbone.layers."):
             stage = int(name.split(".")[2])
             return next(i for i, end in enumerate(self.ends) if stage < end)
-        return (
-            owner_of_border(name)
-            if name.startswith("borders.")
-            else (len(self.ends) - 1) * name.startswith("backbone.norm.")
-        )
+        if name.startswith("borders."):
+            return owner_of_border(name)
+        return len(self.ends) - 1 if name.startswith("backbone.norm.") else 0
 
 
 def owner_of_border(name: str) -> int:
