@@ -102,7 +102,7 @@ def test_pairs_of_patches_are_masked_as_without_replacement() -> None:
 @pytest.mark.parametrize(
     ("grid", "ratio", "unit", "words"),
     [
-        (Grid(4, 4), 0.0, 1, ["masks 0 of 16 units", "between 0.0625 and 0.938"]),
+        (Grid(4, 4), 0.0, 1, ["masks 0 of 16 units", "between 0.0625 and 0.9375"]),
         (Grid(4, 4), 1.0, 1, ["masks 16 of 16 units"]),
         (Grid(4, 4), 0.99, 1, ["masks 16 of 16 units"]),
         (Grid(4, 4), 0.8, 2, ["masks 4 of 4 units", "between 0.25 and 0.75"]),

@@ -211,6 +211,8 @@ class Pretrain:
             ("max_bad_share", 0, 1), ("knn_every", 1, None), ("log_every", 1, None), ("seed", 0, None),
             ("blr", 0, None), ("weight_decay", 0, None), ("clip_grad", 0, None), ("checkpoint_minutes", 0, None),
         )  # fmt: skip
+        if not self.mask_ratios:
+            raise UserError("--mask-ratio takes one number, or one for each segment")
         for ratio in self.mask_ratios:
             if not 0 <= ratio <= 1:
                 raise UserError(f"--mask-ratio {ratio} is out of range; it is at least 0, at most 1")

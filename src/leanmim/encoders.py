@@ -114,6 +114,11 @@ def cuts(segments: Segments, parts: int, what: str = "blocks") -> tuple[int, ...
     return segments
 
 
+def like(norm: nn.Module, width: int) -> nn.Module:
+    """A fresh norm of the same kind: it closes a segment, and takes the place of the last one in the export."""
+    return type(norm)(width, eps=norm.eps) if hasattr(norm, "eps") else nn.LayerNorm(width, eps=1e-6)
+
+
 class Borders(nn.Module):
     """What lies between the segments of a hierarchical backbone: a norm that closes each but the last, and (for masks
     that hide more at every border) a token to hide with.
@@ -123,12 +128,15 @@ class Borders(nn.Module):
         widths: channels at the end of each segment but the last.
         zooms: tokens there along the side of an output patch.
         narrows: masks hide more at the borders.
+        eps: of the norms.
     """
 
-    def __init__(self, grid: Grid, widths: tuple[int, ...], zooms: tuple[int, ...], narrows: bool) -> None:
+    def __init__(
+        self, grid: Grid, widths: tuple[int, ...], zooms: tuple[int, ...], narrows: bool, eps: float = 1e-6
+    ) -> None:
         super().__init__()
         self.grid, self.zooms = grid, zooms
-        self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-6) for width in widths)
+        self.norms = nn.ModuleList(nn.LayerNorm(width, eps=eps) for width in widths)
         self.tokens = nn.ParameterList(nn.Parameter(torch.zeros(width)) for width in widths if narrows)
         for token in self.tokens:
             nn.init.normal_(token, std=0.02)
@@ -182,7 +190,7 @@ class ViTEncoder(nn.Module):
         self.full_grid = masking != "drop"
         self.mask_token = nn.Parameter(torch.zeros(1, 1, backbone.embed_dim)) if masking == "token" else None
         self.colour = nn.Parameter(torch.zeros(backbone.patch_embed.proj.in_channels)) if masking == "pixel" else None
-        self.norms = nn.ModuleList(nn.LayerNorm(backbone.embed_dim, eps=1e-6) for _ in self.ends[1:])
+        self.norms = nn.ModuleList(like(self.final_norm, backbone.embed_dim) for _ in self.ends[1:])
         tokens = len(self.norms) if narrows and self.full_grid else 0
         self.tokens = nn.ParameterList(nn.Parameter(torch.zeros(1, 1, backbone.embed_dim)) for _ in range(tokens))
 
@@ -300,7 +308,7 @@ class SwinEncoder(nn.Module):
         self.widths = (*(w * k**2 for w, k in zip(widths, zooms, strict=True)), backbone.num_features)
         self.mask_token = nn.Parameter(torch.zeros(backbone.embed_dim))
         nn.init.normal_(self.mask_token, std=0.02)
-        self.borders = Borders(self.grid, widths, zooms, narrows)
+        self.borders = Borders(self.grid, widths, zooms, narrows, backbone.norm.eps)
 
     def embed(self, images: Float[Tensor, "b c H W"], mask: Mask) -> Float[Tensor, "b h w d"]:
         """Stem tokens, those under a masked patch replaced."""
@@ -425,7 +433,9 @@ class TimmEncoder(nn.Module):
                 f"{name} cannot be cut into segments: its stages do not simply follow each other; use --segments 1"
             )
         self.ends = (*places, len(self.units))
-        self.borders = Borders(self.grid, widths, zooms, narrows)
+        swin = isinstance(backbone, SwinTransformer)  # the norm of a border is exported as its own
+        eps = backbone.layers[0].blocks[0].norm1.eps if swin else 1e-6
+        self.borders = Borders(self.grid, widths, zooms, narrows, eps)
 
     def embed(self, images: Float[Tensor, "b c H W"], mask: Mask) -> Float[Tensor, "b c H W"]:
         """The images with the learned colour over what is masked."""
@@ -475,7 +485,8 @@ class Flow:
 
     def __init__(self, backbone: Backbone) -> None:
         stages = [part["module"] for part in getattr(backbone, "feature_info", [])]
-        parents = {name.rpartition(".")[0] for name in stages} - {""}
+        inside = {name for name, _ in backbone.named_modules()}  # not all that timm names there is
+        parents = {name.rpartition(".")[0] for name in stages if name in inside} - {""}
         children = [name for name, _ in backbone.named_children() if name not in parents]
         children += [f"{parent}.{name}" for parent in parents for name, _ in
                      backbone.get_submodule(parent).named_children()]  # fmt: skip

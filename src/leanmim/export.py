@@ -93,7 +93,7 @@ def to_timm(config: Pretrain, model: MIM, state: dict[str, Any], depth: int | No
     description: dict[str, Any] = {
         "architecture": config.model.partition(".")[0],
         "num_classes": 0,
-        "num_features": backbone.num_features,
+        "num_features": (model.encoder.backbone if isinstance(short, Prefix) else backbone).num_features,
         "model_args": timm_arguments(config, model, depth),
         "pretrained_cfg": {
             "custom_load": False,
@@ -113,7 +113,8 @@ def to_timm(config: Pretrain, model: MIM, state: dict[str, Any], depth: int | No
     if isinstance(pool := getattr(backbone, "global_pool", None), str):  # elsewhere it is a module, or the head's
         description["global_pool"] = pool
     weights = backbone.state_dict()
-    layers = config.depth if not isinstance(short, Prefix) else depth
+    left = config.depth if short is model.encoder.backbone else None  # a model of its own lacks nothing
+    layers = depth if isinstance(short, Prefix) else left
     if layers is not None:
         # the model whole, so that it loads anywhere: what pre-training left out is initialised afresh, and said so
         with torch.random.fork_rng(devices=[]):

@@ -75,10 +75,9 @@ def count_visible(units: int, ratio: float) -> int:
     """
     masked = math.ceil(units * ratio - 1e-9)  # 10 units at ratio 0.9 are 9, whatever the rounding of 10 * 0.9
     if not 0 < masked < units:
-        raise UserError(
-            f"--mask-ratio {ratio} masks {masked} of {units} units; choose it between {1 / units:.3g} and "
-            f"{1 - 1 / units:.3g}, or a larger --input-size"
-        )
+        low, high = math.ceil(1e4 / units) / 1e4, math.floor(1e4 * (units - 1) / units) / 1e4
+        between = f"choose it between {low:g} and {high:g}, or " if units > 1 else "choose "
+        raise UserError(f"--mask-ratio {ratio} masks {masked} of {units} units; {between}a larger --input-size")
     return units - masked
 
 

@@ -395,8 +395,8 @@ def depths(runs: Sequence[Loaded]) -> Html:
         return Html("")
     panels = []
     for what, title in (("knn", "kNN (%)"), ("probe", "linear probe (%)")):
-        for key, name, factor in (("depth", "depth", 1), ("parameters", "M parameters", 1e-6),
-                                  ("latency_ms", "latency, ms an image", 1)):  # fmt: skip
+        for key, name, factor in (("depth", "depth", 1.0), ("parameters", "M parameters", 1e-6),
+                                  ("latency_ms", "latency, ms an image", 1.0)):  # fmt: skip
             drawn = [
                 Curve([(line[key] * factor, 100 * line["value"]) for line in lines], run.colour, run.name)
                 for run in runs for lines in [curves.get((run.title, what), [])] if lines

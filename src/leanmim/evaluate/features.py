@@ -104,7 +104,7 @@ def subjects(config: Knn) -> Iterator[Subject]:
     facts: dict[str, Any] | None = None
     if trained.segments not in (1, (1,)):
         facts = {
-            "depth": config.depth or count_layers(backbone),
+            "depth": config.depth or trained.depth or count_layers(backbone),
             "parameters": sum(p.numel() for p in backbone.parameters()),
             "latency_ms": 1e3 * latency(embed, torch.zeros(1, trained.channels, *size, device=device)),
         }
