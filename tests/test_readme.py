@@ -52,10 +52,13 @@ def test_the_readmes_commands_and_python_run(place: Path) -> None:
         line = line.replace("torchrun", f"{sys.executable} -m torch.distributed.run --standalone")
         if "pretrain fastmim" in line:
             line = f"{line.replace('pvt_v2_b2', 'pvt_v2_b0')} --input-size 64 --epochs 1 --batch-size 4 --device cpu"
+        elif "pretrain bim" in line:
+            line = f"{line} {SMALL.replace('depth 2', 'depth 4', 1)}"
         elif "pretrain" in line:
             line = f"{line} {SMALL}"
             if "torchrun" in line or "torch.distributed" in line:
                 line = line.replace("--out run", "--out run2")
+        line = line.replace("--depth 6", "--depth 2")
         if line.startswith("leanmim plan"):
             shrink = "--input-size 64 --model-kwargs patch_size 8 embed_dim 32 depth 2 num_heads 2 --workers 0"
             line = f"{line} {shrink} --effective-batch 4 --device cpu"
