@@ -12,7 +12,7 @@ from leanmim.recipes import RECIPES
 from leanmim.step import parameter_groups
 
 BACKBONES = {
-    "vit": ("vit_tiny_patch16_224", {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}),
+    "vit": ("vit_tiny_patch16_224", {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}),
     "swin": ("swin_tiny_patch4_window7_224", {"embed_dim": 24}),
     "convnext": ("convnext_atto", {}),
 }
@@ -28,6 +28,7 @@ def small(recipe: Pretrain, masking: str, backbone: str, size: str) -> Pretrain:
         masking=masking,
         input_size=SIZES[size],
         mask_unit=32 if recipe.mask_unit else 0,
+        mask_ratio=(0.25, 0.5, 0.5, 0.75) if isinstance(recipe.mask_ratio, tuple) else recipe.mask_ratio,
         decoder_depth=max(recipe.decoder_depth and 1, int(masking == "drop")),
         decoder_width=32,
         decoder_heads=2,

@@ -13,6 +13,7 @@ tokens: 16 px for ViT/16, 32 px for Swin.
 """
 
 import difflib
+from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -70,6 +71,10 @@ class Encoder(Protocol):
 
     def owner(self, name: str) -> int:
         """The segment that trains the parameter ``name``."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of any module."""
         ...
 
 

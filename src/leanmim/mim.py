@@ -210,6 +210,9 @@ def build(config: Pretrain, backbone: Backbone | None = None) -> MIM:
             f"--mask-ratio gives {len(ratios)} numbers for {len(encoder.widths)} segments; give one for all, or one for "
             "each of --segments"
         )
+    tokens = [p for name, p in encoder.named_parameters() if name.removeprefix("borders.").startswith("tokens.")]
+    for token, low, high in zip(tokens, ratios, ratios[1:], strict=False):
+        token.requires_grad_(low < high)  # elsewhere nothing new is hidden
     target = make_target(config.target, encoder.stride, config.channels, config.hog_cell)
     unit, finer = units_of(config, encoder.stride, target.cell)
     depth = config.decoder_depth
