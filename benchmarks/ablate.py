@@ -23,6 +23,7 @@ from typing import Any
 
 import record
 import torch
+from fillings import FILLINGS, install
 
 import leanmim
 from leanmim.config import Pretrain, Probe
@@ -41,7 +42,7 @@ SCALES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 # What differs from the base. "shrink" is the input's share of --input-size, at the same patch; "longer" a factor of the
-# epochs. Later methods add lines here.
+# epochs; "filling" another way to fill in thrown patches. Later methods add lines here.
 GROWING = dict(stage_scales=(1.0, 1.5, 2.0), stage_starts=(0.0, 0.5, 0.75))
 VARIANTS: dict[str, tuple[Pretrain, dict[str, Any]]] = {
     "mae": (MAE, {}),
@@ -74,6 +75,7 @@ VARIANTS: dict[str, tuple[Pretrain, dict[str, Any]]] = {
             "-start-random": dict(select_start="random"),
             "-fill-1": dict(fill=1),
             "-fill-4": dict(fill=4),
+            **{f"-{filling}": dict(filling=filling) for filling in FILLINGS},
         }.items()
     },
     # six blocks, cut in two, three or six
@@ -90,7 +92,7 @@ def configure(variant: str, seed: int, arguments: argparse.Namespace) -> Pretrai
     """The configuration of one cell."""
     scale = SCALES[arguments.scale]
     recipe, changes = VARIANTS[variant]
-    changes = dict(changes)
+    changes = {key: value for key, value in changes.items() if key != "filling"}
     shrink, longer = changes.pop("shrink", 1.0), changes.pop("longer", 1.0)
     patch = arguments.input_size // 8
     depth, width, heads = scale["decoder"]
@@ -127,6 +129,8 @@ def training_flops(config: Pretrain) -> int:
 def run_cell(variant: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train and probe one variant with one seed; the two baselines need no training."""
     labelled = str(Path(arguments.work) / "data")
+    if variant in VARIANTS and "filling" in VARIANTS[variant][1]:
+        install(VARIANTS[variant][1]["filling"])
     config = configure("mae" if variant in ("random", "pixels") else variant, seed, arguments)
     if variant in ("random", "pixels"):
         config = replace(config, out=str(Path(arguments.work) / f"{variant}-{seed}"), epochs=1, blr=0.0)

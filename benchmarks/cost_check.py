@@ -7,87 +7,16 @@ included; on a GPU the allocator reports its own peak. Each configuration is a p
 """
 
 import argparse
-import json
-import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
 import record
 import torch
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from steps import measure_each
 
-from leanmim.config import Pretrain
-from leanmim.cost import count
-from leanmim.data import Normalise
-from leanmim.device import resolve_precision
-from leanmim.mim import build
 from leanmim.recipes import RECIPES
-from leanmim.step import make_optimizers, update
 
 MODELS = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224", "swin_tiny_patch4_window7_224")
-
-
-def measure(config: Pretrain, device: torch.device) -> dict[str, int]:
-    """One real step, after the optimizer's state is there."""
-    cuda = device.type == "cuda"
-    cost, _ = count(config, device.type)
-    model = build(config).to(device).train()
-    model.autocast = resolve_precision(config.precision, device)
-    optimizers = make_optimizers(model, config)
-    normalise = Normalise([0.5] * 3, [0.5] * 3, device)
-    images = torch.randint(0, 255, (int(config.batch_size), 3, *config.size), dtype=torch.uint8)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    held: dict[int, int] = {}
-    saved = 0
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            held[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    def losses(images: Tensor) -> Iterator[Tensor]:
-        nonlocal saved
-        for loss in model(images):
-            saved = max(saved, sum(held.values()))
-            yield loss
-            held.clear()
-
-    def batches() -> Iterator[Tensor]:
-        for _ in range(config.accum):
-            read = images.clone()
-            yield normalise(read)
-
-    def step(through) -> None:
-        update(through, optimizers, batches(), config.accum, config.clip_grad)
-
-    if cuda:
-        step(model)
-        torch.cuda.reset_peak_memory_stats()
-        step(model)
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
-            step(model)
-        sizes = [(e.start_ns(), e.nbytes()) for e in events.profiler.kineto_results.events() if e.name() == "[memory]"]
-        now = peak = 0
-        for _, size in sorted(sizes, key=lambda event: event[0]):
-            now += size
-            peak = max(peak, now)
-        peak += cost.weight_bytes + cost.optimizer_bytes  # there before the step
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step(losses)
-    return {
-        "peak": peak, "saved": saved, "predicted_peak": cost.peak_bytes, "predicted_saved": cost.saved_bytes,
-    }  # fmt: skip
 
 
 def main() -> None:
@@ -98,27 +27,16 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=["mae", "simmim"])
     parser.add_argument("--batches", nargs="+", type=int, default=[8, 32])
     parser.add_argument("--accums", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        name, recipe, batch, accum, precision = arguments.one
-        config = replace(
-            RECIPES[recipe], model=name, batch_size=int(batch), accum=int(accum), precision=precision
-        )  # fmt: skip
-        print(json.dumps(measure(config, torch.device(arguments.device))))
-        return
     rows, raw = [], []
-    for cell in product(arguments.models, arguments.recipes, arguments.batches, arguments.accums, ("fp32", "bf16")):
+    axes = (arguments.models, arguments.recipes, arguments.batches, arguments.accums, ("fp32", "bf16"))
+    cells = [cell for cell in product(*axes) if not (cell[0].startswith("swin") and cell[1] == "mae")]  # cannot drop
+    configs = [
+        replace(RECIPES[recipe], model=name, batch_size=batch, accum=accum, precision=precision)
+        for name, recipe, batch, accum, precision in cells
+    ]
+    for cell, found in zip(cells, measure_each(configs, torch.device(arguments.device)), strict=True):
         name, recipe, batch, accum, precision = cell
-        if name.startswith("swin") and recipe == "mae":
-            continue  # cannot drop tokens
-        done = subprocess.run(
-            [sys.executable, __file__, "--device", arguments.device, "--one", *map(str, cell)],
-            capture_output=True, text=True,
-        )  # fmt: skip
-        if done.returncode:
-            raise RuntimeError(f"{cell} failed:\n{done.stderr[-3000:]}")
-        found = json.loads(done.stdout.splitlines()[-1])
         raw.append({"configuration": cell, **found})
         rows.append({
             "model": name, "recipe": recipe, "batch": batch, "accum": accum, "precision": precision,

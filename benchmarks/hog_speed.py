@@ -9,14 +9,13 @@ start, result included, by torch's profiler on a CPU and its own statistics on a
 import argparse
 import math
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
 import record
 import torch
+from steps import seconds, transient
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from leanmim.device import resolve_precision
 from leanmim.mim import build
@@ -39,31 +38,14 @@ def straightforward(images: Tensor, cell: int = 8) -> Tensor:
     return nn.functional.normalize(cells, dim=2).flatten(1, 2)
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    before = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - before
-
-
-def transient(call: Callable[[], object], device: torch.device) -> int:
+def extra(call: Callable[[], object], device: torch.device) -> int:
     """Bytes at the peak above the start."""
-    if device.type == "cuda":
-        start = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return torch.cuda.max_memory_allocated() - start
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
-        call()
-    found = [(e.start_ns(), e.nbytes()) for e in events.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for _, size in sorted(found, key=lambda event: event[0]):
-        now += size
-        peak = max(peak, now)
-    return peak
+    if device.type == "cpu":
+        return transient(call)
+    start = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated() - start
 
 
 @torch.no_grad()
@@ -83,7 +65,7 @@ def main() -> None:
         for call in calls.values():
             call()
         pairs = [{name: seconds(call, device) for name, call in calls.items()} for _ in range(arguments.rounds)]
-        memory = {name: transient(call, device) for name, call in calls.items()}
+        memory = {name: extra(call, device) for name, call in calls.items()}
         rows.append({
             "what": f"batch 64 at {size} px",
             "ours, ms": f"{1e3 * statistics.median(p['ours'] for p in pairs):.1f}",

@@ -8,19 +8,14 @@ Sampling: distance of a thrown patch to its nearest decoded or visible one, and 
 """
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
 import record
 import timm.layers
 import torch
-from cost_check import measure
-from recipe_costs import Timed
+from steps import Timed, seconds, side_by_side
 
 from leanmim.config import Pretrain
 from leanmim.cost import StepCost, count
@@ -75,41 +70,8 @@ def counted(batch: int) -> None:
 
 def measured(device: torch.device, batch: int, rounds: int, models: list[str]) -> None:
     """Step time in turns with MAE, peak memory each in a process of its own."""
-    rows, raw = [], []
     chosen = {name: recipe for name, recipe in recipes().items() if name == "mae" or "50%" in name or "70%" in name}
-    for model in models:
-        configs = [replace(recipe, model=model, batch_size=batch) for recipe in chosen.values()]
-        peaks = []
-        for name in chosen:
-            command = [
-                sys.executable,
-                __file__,
-                "--device",
-                device.type,
-                "--batch-size",
-                str(batch),
-                "--one",
-                model,
-                name,
-            ]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            peaks.append(json.loads(done.stdout.splitlines()[-1]))
-        runs = [Timed(config, device) for config in configs]
-        for run in runs:
-            run.step()
-        seconds = [[run.step() for run in runs] for _ in range(rounds)]
-        for i, name in enumerate(chosen):
-            rows.append({
-                "model": model.removesuffix("_224"), "recipe": name,
-                "step, ms": f"{1e3 * statistics.median(line[i] for line in seconds):.0f}",
-                "ratio": f"{statistics.median(line[i] / line[0] for line in seconds):.2f}",
-                "peak, MiB": f"{peaks[i]['peak'] / 2**20:.0f}",
-                "ratio ": f"{peaks[i]['peak'] / peaks[0]['peak']:.2f}",
-                "saved, MiB": f"{peaks[i]['saved'] / 2**20:.0f}",
-                " ratio": f"{peaks[i]['saved'] / peaks[0]['saved']:.2f}",
-            })  # fmt: skip
-            raw.append({"model": model, "recipe": name, "seconds": [line[i] for line in seconds], **peaks[i]})
-            print(rows[-1], flush=True)
+    rows, raw = side_by_side(chosen, models, device, batch, rounds)
     configuration = {
         "device": device.type, "batch": batch, "rounds": rounds, "threads": torch.get_num_threads(), "input": "224 px",
     }  # fmt: skip
@@ -150,24 +112,15 @@ def sampling(device: torch.device, batch: int) -> None:
         })  # fmt: skip
         raw.append({"throw": throw, **near})
 
-    def seconds(work: Callable[[], object], repeats: int) -> float:
-        """Median time of one call."""
-        times = []
-        for _ in range(repeats + 1):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            before = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - before)
-        return statistics.median(times[1:])
+    def median(work: Callable[[], object], repeats: int) -> float:
+        """Of its seconds, after one to warm up."""
+        return statistics.median([seconds(work, device) for _ in range(repeats + 1)][1:])
 
     mask = random_mask(torch.rand(batch, 196, device=device), grid, 0.75)
-    pick = seconds(lambda: select_furthest(mask, grid, 49, torch.rand(batch, 196, device=device)), 20)
+    pick = median(lambda: select_furthest(mask, grid, 49, torch.rand(batch, 196, device=device)), 20)
     shares = []
     for model, most in (("vit_tiny_patch16_224", "5 %"), ("vit_base_patch16_224", "2 %")):
-        step = seconds(Timed(replace(PR_MIM, model=model, batch_size=batch), device).step, 3)
+        step = median(Timed(replace(PR_MIM, model=model, batch_size=batch), device).step, 3)
         shares.append(f"{1e3 * pick:.2f} ms of a {model} step's {1e3 * step:.0f} ms, {pick / step:.2%} (target {most})")
         raw.append({"model": model, "sampling": pick, "step": step})
     note = (
@@ -187,13 +140,8 @@ def main() -> None:
     parser.add_argument("--count-batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    if arguments.one:
-        model, name = arguments.one
-        print(json.dumps(measure(replace(recipes()[name], model=model, batch_size=arguments.batch_size), device)))
-        return
     if "counted" in arguments.parts:
         counted(arguments.count_batch_size)
     if "sampling" in arguments.parts:

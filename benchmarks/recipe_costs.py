@@ -8,50 +8,17 @@ slows all of them; a ratio is the median over the rounds. A recipe with stages i
 
 import argparse
 import statistics
-import time
 from dataclasses import replace
 from typing import Any
 
 import record
 import torch
+from steps import in_turns
 
-from leanmim.config import Pretrain
 from leanmim.cost import count
-from leanmim.device import resolve_precision
 from leanmim.errors import UserError
-from leanmim.mim import build
 from leanmim.recipes import RECIPES
 from leanmim.schedule import stages
-from leanmim.step import make_optimizers, update
-
-
-class Timed:
-    """A recipe, ready to take steps; one model for each of its stages."""
-
-    def __init__(self, config: Pretrain, device: torch.device) -> None:
-        self.device, self.parts = device, []
-        for stage in stages(config):
-            model = build(stage.config).to(device).train()
-            model.autocast = resolve_precision(config.precision, device)
-            images = torch.randn(int(config.batch_size), config.channels, *stage.config.size, device=device)
-            share = (stage.stop - stage.start) / config.epochs
-            self.parts.append((share, model, make_optimizers(model, stage.config), images, stage.config.clip_grad))
-
-    def step(self) -> float:
-        """Seconds of a step, on average over the epochs."""
-        seconds = 0.0
-        for share, model, optimizers, images, clip in self.parts:
-            self.wait()
-            before = time.perf_counter()
-            update(model, optimizers, [images], 1, clip)
-            self.wait()
-            seconds += share * (time.perf_counter() - before)
-        return seconds
-
-    def wait(self) -> None:
-        """Until the device has done its work."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def main() -> None:
@@ -72,7 +39,7 @@ def main() -> None:
     for name in dict.fromkeys((*arguments.count, *arguments.time)):
         timed = name in arguments.time
         batch = arguments.time_batch_size if timed else arguments.batch_size
-        entries, runs = [], []
+        entries = []
         for recipe in arguments.recipes:
             config = replace(RECIPES[recipe], model=name, batch_size=batch, epochs=100)
             try:
@@ -80,11 +47,7 @@ def main() -> None:
             except UserError:
                 continue  # Swin cannot drop tokens
             entries.append((config, cost))
-            if timed:
-                runs.append(Timed(config, device))
-        for run in runs:
-            run.step()  # warm up
-        seconds = [[run.step() for run in runs] for _ in range(arguments.rounds if runs else 0)]
+        seconds = in_turns([config for config, _ in entries], device, arguments.rounds) if timed else []
         first = entries[0][1]
         for i, (config, cost) in enumerate(entries):
             times = [line[i] for line in seconds]

@@ -1,0 +1,155 @@
+"""Real training steps: their time in turns, their memory each in a process of its own."""
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from leanmim.config import Pretrain
+from leanmim.cost import count
+from leanmim.data import Normalise
+from leanmim.device import resolve_precision
+from leanmim.mim import build
+from leanmim.schedule import stages
+from leanmim.step import make_optimizers, update
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """How long one call takes, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    before = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - before
+
+
+class Timed:
+    """A recipe, ready to take steps; one model for each of its stages."""
+
+    def __init__(self, config: Pretrain, device: torch.device) -> None:
+        self.device, self.parts = device, []
+        for stage in stages(config):
+            model = build(stage.config).to(device).train()
+            model.autocast = resolve_precision(config.precision, device)
+            images = torch.randn(int(config.batch_size), config.channels, *stage.config.size, device=device)
+            share = (stage.stop - stage.start) / config.epochs
+            self.parts.append((share, model, make_optimizers(model, stage.config), images, stage.config.clip_grad))
+
+    def step(self) -> float:
+        """Seconds of a step, on average over the epochs."""
+        total = 0.0
+        for share, model, optimizers, images, clip in self.parts:
+            total += share * seconds(lambda: update(model, optimizers, [images], 1, clip), self.device)  # noqa: B023
+        return total
+
+
+def in_turns(configs: list[Pretrain], device: torch.device, rounds: int) -> list[list[float]]:
+    """For each round the seconds of every recipe's step, one after the other, so that a slower minute slows all."""
+    runs = [Timed(config, device) for config in configs]
+    for run in runs:
+        run.step()  # warm up
+    return [[run.step() for run in runs] for _ in range(rounds)]
+
+
+def transient(call: Callable[[], object]) -> int:
+    """Bytes of torch's CPU allocator at the peak above the start, what kernels take for themselves included."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
+        call()
+    found = [(e.start_ns(), e.nbytes()) for e in events.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for _, size in sorted(found, key=lambda event: event[0]):
+        now += size
+        peak = max(peak, now)
+    return peak
+
+
+def measure(config: Pretrain, device: torch.device) -> dict[str, int]:
+    """Peak, and bytes saved for backward, of one real step, after the optimizer's state is there."""
+    cuda = device.type == "cuda"
+    cost, _ = count(config, device.type)
+    model = build(config).to(device).train()
+    model.autocast = resolve_precision(config.precision, device)
+    optimizers = make_optimizers(model, config)
+    normalise = Normalise([0.5] * 3, [0.5] * 3, device)
+    images = torch.randint(0, 255, (int(config.batch_size), 3, *config.size), dtype=torch.uint8)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    held: dict[int, int] = {}
+    saved = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def losses(images: Tensor) -> Iterator[Tensor]:
+        nonlocal saved
+        for loss in model(images):
+            saved = max(saved, sum(held.values()))
+            yield loss
+            held.clear()
+
+    def batches() -> Iterator[Tensor]:
+        for _ in range(config.accum):
+            read = images.clone()
+            yield normalise(read)
+
+    def step(through: Callable[[Tensor], Iterator[Tensor]]) -> None:
+        update(through, optimizers, batches(), config.accum, config.clip_grad)
+
+    if cuda:
+        step(model)
+        torch.cuda.reset_peak_memory_stats()
+        step(model)
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = transient(lambda: step(model)) + cost.weight_bytes + cost.optimizer_bytes  # those were there before
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step(losses)
+    return {
+        "peak": peak, "saved": saved, "predicted_peak": cost.peak_bytes, "predicted_saved": cost.saved_bytes,
+    }  # fmt: skip
+
+
+def measure_each(configs: list[Pretrain], device: torch.device) -> Iterator[dict[str, int]]:
+    """`measure` of each, in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for config in configs:
+            yield pool.apply(measure, (config, device))
+
+
+def side_by_side(
+    recipes: dict[str, Pretrain], models: list[str], device: torch.device, batch: int, rounds: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Time and memory of a step of every recipe, as ratios to the first: rows of a table, and what they come from."""
+    rows, raw = [], []
+    for model in models:
+        configs = [replace(recipe, model=model, batch_size=batch) for recipe in recipes.values()]
+        memory = list(measure_each(configs, device))
+        times = in_turns(configs, device, rounds)
+        for i, name in enumerate(recipes):
+            rows.append({
+                "model": model.removesuffix("_224"), "recipe": name,
+                "step, ms": f"{1e3 * statistics.median(line[i] for line in times):.0f}",
+                "ratio": f"{statistics.median(line[i] / line[0] for line in times):.2f}",
+                "peak, MiB": f"{memory[i]['peak'] / 2**20:.0f}",
+                "ratio ": f"{memory[i]['peak'] / memory[0]['peak']:.2f}",
+                "saved, MiB": f"{memory[i]['saved'] / 2**20:.0f}",
+                " ratio": f"{memory[i]['saved'] / memory[0]['saved']:.2f}",
+            })  # fmt: skip
+            raw.append({"model": model, "recipe": name, "seconds": [line[i] for line in times], **memory[i]})
+            print(rows[-1], flush=True)
+    return rows, raw
