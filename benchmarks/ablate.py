@@ -29,6 +29,7 @@ import leanmim
 from leanmim.config import Pretrain, Probe
 from leanmim.cost import count
 from leanmim.data import list_images
+from leanmim.encoders import cuts
 from leanmim.evaluate.features import extract, subjects
 from leanmim.evaluate.knn import knn_accuracy
 from leanmim.evaluate.probe import fast_probe
@@ -38,6 +39,7 @@ from leanmim.recipes import BIM, FASTMIM, MAE, PR_MIM, SIMMIM
 SCALES: dict[str, dict[str, Any]] = {
     "smoke": dict(model=dict(embed_dim=48, depth=2, num_heads=2), decoder=(1, 32, 2), images=40, val=20, epochs=2, jobs=2),
     "cpu": dict(model=dict(embed_dim=96, depth=6, num_heads=3), decoder=(2, 64, 2), images=1000, val=500, epochs=8, jobs=2),
+    "cpu-deep": dict(model=dict(embed_dim=96, depth=12, num_heads=3), decoder=(4, 64, 2), images=1000, val=500, epochs=8, jobs=2),
     "gpu": dict(model=dict(embed_dim=192, depth=12, num_heads=3), decoder=(4, 128, 4), images=0, val=0, epochs=100, jobs=4),
 }  # fmt: skip
 
@@ -78,13 +80,23 @@ VARIANTS: dict[str, tuple[Pretrain, dict[str, Any]]] = {
             **{f"-{filling}": dict(filling=filling) for filling in FILLINGS},
         }.items()
     },
-    # six blocks, cut in two, three or six
-    "bim-2": (BIM, dict(segments=2, mask_ratio=0.75, decoder_depth=1)),
-    "bim-3": (BIM, dict(segments=3, mask_ratio=0.75, decoder_depth=1)),
-    "bim-6": (BIM, dict(segments=6, mask_ratio=0.75, decoder_depth=1)),
-    "bim-3-layers-2": (BIM, dict(segments=3, mask_ratio=0.75, decoder_depth=2)),
-    "bim-3-rising": (BIM, dict(segments=3, mask_ratio=(0.7, 0.75, 0.8), decoder_depth=1)),
-    "bim-3-steep": (BIM, dict(segments=3, mask_ratio=(0.6, 0.75, 0.9), decoder_depth=1)),
+    # for twelve blocks; without a word the ratio is 0.75 everywhere and a local decoder has one layer
+    **{
+        f"bim-{name}": (BIM, dict(mask_ratio=0.75, decoder_depth=1) | changes)
+        for name, changes in {
+            "2": dict(segments=2),
+            "4": {},
+            "12": dict(segments=12),
+            "4-layers-2": dict(decoder_depth=2),
+            "4-layers-4": dict(decoder_depth=4),
+            "4-gentle": dict(mask_ratio=(0.72, 0.74, 0.76, 0.78)),
+            "4-rising": dict(mask_ratio=(0.65, 0.7, 0.8, 0.85)),
+            "4-steep": dict(mask_ratio=(0.6, 0.7, 0.8, 0.9)),
+            "4-late": dict(mask_ratio=(0.7, 0.7, 0.75, 0.85)),
+        }.items()
+    },
+    # a backbone of fewer blocks, trained end to end: the twin of a segment's end
+    **{f"mae-depth-{depth}": (MAE, dict(depth=depth)) for depth in (3, 6, 9)},
 }
 
 
@@ -126,8 +138,19 @@ def training_flops(config: Pretrain) -> int:
     return count(replace(config, batch_size=1))[0].train_flops_per_image
 
 
+def evaluate(config: Probe, name: str = "pretrained") -> dict[str, float]:
+    """kNN and linear-probe accuracy of the encoder or of a baseline."""
+    subject = next(s for s in subjects(config) if s.name == name)
+    train, val = (extract(subject.embed, part, subject.normalise, 256, 0) for part in (subject.train, subject.val))
+    return {
+        "knn": knn_accuracy(train, val, config.k, config.temperature),
+        "probe": fast_probe(train, val, config.c),
+    }
+
+
 def run_cell(variant: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train and probe one variant with one seed; the two baselines need no training."""
+    scale = SCALES[arguments.scale]
     labelled = str(Path(arguments.work) / "data")
     if variant in VARIANTS and "filling" in VARIANTS[variant][1]:
         install(VARIANTS[variant][1]["filling"])
@@ -139,15 +162,12 @@ def run_cell(variant: str, seed: int, arguments: argparse.Namespace) -> dict[str
     seconds = time.perf_counter() - before
     probed = Probe(run=config.out, data=labelled, device=arguments.device, workers=0, baselines=variant == "pixels",
                    input_size=(arguments.input_size,))  # fmt: skip
-    subject = next(s for s in subjects(probed) if s.name == ("pixels" if variant == "pixels" else "pretrained"))
-    train, val = (extract(subject.embed, part, subject.normalise, 256, 0) for part in (subject.train, subject.val))
-    accuracies = {
-        "knn": knn_accuracy(train, val, probed.k, probed.temperature),
-        "probe": fast_probe(train, val, probed.c),
-    }
+    accuracies = evaluate(probed, "pixels" if variant == "pixels" else "pretrained")
+    ends = cuts(config.segments, scale["model"]["depth"])[:-1] if variant in VARIANTS else ()
+    depths = {depth: evaluate(replace(probed, depth=depth)) for depth in ends}
     lines = map(json.loads, (Path(config.out) / "metrics.jsonl").read_text().splitlines())
     loss = [line["loss"] for line in lines if "loss" in line][-1]
-    return {"variant": variant, "seed": seed, **accuracies, "seconds": seconds, "flops": training_flops(config),
+    return {"variant": variant, "seed": seed, **accuracies, "depths": depths, "seconds": seconds, "flops": training_flops(config),
             "loss": loss, "config": asdict(config)}  # fmt: skip
 
 
@@ -245,6 +265,10 @@ def main() -> None:
             "training MFLOP an image": f"{own[0]['flops'] / 1e6:.0f}" if trained else "",
             "final loss": f"{mean(r['loss'] for r in own):.4f}" if trained else "",
         })  # fmt: skip
+        for depth in own[0].get("depths", ()):
+            cut = [result["depths"][depth] for result in own]
+            rows.append({"variant": f"{variant}, first {depth} blocks", "seeds": len(cut),
+                         "kNN, %": spread([r["knn"] for r in cut]), "linear probe, %": spread([r["probe"] for r in cut])})  # fmt: skip
     some = configure(arguments.variants[0], 0, arguments)
     images = {part: len(list_images(work / "data" / part)) for part in ("train", "val")}
     configuration = {

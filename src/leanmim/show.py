@@ -105,8 +105,8 @@ def show(config: Show) -> Path:
     """Draw rows of original, masked image and reconstruction.
 
     Where patches are thrown (PR-MIM), they are orange in the masked image, and a further column shows them alone, as
-    they were filled in. Predictions of per-patch normalised pixels are brought back with the true patch's own mean and deviation,
-    and the picture says so.
+    they were filled in. Predictions of per-patch normalised pixels are brought back with the true patch's own mean and
+    deviation, and the picture says so.
 
     Returns:
         The picture.
