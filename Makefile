@@ -29,6 +29,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/hog_speed.py
 	$(BIN)/python benchmarks/recipe_costs.py --rounds 3 --time-batch-size 8
 	$(BIN)/python benchmarks/pr_mim.py
+	$(BIN)/python benchmarks/bim.py
 	$(BIN)/python benchmarks/ablate.py --data $(DATA)/cifar10
 	$(BIN)/python benchmarks/ablate.py --data $(DATA)/tinyimagenet28 --name fastmim-tinyimagenet28-cpu --input-size 64 \
 		--images 400 --epochs 6 --batch-size 64 --blr 0.004 --variants mae mae-half mae-hog mae-hog-half \

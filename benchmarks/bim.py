@@ -3,7 +3,8 @@
     python benchmarks/bim.py
 
 Counted: FLOPs and bytes of ViT-B for cuts, ratios and decoders, with and without one segment on the device; ViT-L and
-ViT-H in bf16. Measured: step time in turns with MAE, memory of real steps. Depths: one run against independent ones.
+ViT-H in bf16. Measured: step time in turns with MAE, memory of real steps; huge, not by default: of ViT-L and ViT-H on a
+GPU. Depths: one run against independent ones.
 """
 
 import argparse
@@ -84,6 +85,21 @@ def measured(device: torch.device, batch: int, rounds: int, models: list[str]) -
                  rows, raw, "Ratios to MAE, medians over rounds; memory of real steps.")  # fmt: skip
 
 
+def huge(device: torch.device, batch: int, rounds: int) -> None:
+    """The headline on a GPU: ViT-L and ViT-H, one segment on the device."""
+    rows, raw = [], []
+    for model, cuts in HUGE.items():
+        offloaded = {
+            f"bim, {n} segments, offloaded": replace(BIM, segments=n, mask_ratio=0.75, offload=True) for n in cuts
+        }
+        results = side_by_side({"mae": MAE, **offloaded}, [model], device, batch, rounds)
+        for all_of_it, part in zip((rows, raw), results, strict=True):
+            all_of_it += part
+    record.write(f"bim-huge-{device.type}", "ViT-L and ViT-H with one segment on the device, measured",
+                 {"device": device.type, "batch": batch, "rounds": rounds, "input": "224 px"}, rows, raw,
+                 "Ratios to MAE, medians over rounds; memory of real steps.")  # fmt: skip
+
+
 def depths(device: torch.device, batch: int, rounds: int, model: str) -> None:
     """One run for four depths, against four independent ones, with MAE's decoder and with the local one."""
     ends = (3, 6, 9, 12)
@@ -118,7 +134,7 @@ def depths(device: torch.device, batch: int, rounds: int, model: str) -> None:
 
 
 def main() -> None:
-    """All three, or those asked for."""
+    """All, or those asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=["counted", "measured", "depths"])
     parser.add_argument("--models", nargs="+", default=["vit_small_patch16_224", "vit_base_patch16_224"])
@@ -132,6 +148,8 @@ def main() -> None:
         counted(arguments.count_batch_size)
     if "measured" in arguments.parts:
         measured(device, arguments.batch_size, arguments.rounds, arguments.models)
+    if "huge" in arguments.parts:
+        huge(device, 256, arguments.rounds)
     if "depths" in arguments.parts:
         depths(device, arguments.batch_size, arguments.rounds, arguments.models[0])
 

@@ -40,6 +40,14 @@ def main() -> None:
         sys.executable, str(HERE / "recipe_costs.py"), "--device", "cuda", "--time-batch-size", "64",
         "--name", "fastmim-cost-cuda",
     ]  # fmt: skip
+    for name in ("pr_mim", "bim"):
+        parts[name] = [
+            sys.executable, str(HERE / f"{name}.py"), "--device", "cuda", "--batch-size", "64", "--parts", "measured",
+            "--models", "vit_base_patch16_224",
+        ]  # fmt: skip
+    parts["ViT-L and ViT-H"] = [
+        sys.executable, str(HERE / "bim.py"), "--device", "cuda", "--parts", "huge", "--rounds", "2",
+    ]  # fmt: skip
     if Path(arguments.data).is_dir():
         parts["ablation"] = [
             sys.executable, str(HERE / "ablate.py"), "--data", arguments.data, "--scale", "gpu", "--seeds", "0",
