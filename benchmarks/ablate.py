@@ -75,9 +75,14 @@ VARIANTS: dict[str, tuple[Pretrain, dict[str, Any]]] = {
             "-plain": dict(fill=0),
             "-plain-random": dict(fill=0, select="random"),
             "-start-random": dict(select_start="random"),
-            "-fill-1": dict(fill=1),
+            "-fill-2": dict(fill=2),
             "-fill-4": dict(fill=4),
-            **{f"-{filling}": dict(filling=filling) for filling in FILLINGS},
+            "-near-random": dict(filling="near", fill=2, select="random"),
+            "-near-start-random": dict(filling="near", fill=2, select_start="random"),
+            **{
+                f"-{name}": dict(filling=name, fill=2 if "near" in name or name == "shared-quarter" else 1)
+                for name in FILLINGS
+            },
         }.items()
     },
     # for twelve blocks; without a word the ratio is 0.75 everywhere and a local decoder has one layer
@@ -111,7 +116,7 @@ def configure(variant: str, seed: int, arguments: argparse.Namespace) -> Pretrai
     base = replace(
         recipe,
         data=str(Path(arguments.work) / "data" / "train"),
-        out=str(Path(arguments.work) / f"{variant}-{seed}"),
+        out="",
         model="vit_tiny_patch16_224",
         model_kwargs={"patch_size": patch, **scale["model"]},
         input_size=(int(shrink * arguments.input_size),),
@@ -155,8 +160,9 @@ def run_cell(variant: str, seed: int, arguments: argparse.Namespace) -> dict[str
     if variant in VARIANTS and "filling" in VARIANTS[variant][1]:
         install(VARIANTS[variant][1]["filling"])
     config = configure("mae" if variant in ("random", "pixels") else variant, seed, arguments)
+    config = replace(config, out=arguments.run)
     if variant in ("random", "pixels"):
-        config = replace(config, out=str(Path(arguments.work) / f"{variant}-{seed}"), epochs=1, blr=0.0)
+        config = replace(config, epochs=1, blr=0.0)
     before = time.perf_counter()
     leanmim.pretrain(config)
     seconds = time.perf_counter() - before
@@ -224,6 +230,7 @@ def main() -> None:
     if arguments.cell:
         variant, seed = arguments.cell[0], int(arguments.cell[1])
         torch.set_num_threads(1 if arguments.device == "cpu" else 4)
+        arguments.run = str(work / "runs" / place(variant, seed).stem)
         result = run_cell(variant, seed, arguments)
         place(variant, seed).parent.mkdir(parents=True, exist_ok=True)
         place(variant, seed).write_text(json.dumps(result))

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import weakref
@@ -21,12 +22,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import AdamW
 
 import leanmim.train
-from leanmim.checkpoint import Run, load, load_backbone, restore, save
-from leanmim.config import Export, Knn, Pretrain, Probe, Report, Show
-from leanmim.cost import StepCost, count
+from leanmim.checkpoint import Run, initialise, load, load_backbone, restore, save
+from leanmim.config import Cost, Export, Knn, Pretrain, Probe, Report, Show
+from leanmim.cost import StepCost, cost, count
 from leanmim.data import IMAGENET, Crops, Normalise, collate, epoch_order, list_images, seed_of
 from leanmim.decoder import sincos
-from leanmim.encoders import Borders, create_backbone, cuts, make_encoder
+from leanmim.encoders import Borders, as_tokens, create_backbone, cuts, make_encoder
 from leanmim.errors import UserError
 from leanmim.evaluate.knn import knn
 from leanmim.evaluate.probe import probe
@@ -34,7 +35,7 @@ from leanmim.export import export
 from leanmim.masking import Grid, Mask, cover, keep_all, narrower, random_fine_mask, random_mask, take
 from leanmim.mim import MIM, build
 from leanmim.offload import Offload
-from leanmim.recipes import BIM, FASTMIM_P, MAE
+from leanmim.recipes import BIM, FASTMIM, FASTMIM_P, MAE
 from leanmim.report import report
 from leanmim.schedule import learning_rate, stages
 from leanmim.show import show
@@ -388,6 +389,8 @@ def test_four_segments_hold_a_third_of_what_mae_holds() -> None:
     assert bim.saved_bytes < 0.31 * mae.saved_bytes
     assert bim.gradient_bytes < 0.3 * mae.gradient_bytes
     assert bim.encoder_parameters == mae.encoder_parameters + 3 * 2 * 64  # a norm at each border
+    recipe, _ = counted(segments=BIM.segments, mask_ratio=BIM.mask_ratio, decoder_depth=BIM.decoder_depth)
+    assert recipe.saved_bytes < 0.36 * mae.saved_bytes
 
 
 # Nested masks.
@@ -964,6 +967,88 @@ def test_the_depth_of_a_run_of_the_first_stages_is_recorded(tmp_path: Path, labe
     assert [json.loads(line)["depth"] for line in written] == [2, 3]
 
 
+def test_the_first_stages_alone_are_closed_by_their_norm_too(tmp_path: Path) -> None:
+    """A model pre-trained with --depth: what is evaluated is what the decoder read."""
+    config = fake_run(small("convnext", "pixel", depth=2, segments=1, mask_ratio=0.5), tmp_path / "run")
+    _, model, _ = restore(config.out)
+    backbone, _, _ = load_backbone(config.out)
+    images = images_of(config)
+    raw = as_tokens(model.encoder.backbone, model.encoder.backbone.eval().forward_features(images))
+    assert torch.equal(backbone.forward_features(images), model.encoder.norm(raw))
+    export(Export(config.out, out=str(tmp_path / "timm")))
+    whole, description = loaded(tmp_path / "timm", config)
+    own = model.encoder.backbone.state_dict()
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in own.items())
+    assert set(description["leanmim"]["not_pretrained"]) == whole.state_dict().keys() - own.keys() != set()
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 1), (4, 2), (1, 4), ((1, 3, 4), (3, 4)), (2, 2)])
+def test_weights_go_where_a_segment_ends_after_the_same_block(before: Any, after: Any, tmp_path: Path) -> None:
+    """--init from a run of other segments."""
+    base = small(segments=before, mask_ratio=0.5)
+    _, old, _ = restore(fake_run(base, tmp_path / "run").out)
+    torch.manual_seed(5)
+    new = build(replace(base, segments=after))
+    fresh = {name: value.clone() for name, value in new.state_dict().items()}
+    said = initialise(new, str(tmp_path / "run"))
+    for i, depth in enumerate(new.encoder.depths):
+        shared = depth in old.encoder.depths
+        j = old.encoder.depths.index(depth) if shared else 0
+        for mine, theirs, start in (
+            (new.decoders[i], old.decoders[j], f"decoders.{i}."),
+            (new.encoder.closing_norm(i), old.encoder.closing_norm(j), f"encoder.norms.{i}."),
+        ):
+            for name, value in mine.state_dict().items():
+                assert torch.equal(value, theirs.state_dict()[name] if shared else fresh[start + name]), (depth, name)
+        assert (f"decoders.{depth}" in said) == (f"norms.{depth}" in said) == (not shared)
+
+
+def test_a_decoder_that_learns_to_fill_takes_the_rest_from_one_that_did_not(tmp_path: Path) -> None:
+    base = small(segments=1, mask_ratio=0.75)
+    _, old, _ = restore(fake_run(base, tmp_path / "run").out)
+    new = build(replace(base, throw=0.25))
+    assert "new are decoders.4.filling" in initialise(new, str(tmp_path / "run"))
+    assert torch.equal(new.decoders[0].head.weight, old.decoders[0].head.weight)
+    deeper = build(replace(base, decoder_depth=2))
+    assert "its decoder has another shape" in initialise(deeper, str(tmp_path / "run"))
+    assert not torch.equal(deeper.decoders[0].head.weight, old.decoders[0].head.weight)
+
+
+def test_a_model_without_stages_is_cut_at_its_blocks() -> None:
+    model = build(replace(FASTMIM, model="resmlp_12_224", input_size=(224,), segments=4, decoder_depth=1))
+    assert model.encoder.depths == (3, 6, 9, 12)
+
+
+def test_a_vit_without_a_last_norm_closes_its_segments_with_none() -> None:
+    config = small(segments=2, mask_ratio=0.5)
+    model = build(replace(config, model_kwargs={**config.model_kwargs, "final_norm": False}))
+    assert isinstance(model.encoder.closing_norm(0), torch.nn.Identity)
+
+
+def test_beside_a_recipe_in_segments_one_without_is_not_offloaded() -> None:
+    one = Cost(("mae", "bim"), model="vit_tiny_patch16_224", batch_size=2, offload=True, device="cuda", json=True)
+    mae, bim = json.loads(cost(one))
+    alone = json.loads(cost(replace(one, recipes=("mae",), offload=None)))[0]
+    assert mae == alone and bim["weight_bytes"] < mae["weight_bytes"]
+    with pytest.raises(UserError, match="--offload keeps one segment of several"):
+        cost(replace(one, recipes=("mae",)))
+
+
+def test_curves_of_the_report_do_not_mix_data_sets(trained: Pretrain, tmp_path: Path) -> None:
+    run = Run(Path(shutil.copytree(trained.out, tmp_path / "run")))
+    lines = [
+        {"what": "knn", "name": "pretrained", "value": value, "data": data, "options": {"depth": depth, "k": 20},
+         "depth": depth, "parameters": depth, "latency_ms": 1.0}
+        for data, depth, value in (("a", 2, 0.1), ("b", 4, 0.9))
+    ]  # fmt: skip
+    run.evaluations.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "Accuracy against depth" not in report(Report((str(run.folder),))).read_text()
+    lines += [{**lines[0], "depth": 4, "value": 0.2}, {**lines[1], "depth": 2, "value": 0.8}]
+    run.evaluations.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report(Report((str(run.folder),))).read_text()
+    assert all(f", {data}, k 20" in page for data in "ab")
+
+
 def test_interrupted_and_continued_is_bit_identical(
     trained: Pretrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -1069,7 +1154,7 @@ def test_offloaded_training_is_the_same_training(autocast: torch.dtype | None) -
     for step in range(3):
         means = update(offload, optimizers, batches(config, step, 2), 2, 0.05)
         assert torch.equal(means, update(other, others, batches(config, step, 2), 2, 0.05))
-        assert offload.present == set()
+        assert offload.present == {0}  # for the next step
         offload.wait()
         assert equal(state_of(model, optimizers), state_of(other, others))
     moments = [value for optimizer in optimizers for value in optimizer.state.values()]
@@ -1096,11 +1181,10 @@ def test_only_a_segment_and_the_next_are_here_while_it_works() -> None:
     hooks = []
 
     def look(i: int) -> None:
-        assert offload.present == {i, min(i + 1, 3)}
         for j, segment in enumerate(segments):
-            assert {p.data_ptr() in here for p in segment} == {j in (i, i + 1)}
+            assert {p.data_ptr() in here for p in segment} == {j in offload.present}
             held = {value.data_ptr() in here for p in segment for value in optimizers[j].state.get(p, {}).values()}
-            assert held <= {j in (i, i + 1)}
+            assert held <= {j in offload.present}
         seen.append((i, set(offload.present)))
 
     for i, (block, decoder) in enumerate(zip(model.encoder.backbone.blocks, model.decoders, strict=True)):
@@ -1110,8 +1194,9 @@ def test_only_a_segment_and_the_next_are_here_while_it_works() -> None:
     for step in range(2):
         update(offload, optimizers, batches(config, step, 1))
     assert [i for i, _ in seen] == [i for i in range(4) for _ in range(4)] * 2
-    assert all(present == {i, min(i + 1, 3)} for i, present in seen)
-    assert not here
+    for k, (i, present) in enumerate(seen):  # block, decoder; backward, step: by then the next one is there
+        assert present == ({i} if k % 4 < 2 else {i, (i + 1) % 4})
+    assert offload.present == {0} and here
 
     for hook in hooks:
         hook.remove()
@@ -1119,20 +1204,23 @@ def test_only_a_segment_and_the_next_are_here_while_it_works() -> None:
     with torch.no_grad():
         expected = model.encoder.backbone(images)
         with offload.whole():
-            assert offload.present == {0, 1, 2, 3}
             assert all(p.data_ptr() in here for segment in segments for p in segment)
+            held = [
+                v.data_ptr() in here for o in optimizers[1:] for moments in o.state.values() for v in moments.values()
+            ]
+            assert held and not any(held)  # evaluating needs no moments
             assert torch.equal(model.encoder.backbone(images), expected)
-    assert offload.present == set() and not here
+    assert {p.data_ptr() in here for segment in segments[1:] for p in segment} == {False}
 
 
 def test_offloading_leaves_two_segments_of_all_on_the_device() -> None:
     all_here, flops = counted("cuda", 4, segments=4, decoder_depth=1)
     four, same = counted("cuda", 4, segments=4, decoder_depth=1, offload=True)
     eight, _ = counted("cuda", 8, segments=8, decoder_depth=1, offload=True)
-    for cost, low, high in ((all_here, 0.99, 1.03), (four, 0.5, 0.53), (eight, 0.25, 0.28)):
-        parameters = 4 * (cost.encoder_parameters + cost.decoder_parameters)  # bytes
-        assert low < cost.weight_bytes / parameters < high
-        assert low < cost.optimizer_bytes / (2 * parameters) < high
+    for found, low, high in ((all_here, 0.99, 1.03), (four, 0.5, 0.53), (eight, 0.25, 0.28)):
+        parameters = 4 * (found.encoder_parameters + found.decoder_parameters)  # bytes
+        assert low < found.weight_bytes / parameters < high
+        assert low < found.optimizer_bytes / (2 * parameters) < high
     assert four.peak_bytes < all_here.peak_bytes
     assert four.gradient_bytes == all_here.gradient_bytes
     assert same == flops

@@ -6,6 +6,7 @@ every step seeds its own randomness from (seed, process, step).
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -18,7 +19,16 @@ import torch
 from torch.optim import AdamW
 
 from leanmim.config import Pretrain
-from leanmim.encoders import Backbone, Encoder, Prefix, ViTEncoder, create_backbone, make_encoder, shorter
+from leanmim.encoders import (
+    Backbone,
+    Encoder,
+    Prefix,
+    TimmEncoder,
+    ViTEncoder,
+    create_backbone,
+    make_encoder,
+    shorter,
+)
 from leanmim.errors import UserError
 from leanmim.mim import MIM, build
 from leanmim.schedule import stages
@@ -104,8 +114,8 @@ class Run:
         """The unreadable files, one JSON object a line."""
         return self.folder / "skipped.jsonl"
 
-    def read(self) -> tuple[Pretrain, dict[str, Any]]:
-        """Configuration and newest checkpoint.
+    def read(self) -> dict[str, Any]:
+        """The newest checkpoint.
 
         Raises:
             UserError: this is not a run folder, or its checkpoint is missing or damaged.
@@ -114,11 +124,7 @@ class Run:
             raise UserError(f"{str(self.folder)!r} is not a run folder of `leanmim pretrain`: it has no config.json")
         if not self.last.is_file():
             raise UserError(f"{str(self.folder)!r} has no checkpoint yet; let `leanmim pretrain` run on")
-        state = load(self.last)
-        try:
-            return Pretrain.from_json(state["config"]), state
-        except TypeError as error:
-            raise UserError(f"{str(self.folder)!r} was written by another version of leanmim: {error}") from error
+        return load(self.last)
 
     def batch(self) -> tuple[int, int] | None:
         """Batch size and accumulation of the run that the folder holds, if it holds one."""
@@ -185,14 +191,27 @@ def restore(run: str | Path) -> tuple[Pretrain, MIM, dict[str, Any]]:
         Its configuration (that of the stage it has reached), the model, and the checkpoint (for ``step``, ``mean``,
         ``std``).
     """
-    config, state = Run(Path(run)).read()
+    state = Run(Path(run)).read()
+    return *rebuild(state, str(run)), state
+
+
+def rebuild(state: dict[str, Any], source: str) -> tuple[Pretrain, MIM]:
+    """The model of a checkpoint, and the configuration of the stage it has reached.
+
+    Raises:
+        UserError: another version of leanmim wrote it, or its weights do not fit its configuration.
+    """
+    try:
+        config = Pretrain.from_json(state["config"])
+    except TypeError as error:
+        raise UserError(f"{source!r} was written by another version of leanmim: {error}") from error
     config = stages(config)[state.get("stage", 0)].config
     model = build(config)
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
-        raise UserError(f"the checkpoint of {str(run)!r} does not fit its own configuration: {error}") from error
-    return config, model, state
+        raise UserError(f"the checkpoint of {source!r} does not fit its own configuration: {error}") from error
+    return config, model
 
 
 def adapt(backbone: Backbone, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -255,18 +274,47 @@ def fit_backbone(backbone: Backbone, state: dict[str, torch.Tensor], source: str
         if keys:
             raise UserError(
                 f"{source!r} does not fit the model: it {what} {len(keys)} of its weights ({', '.join(keys[:3])}); "
-                "choose the --model and --model-kwargs that it was trained with"
+                "choose the --model, --model-kwargs and --depth that it was trained with"
                 if what != "does not know"
                 else f"{source!r} does not fit the model: it holds {len(keys)} weights that the model has not "
-                f"({', '.join(keys[:3])}); choose the --model and --model-kwargs that it was trained with"
+                f"({', '.join(keys[:3])}); choose the --model, --model-kwargs and --depth that it was trained with"
             )
     backbone.load_state_dict({key: state[key] for key in own})
+
+
+def around(model: MIM) -> dict[str, torch.Tensor]:
+    """All weights but the backbone's; those of a segment by the block after which it ends, not by its number."""
+    depths = model.encoder.depths
+    return {
+        re.sub(r"(decoders|norms|tokens)\.(\d+)", lambda m: f"{m[1]}.{depths[int(m[2])]}", key, count=1): value
+        for key, value in model.state_dict().items()
+        if not key.startswith("encoder.backbone.")
+    }
+
+
+def take_over(model: MIM, other: MIM) -> set[str]:
+    """Copy what surrounds the backbone from another model: a decoder as a whole or not at all, its filling aside.
+
+    Returns:
+        The parts that stay as they are, by the block after which their segment ends.
+    """
+    own, found = around(model), around(other)
+    fresh = {key for key, value in own.items() if key not in found or found[key].shape != value.shape}
+    for depth in model.encoder.depths:
+        start = f"decoders.{depth}."
+        body = {key for key in own.keys() | found.keys() if key.startswith(start) and ".filling." not in key}
+        if body & fresh or body - own.keys():
+            fresh |= {key for key in own if key.startswith(start)}
+    for key in own.keys() - fresh:
+        own[key].copy_(found[key])
+    return {re.sub(r"^(encoder\.)?(borders\.)?(\w+(\.\d+)?(\.filling)?).*", r"\3", key) for key in fresh}
 
 
 def initialise(model: MIM, source: str) -> str:
     """Start from the weights of a timm checkpoint file, a leanmim checkpoint file, or a run folder.
 
-    The decoder is taken too where there is one of the same shape.
+    Decoder, closing norm and tokens are taken too, where a segment of both ends after the same block and they have the
+    same shape.
 
     Returns:
         What was taken, for people to read.
@@ -279,17 +327,13 @@ def initialise(model: MIM, source: str) -> str:
     if not path.is_file():
         raise UserError(f"--init {source!r}: there is no such file or run folder")
     if path.suffix == ".pt" and (state := load(path)):
-        weights = state["model"]
-        start = "encoder.backbone."
-        fit_backbone(
-            model.encoder.backbone, {k[len(start) :]: v for k, v in weights.items() if k.startswith(start)}, source
-        )
-        own = model.state_dict()
-        rest = {k: v for k, v in own.items() if not k.startswith(start)}
-        same = all(k in weights and weights[k].shape == v.shape for k, v in rest.items())
-        if same:
-            model.load_state_dict({k: weights[k] for k in rest}, strict=False)
-        return f"encoder {'and decoder' if same else '(its decoder has another shape and is left)'} from {source}"
+        with torch.random.fork_rng(devices=[]):
+            other = rebuild(state, source)[1]
+        fit_backbone(model.encoder.backbone, other.encoder.backbone.state_dict(), source)
+        fresh = take_over(model, other)
+        if fresh >= {f"decoders.{depth}" for depth in model.encoder.depths}:
+            return f"encoder (its decoder has another shape and is left) from {source}"
+        return f"encoder and decoder from {source}" + (f"; new are {', '.join(sorted(fresh))}" if fresh else "")
     try:
         weights = timm.models.load_state_dict(os.fspath(path), use_ema=True)
     except Exception as error:  # safetensors and torch raise many kinds for damaged files
@@ -335,7 +379,9 @@ def prefix(encoder: Encoder, config: Pretrain, depth: int | None) -> Backbone:
         UserError: no segment ends there.
     """
     if depth is None or depth == encoder.depths[-1]:
-        return encoder.backbone
+        norm = encoder.closing_norm(len(encoder.depths) - 1)
+        outside = isinstance(encoder, TimmEncoder) and not isinstance(norm, torch.nn.Identity)
+        return Prefix(encoder.backbone, norm) if outside else encoder.backbone
     if depth not in encoder.depths:
         raise UserError(
             f"--depth {depth}: the segments of this run end at {', '.join(map(str, encoder.depths))}; choose one of these, "

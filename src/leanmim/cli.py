@@ -36,7 +36,7 @@ DESCRIPTIONS = {
     "fastmim": "FastMIM: low resolution, masks painted on the image, HOG as target (any backbone).",
     "fastmim-p": "FastMIM-P: FastMIM with a resolution that grows during training.",
     "pr-mim": "PR-MIM: the decoder sees a third of the masked patches, the others are filled in (ViT).",
-    "bim": "BIM: four segments, each trained by a decoder and loss of its own, in a quarter of the memory (ViT).",
+    "bim": "BIM: four segments, each trained by a decoder and loss of its own; activations and gradients of one at a time (ViT).",
     "simmim": "SimMIM: a learned token in masked squares, one linear layer (ViT, Swin).",
 }
 COMMANDS = {

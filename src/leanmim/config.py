@@ -107,14 +107,14 @@ class Pretrain:
     others wait in host memory. Same numbers, less GPU memory, more time."""
     throw: float = 0.0
     """Partial reconstruction (PR-MIM): share of all patches, masked ones, that the decoder's layers do not see. 0 is
-    full reconstruction."""
+    full reconstruction. With --decoder-depth 0 there are no layers, and little is saved."""
     select: Literal["furthest", "random"] = "furthest"
     """With --throw: which masked patches are decoded, those furthest from each other or random ones."""
     select_start: Literal["visible", "random"] = "visible"
     """With --select furthest: what to be far from at first, all visible patches or one random masked patch."""
-    fill: int = 2
-    """With --throw: rounds in which thrown patches are filled in from decoded and visible neighbours, and then
-    compared as well. 0 is plain partial reconstruction: thrown patches do not count."""
+    fill: int = 1
+    """With --throw: rounds in which thrown patches are filled in from decoded and visible ones, from the second round on
+    from each other too, and compared as well. 0 is plain partial reconstruction: thrown patches do not count."""
 
     epochs: int = 800
     """Passes over the data."""
@@ -136,7 +136,7 @@ class Pretrain:
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's betas."""
     clip_grad: float = 0.0
-    """Largest norm of the gradient; 0 is no clipping."""
+    """Largest norm of the gradient, of each segment its own; 0 is no clipping."""
 
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """RandomResizedCrop: share of the image's area."""
@@ -360,7 +360,7 @@ class Show:
     out: str | None = None
     """Picture to write; None is reconstructions.png in the run folder."""
     block: int | None = None
-    """Of a run with --segments: whose reconstruction, 0 is the first segment; None is the last."""
+    """Of a run with --segments: the segment whose reconstruction is drawn, 0 is the first; None is the last."""
     seed: int = 0
     """Seed of the masks."""
 
@@ -374,7 +374,8 @@ class Export:
     format: Literal["timm", "transformers"] = "timm"
     """timm: the backbone. transformers: ViTMAEForPreTraining, decoder included (MAE only)."""
     depth: int | None = None
-    """Of a run with --segments: the first blocks or stages only, up to the end of a segment, with its own norm."""
+    """Of a run with --segments: the first blocks or stages only, up to the end of a segment. ViT and Swin become shorter
+    models closed by the segment's own norm; of other families the whole model is written, its later stages untrained."""
     all_depths: bool = False
     """A model for the end of each segment, in folders depth3, depth6, ... of --out."""
     out: str | None = None

@@ -33,6 +33,7 @@ from leanmim.data import Normalise
 from leanmim.decoder import Decoder, sincos
 from leanmim.device import resolve_precision
 from leanmim.encoders import create_backbone
+from leanmim.masking import distances
 from leanmim.mim import MIM, build
 from leanmim.offload import Offload
 from leanmim.recipes import RECIPES, variant
@@ -279,7 +280,8 @@ def count_stage(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[s
         config.model, config.size, config.channels, config.depth, device="meta", **config.model_kwargs
     )
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    sincos.cache_clear()  # no position table may cross the border between real and fake
+    for cached in (sincos, distances):
+        cached.cache_clear()  # no table may cross the border between real and fake
     try:
         with fake, torch.random.fork_rng(devices=[]):
             model = build(config, backbone.to_empty(device="cpu")).train()
@@ -327,7 +329,8 @@ def count_stage(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[s
                 accum = min(config.accum, 2)  # a third batch finds what the second found
                 update(watch.losses, optimizers, batches(images, normalise, accum), accum, config.clip_grad)
     finally:
-        sincos.cache_clear()
+        for cached in (sincos, distances):
+            cached.cache_clear()
     watch.turn()
 
     flops = {
@@ -413,7 +416,10 @@ def cost(config: Cost) -> str:
     """
     config.check()
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    counted = [count(variant(name, config), device) for name in config.recipes or tuple(RECIPES)]
+    configs = [variant(name, config) for name in config.recipes or tuple(RECIPES)]
+    if len(configs) > 1:  # beside recipes with segments there may be others, which have none to keep elsewhere
+        configs = [replace(c, offload=False) if c.segments in (1, (1,)) else c for c in configs]
+    counted = [count(config, device) for config in configs]
     costs = [entry for entry, _ in counted]
     if config.json:
         return json.dumps([asdict(entry) for entry in costs], indent=2)

@@ -121,6 +121,8 @@ def cuts(segments: Segments, parts: int, what: str = "blocks") -> tuple[int, ...
 
 def like(norm: nn.Module, width: int) -> nn.Module:
     """A fresh norm of the same kind: it closes a segment, and takes the place of the last one in the export."""
+    if isinstance(norm, nn.Identity):
+        return nn.Identity()  # the model has none
     return type(norm)(width, eps=norm.eps) if hasattr(norm, "eps") else nn.LayerNorm(width, eps=1e-6)
 
 
@@ -371,7 +373,8 @@ class TimmEncoder(nn.Module):
         input_size: height and width, px.
         channels: of the images.
         first_layers: so many stages are left of it, if some were left out; then a norm of our own closes them.
-        segments: how its last four stages are cut; what comes before them belongs to the first.
+        segments: how its last four stages are cut (or the blocks of a model that has no stages); what comes before them
+            belongs to the first.
         narrows: masks hide more at every border.
 
     Raises:
@@ -423,7 +426,9 @@ class TimmEncoder(nn.Module):
             )
         self.colour = nn.Parameter(torch.zeros(channels))
         self.norm = nn.LayerNorm(width, eps=1e-6) if cut else nn.Identity()
-        parts = info[:first_layers][-4:]
+        parts = info[:first_layers]
+        if len({part["reduction"] for part in parts}) > 1:  # else all have the same size, as the blocks of a ViT
+            parts = parts[-4:]
         ends = (1,) if segments in (1, (1,)) else cuts(segments, len(parts), "stages")
         layers = first_layers or len(info)
         self.depths = tuple(layers - ends[-1] + end for end in ends)

@@ -114,7 +114,7 @@ def to_timm(config: Pretrain, model: MIM, state: dict[str, Any], depth: int | No
         description["global_pool"] = pool
     weights = backbone.state_dict()
     left = config.depth if short is model.encoder.backbone else None  # a model of its own lacks nothing
-    layers = depth if isinstance(short, Prefix) else left
+    layers = (depth or config.depth) if isinstance(short, Prefix) else left
     if layers is not None:
         # the model whole, so that it loads anywhere: what pre-training left out is initialised afresh, and said so
         with torch.random.fork_rng(devices=[]):

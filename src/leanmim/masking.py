@@ -4,6 +4,7 @@ b batch, n patches of the grid, v visible, m masked, k kept, t thrown, u mask un
 """
 
 import math
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -160,6 +161,7 @@ def select_random(mask: Mask, kept: int, noise: Float[Tensor, "b n"]) -> Split:
     return Split(mask.visible, masked[:, :kept], masked[:, kept:])
 
 
+@lru_cache(maxsize=32)
 def distances(grid: Grid, device: torch.device | None = None) -> Float[Tensor, "n n"]:
     """Squared Euclidean distances between patches, in patches."""
     rows, columns = torch.meshgrid(torch.arange(grid.height), torch.arange(grid.width), indexing="ij")
@@ -168,7 +170,8 @@ def distances(grid: Grid, device: torch.device | None = None) -> Float[Tensor, "
 
 
 def select_furthest(mask: Mask, grid: Grid, kept: int, noise: Float[Tensor, "b n"], start: Start = "visible") -> Split:
-    """Decode ``kept`` of the masked patches, spread out evenly, and throw the others (PR-MIM's furthest sampling).
+    """Decode ``kept`` of the masked patches, spread out evenly, and throw the others (PR-MIM's furthest sampling: greedy
+    farthest-point sampling).
 
     Each pick is a masked patch whose nearest chosen patch is the furthest away, so that every thrown one ends up with
     a decoded or visible patch close by.
@@ -178,14 +181,15 @@ def select_furthest(mask: Mask, grid: Grid, kept: int, noise: Float[Tensor, "b n
         grid: the patch grid.
         kept: k, in 1 ... m.
         noise: in [0, 1), one number a patch; of patches equally far away the one with the highest is picked.
-        start: what counts as chosen at first. ``visible``: the visible patches. ``random``: nothing, the first pick is
-            random; visible patches are not looked at.
+        start: what counts as chosen at first. ``visible``: the visible patches; where a mask finer than the grid leaves
+            none, the same as ``random``. ``random``: nothing, the first pick is random, visible patches are not looked at.
     """
     apart = distances(grid, noise.device)
     nobody = float(grid.height**2 + grid.width**2)  # further than any patch of the grid
     nearest = torch.full_like(noise, nobody)
     if start == "visible" and mask.visible.shape[1]:
-        nearest = apart[mask.visible].amin(dim=1)
+        for part in mask.visible.split(64, dim=1):  # on a large grid all at once would be a large tensor
+            nearest = torch.minimum(nearest, apart[part].amin(dim=1))
     nearest = nearest.scatter(1, mask.visible, 0.0)
     picks = []
     for _ in range(kept):

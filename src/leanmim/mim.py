@@ -130,7 +130,7 @@ class MIM(nn.Module):
 
         Args:
             images: normalised images.
-            masks: the first segment's mask, or one for each; drawn at random when None.
+            masks: the first segment's mask, or one for each as `nest` makes them; drawn at random when None.
             splits: which masked patches are decoded, for each segment; drawn at random when None.
         """
         encoder, grid = self.encoder, self.encoder.grid
@@ -156,7 +156,7 @@ class MIM(nn.Module):
 
         Args:
             images: normalised images.
-            masks: the first segment's mask, or one for each; drawn at random when None.
+            masks: the first segment's mask, or one for each as `nest` makes them; drawn at random when None.
         """
         target = self.target(images)
         masks = self.draw_mask(images) if masks is None else masks

@@ -18,7 +18,7 @@ Move = Callable[[Tensor], Tensor]
 
 
 class Offload:
-    """A model whose segments are fetched before they run, and brought back after their step.
+    """A model whose segments are fetched before they run, and put back after their step.
 
     Use `losses` in place of the model's, in `update`: on entering segment ``i`` the caller has done with ``i - 1``.
 
@@ -44,6 +44,7 @@ class Offload:
         self.fetch = fetch or (lambda x: x.to(device, non_blocking=True, copy=True))
         self.store = store or self.to_host
         self.present: set[int] = set()
+        self.arrived: torch.cuda.Event | None = None  # what was fetched last
         trained = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         for tensor in (*model.buffers(), *(p for p in model.parameters() if p not in trained)):
             tensor.data = tensor.data.to(device)  # running statistics, fixed positions: always there
@@ -54,26 +55,28 @@ class Offload:
     def losses(self, images: Float[Tensor, "b c H W"]) -> Iterator[Float[Tensor, ""]]:
         """The model's losses, one per segment, each computed when its segment is here."""
         losses = self.model(images)
-        last = len(self.optimizers) - 1
-        for i in range(last + 1):
+        count = len(self.optimizers)
+        for i in range(count):
             self.bring(i)
-            if i < last:
-                self.bring(i + 1, ahead=True)
-            yield next(losses)
+            if self.arrived:
+                torch.cuda.current_stream(self.device).wait_event(self.arrived)
+            loss = next(losses)
+            self.bring((i + 1) % count)  # beside the forward pass just begun, and the backward pass to come
+            yield loss
             self.put_back(i)
 
     __call__ = losses
 
-    def bring(self, i: int, ahead: bool = False) -> None:
-        """Have segment ``i`` on the device: now, or (``ahead``) soon, while the device works on."""
+    def bring(self, i: int) -> None:
+        """Have segment ``i`` on its way to the device, once the one that left last has gone: it takes its memory."""
         if i not in self.present:
+            self.wait()
             self.replace(i, self.fetch)
             self.present.add(i)
-        if self.lane and not ahead:
-            torch.cuda.current_stream(self.device).wait_stream(self.lane)
+            self.arrived = self.lane.record_event() if self.lane else None
 
     def put_back(self, i: int) -> None:
-        """Have segment ``i`` on the host, as the device leaves it."""
+        """Have segment ``i`` on its way to the host, as the device leaves it."""
         if self.lane:
             self.lane.wait_stream(torch.cuda.current_stream(self.device))
         self.replace(i, self.store)
@@ -81,12 +84,18 @@ class Offload:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """All segments on the device, to evaluate the model."""
-        for i in range(len(self.optimizers)):
-            self.bring(i)
-        yield
-        for i in range(len(self.optimizers)):
-            self.put_back(i)
+        """All weights on the device, to evaluate the model."""
+        absent = [i for i in range(len(self.optimizers)) if i not in self.present]
+        for i in absent:
+            self.replace(i, self.fetch, state=False)
+        self.wait()
+        try:
+            yield
+        finally:
+            if self.lane:
+                self.lane.wait_stream(torch.cuda.current_stream(self.device))
+            for i in absent:
+                self.replace(i, self.store, state=False)
 
     def wait(self) -> None:
         """Until what is on the host may be read there."""
@@ -103,8 +112,8 @@ class Offload:
             x.record_stream(self.lane)  # its memory is free for others once the copy is done
         return host
 
-    def replace(self, i: int, move: Move) -> None:
-        """Move all that belongs to segment ``i``: weights, gradients, optimizer state."""
+    def replace(self, i: int, move: Move, state: bool = True) -> None:
+        """Move all that belongs to segment ``i``: weights, gradients, and (with ``state``) the optimizer's state."""
         work = torch.cuda.current_stream(self.device) if self.lane else None
 
         def moved(x: Tensor) -> Tensor:
@@ -120,7 +129,7 @@ class Offload:
                 parameter.data = moved(parameter.data)
                 if gradient is not None:
                     parameter.grad = moved(gradient)
-                state = optimizer.state.get(parameter, {})
-                for name, value in state.items():
+                moments = optimizer.state.get(parameter, {}) if state else {}
+                for name, value in moments.items():
                     if isinstance(value, Tensor):
-                        state[name] = moved(value)
+                        moments[name] = moved(value)

@@ -60,7 +60,7 @@ paper names no stages; these are ours).
 
 PR_MIM = replace(MAE, recipe="pr-mim", throw=0.5)
 """PR-MIM (arXiv 2411.15746): MAE whose decoder sees the visible and a furthest-sampled third of the masked patches;
-half of all patches are thrown, and filled in from their neighbours.
+half of all patches are thrown, and filled in from the others by one thin attention layer (ours).
 
     leanmim pretrain pr-mim --data photos --model vit_base_patch16_224 --out run
 """

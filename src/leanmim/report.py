@@ -365,14 +365,19 @@ def thin(points: list[tuple[float, float]], bins: int = 300) -> list[tuple[float
     )
 
 
+def protocol(line: dict[str, Any], *without: str) -> tuple[str, str, Html]:
+    """What a measurement's number depends on beside the run: measure, data, options (some left out)."""
+    left_out = {*NO_PROTOCOL.get(line["what"], ()), *without}
+    options = {k: v for k, v in line["options"].items() if k not in left_out and v not in (None, [])}
+    return line["what"], line["data"], safe(options)
+
+
 def accuracies(runs: Sequence[Loaded]) -> Html:
     """What `leanmim knn` and `leanmim probe` found; a measurement made again replaces the earlier one."""
     found: dict[tuple[str, ...], dict[str, float]] = {}
     for run in runs:
         for line in run.evaluations:
-            without = NO_PROTOCOL.get(line["what"], ())
-            options = {k: v for k, v in line["options"].items() if k not in without and v not in (None, [])}
-            found.setdefault((line["what"], line["data"], safe(options), run.title), {})[line["name"]] = line["value"]
+            found.setdefault((*protocol(line), run.title), {})[line["name"]] = line["value"]
     if not found:
         return Html(f"<p>{NOT_YET}{soft(': `leanmim knn` and `leanmim probe` measure it')}</p>")
     names = list(dict.fromkeys(name for values in found.values() for name in values))
@@ -384,22 +389,27 @@ def accuracies(runs: Sequence[Loaded]) -> Html:
 
 
 def depths(runs: Sequence[Loaded]) -> Html:
-    """Accuracy of the ends of segments against their depth, parameters and latency, in one picture."""
-    found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    """Accuracy of the ends of segments against their depth, parameters and latency, in one picture: a curve for each run
+    and way of measuring.
+    """
+    found: dict[tuple[str, ...], dict[int, dict[str, Any]]] = {}
     for run in runs:
         for line in run.evaluations:
             if "depth" in line and line["name"] == "pretrained":
-                found.setdefault((run.title, line["what"]), {})[line["parameters"]] = line
-    curves = {key: [lines[size] for size in sorted(lines)] for key, lines in found.items() if len(lines) > 1}
+                found.setdefault((run.title, *protocol(line, "depth")), {})[line["depth"]] = line
+    curves = {key: [lines[depth] for depth in sorted(lines)] for key, lines in found.items() if len(lines) > 1}
     if not curves:
         return Html("")
+    several = {(title, what) for title, what, *_ in curves if sum(key[:2] == (title, what) for key in curves) > 1}
     panels = []
     for what, title in (("knn", "kNN (%)"), ("probe", "linear probe (%)")):
         for key, name, factor in (("depth", "depth", 1.0), ("parameters", "M parameters", 1e-6),
                                   ("latency_ms", "latency, ms an image", 1.0)):  # fmt: skip
             drawn = [
-                Curve([(line[key] * factor, 100 * line["value"]) for line in lines], run.colour, run.name)
-                for run in runs for lines in [curves.get((run.title, what), [])] if lines
+                Curve([(line[key] * factor, 100 * line["value"]) for line in lines], run.colour,
+                      f"{run.name}, {data}, {options}" if (run.title, what) in several else run.name)
+                for run in runs
+                for (of, measured, data, options), lines in curves.items() if (of, measured) == (run.title, what)
             ]  # fmt: skip
             if drawn:
                 panels.append(chart(f"{title} against {name}", drawn, False, "", name))

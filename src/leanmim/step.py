@@ -37,7 +37,7 @@ def make_optimizers(model: MIM, config: Pretrain) -> list[AdamW]:
 def average_gradients(parameters: list[nn.Parameter]) -> None:
     """Among all processes."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = nn.utils.parameters_to_vector(gradients) / dist.get_world_size()
+    flat = nn.utils.parameters_to_vector(gradients).div_(dist.get_world_size())
     dist.all_reduce(flat)
     nn.utils.vector_to_parameters(flat, gradients)
 

@@ -28,7 +28,7 @@ from torch.optim import AdamW
 from torch.utils.tensorboard import SummaryWriter
 
 import leanmim
-from leanmim.checkpoint import Run, carry_over, carry_over_moments, initialise, save, write_json
+from leanmim.checkpoint import Run, carry_over, carry_over_moments, initialise, prefix, save, write_json
 from leanmim.config import Export, Pretrain, Report, Show, parse_bytes
 from leanmim.cost import count, readable
 from leanmim.data import (
@@ -371,7 +371,7 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
         model.eval()
         for part in (train, val):
             part.transform = centre_crop(now.size)
-        embed = embedding(model.encoder.backbone, "avg")
+        embed = embedding(prefix(model.encoder, now, None), "avg")
         workers = resolve_workers(config.workers)
         with trainer.whole() if isinstance(trainer, Offload) else contextlib.nullcontext():
             accuracy = knn_accuracy(
