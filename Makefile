@@ -22,7 +22,11 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 # The CPU benchmarks, with their results under benchmarks/results/; DATA holds unpacked labelled folders.
-DATA ?= data
+DATA    ?= data
+SCHEDULE = --batch-size 64 --blr 0.004
+CIFAR    = --data $(DATA)/cifar10 $(SCHEDULE)
+TINY     = --data $(DATA)/tinyimagenet28 $(SCHEDULE) --input-size 64 --images 400 --epochs 6
+PR_MIM   = $(foreach t,50 70,$(addprefix pr-mim-$(t),-plain-random -plain -random) pr-mim-$(t))
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/vs_transformers.py
 	$(BIN)/python benchmarks/cost_check.py
@@ -31,9 +35,11 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/pr_mim.py
 	$(BIN)/python benchmarks/bim.py
 	$(BIN)/python benchmarks/ablate.py --data $(DATA)/cifar10
-	$(BIN)/python benchmarks/ablate.py --data $(DATA)/tinyimagenet28 --name fastmim-tinyimagenet28-cpu --input-size 64 \
-		--images 400 --epochs 6 --batch-size 64 --blr 0.004 --variants mae mae-half mae-hog mae-hog-half \
-		mae-hog-half-time mae-hog-p mae-hog-p-time
+	$(BIN)/python benchmarks/ablate.py $(TINY) --name fastmim-tinyimagenet28-cpu \
+		--variants mae mae-half mae-hog mae-hog-half mae-hog-half-time mae-hog-p mae-hog-p-time
+	$(BIN)/python benchmarks/ablate.py $(CIFAR) --name fastmim-cifar10-cpu --variants mae mae-hog
+	$(BIN)/python benchmarks/ablate.py $(CIFAR) --name pr-mim-cifar10-cpu --variants mae $(PR_MIM)
+	$(BIN)/python benchmarks/ablate.py $(TINY) --name pr-mim-tinyimagenet28-cpu --variants mae $(PR_MIM)
 
 # After a refactor: the first ten losses of every recipe, here and at BASE, must be the same bit for bit.
 BASE ?= HEAD
