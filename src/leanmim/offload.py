@@ -49,7 +49,7 @@ class Offload:
         for tensor in (*model.buffers(), *(p for p in model.parameters() if p not in trained)):
             tensor.data = tensor.data.to(device)  # running statistics, fixed positions: always there
         for i in range(len(optimizers)):
-            self.replace(i, self.store)
+            self.put_back(i)
         self.wait()
 
     def losses(self, images: Float[Tensor, "b c H W"]) -> Iterator[Float[Tensor, ""]]:
