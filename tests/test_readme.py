@@ -99,6 +99,13 @@ TABLES = {  # result file: what a row is called in the README, and in the file
         "SimMIM": "simmim",
         "MAE": "mae",
     },
+    "pr-mim-cifar10-cpu": {
+        "MAE": "mae",
+        "random choice, thrown patches ignored": "pr-mim-50-plain-random",
+        "furthest, thrown patches ignored": "pr-mim-50-plain",
+        "random choice, filled in": "pr-mim-50-random",
+        r"furthest, filled in \(PR-MIM\)": "pr-mim-50",
+    },
     "fastmim-tinyimagenet28-cpu": {
         "random initialisation": "random initialisation",
         "pixels, 64 px": "mae",
