@@ -64,3 +64,8 @@ def tiny_simmim(tiny: Pretrain) -> Pretrain:
         input_size=(64,),
         mask_unit=16,
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test first, so that no core waits for it at the end."""
+    items.sort(key=lambda item: "the_readmes_commands" not in item.nodeid)
