@@ -101,10 +101,14 @@ TABLES = {  # result file: what a row is called in the README, and in the file
     },
     "pr-mim-cifar10-cpu": {
         "MAE": "mae",
-        "random choice, thrown patches ignored": "pr-mim-50-plain-random",
-        "furthest, thrown patches ignored": "pr-mim-50-plain",
-        "random choice, filled in": "pr-mim-50-random",
-        r"furthest, filled in \(PR-MIM\)": "pr-mim-50",
+        "50 %, random choice, thrown patches ignored": "pr-mim-50-plain-random",
+        "50 %, furthest, thrown patches ignored": "pr-mim-50-plain",
+        "50 %, random choice, filled in": "pr-mim-50-random",
+        r"50 %, furthest, filled in [(]PR-MIM[)]": "pr-mim-50",
+        "70 %, random choice, thrown patches ignored": "pr-mim-70-plain-random",
+        "70 %, furthest, thrown patches ignored": "pr-mim-70-plain",
+        "70 %, random choice, filled in": "pr-mim-70-random",
+        r"70 %, furthest, filled in [(]PR-MIM[)]": "pr-mim-70",
     },
     "fastmim-tinyimagenet28-cpu": {
         "random initialisation": "random initialisation",
