@@ -77,27 +77,16 @@ def measured(device: torch.device, batch: int, rounds: int, models: list[str]) -
     chosen = {name: RECIPES[name] for name in names}
     if device.type == "cuda":
         chosen["bim, offloaded"] = replace(BIM, offload=True)
-    rows, raw = side_by_side(chosen, models, device, batch, rounds)
-    configuration = {
-        "device": device.type, "batch": batch, "rounds": rounds, "threads": torch.get_num_threads(), "input": "224 px",
-    }  # fmt: skip
-    record.write(f"bim-step-{device.type}", "A training step of BIM against MAE, measured", configuration,
-                 rows, raw, "Ratios to MAE, medians over rounds; memory of real steps.")  # fmt: skip
+    side_by_side("bim-step", "A training step of BIM against MAE, measured", chosen, models, device, batch, rounds)
 
 
 def huge(device: torch.device, batch: int, rounds: int) -> None:
     """The headline on a GPU: ViT-L and ViT-H, one segment on the device."""
-    rows, raw = [], []
-    for model, cuts in HUGE.items():
-        offloaded = {
-            f"bim, {n} segments, offloaded": replace(BIM, segments=n, mask_ratio=0.75, offload=True) for n in cuts
-        }
-        results = side_by_side({"mae": MAE, **offloaded}, [model], device, batch, rounds)
-        for all_of_it, part in zip((rows, raw), results, strict=True):
-            all_of_it += part
-    record.write(f"bim-huge-{device.type}", "ViT-L and ViT-H with one segment on the device, measured",
-                 {"device": device.type, "batch": batch, "rounds": rounds, "input": "224 px"}, rows, raw,
-                 "Ratios to MAE, medians over rounds; memory of real steps.")  # fmt: skip
+    chosen = {"mae": MAE} | {
+        f"bim, {n} segments, offloaded": replace(BIM, segments=n, mask_ratio=0.75, offload=True) for n in (4, 8)
+    }
+    title = "ViT-L and ViT-H with one segment on the device, measured"
+    side_by_side("bim-huge", title, chosen, list(HUGE), device, batch, rounds)
 
 
 def depths(device: torch.device, batch: int, rounds: int, model: str) -> None:

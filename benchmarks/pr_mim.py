@@ -71,12 +71,9 @@ def counted(batch: int) -> None:
 def measured(device: torch.device, batch: int, rounds: int, models: list[str]) -> None:
     """Step time in turns with MAE, peak memory each in a process of its own."""
     chosen = {name: recipe for name, recipe in recipes().items() if name == "mae" or "50%" in name or "70%" in name}
-    rows, raw = side_by_side(chosen, models, device, batch, rounds)
-    configuration = {
-        "device": device.type, "batch": batch, "rounds": rounds, "threads": torch.get_num_threads(), "input": "224 px",
-    }  # fmt: skip
-    record.write(f"pr-mim-step-{device.type}", "A training step of PR-MIM against MAE, measured", configuration,
-                 rows, raw, "Ratios to MAE, medians over rounds; memory of real steps.")  # fmt: skip
+    side_by_side(
+        "pr-mim-step", "A training step of PR-MIM against MAE, measured", chosen, models, device, batch, rounds
+    )
 
 
 def sampling(device: torch.device, batch: int) -> None:

@@ -5,8 +5,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
+import record
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -132,17 +132,23 @@ def measure_each(configs: list[Pretrain], device: torch.device) -> Iterator[dict
 
 
 def side_by_side(
-    recipes: dict[str, Pretrain], models: list[str], device: torch.device, batch: int, rounds: int
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Time and memory of a step of every recipe, as ratios to the first: rows of a table, and what they come from."""
+    name: str,
+    title: str,
+    recipes: dict[str, Pretrain],
+    models: list[str],
+    device: torch.device,
+    batch: int,
+    rounds: int,
+) -> None:
+    """Write the time and memory of a step of every recipe, as ratios to the first."""
     rows, raw = [], []
     for model in models:
         configs = [replace(recipe, model=model, batch_size=batch) for recipe in recipes.values()]
         memory = list(measure_each(configs, device))
         times = in_turns(configs, device, rounds)
-        for i, name in enumerate(recipes):
+        for i, recipe in enumerate(recipes):
             rows.append({
-                "model": model.removesuffix("_224"), "recipe": name,
+                "model": model.removesuffix("_224"), "recipe": recipe,
                 "step, ms": f"{1e3 * statistics.median(line[i] for line in times):.0f}",
                 "ratio": f"{statistics.median(line[i] / line[0] for line in times):.2f}",
                 "peak, MiB": f"{memory[i]['peak'] / 2**20:.0f}",
@@ -150,6 +156,10 @@ def side_by_side(
                 "saved, MiB": f"{memory[i]['saved'] / 2**20:.0f}",
                 " ratio": f"{memory[i]['saved'] / memory[0]['saved']:.2f}",
             })  # fmt: skip
-            raw.append({"model": model, "recipe": name, "seconds": [line[i] for line in times], **memory[i]})
+            raw.append({"model": model, "recipe": recipe, "seconds": [line[i] for line in times], **memory[i]})
             print(rows[-1], flush=True)
-    return rows, raw
+    configuration = {
+        "device": device.type, "batch": batch, "rounds": rounds, "threads": torch.get_num_threads(), "input": "224 px",
+    }  # fmt: skip
+    record.write(f"{name}-{device.type}", title, configuration, rows, raw,
+                 "Ratios to the first recipe of the same model, medians over rounds; memory of real steps.")  # fmt: skip

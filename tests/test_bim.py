@@ -1026,7 +1026,8 @@ def test_a_vit_without_a_last_norm_closes_its_segments_with_none() -> None:
 
 
 def test_beside_a_recipe_in_segments_one_without_is_not_offloaded() -> None:
-    one = Cost(("mae", "bim"), model="vit_tiny_patch16_224", batch_size=2, offload=True, device="cuda", json=True)
+    one = Cost(("mae", "bim"), model="vit_tiny_patch16_224", model_kwargs={"depth": 4}, input_size=(64,), batch_size=2,
+               offload=True, device="cuda", json=True)  # fmt: skip
     mae, bim = json.loads(cost(one))
     alone = json.loads(cost(replace(one, recipes=("mae",), offload=None)))[0]
     assert mae == alone and bim["weight_bytes"] < mae["weight_bytes"]
