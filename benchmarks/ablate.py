@@ -39,7 +39,7 @@ from leanmim.recipes import BIM, FASTMIM, MAE, PR_MIM, SIMMIM
 SCALES: dict[str, dict[str, Any]] = {
     "smoke": dict(model=dict(embed_dim=48, depth=2, num_heads=2), decoder=(1, 32, 2), images=40, val=20, epochs=2, jobs=2),
     "cpu": dict(model=dict(embed_dim=96, depth=6, num_heads=3), decoder=(2, 64, 2), images=1000, val=500, epochs=8, jobs=2),
-    "cpu-deep": dict(model=dict(embed_dim=96, depth=12, num_heads=3), decoder=(4, 64, 2), images=1000, val=500, epochs=8, jobs=2),
+    "cpu-deep": dict(model=dict(embed_dim=64, depth=12, num_heads=2), decoder=(4, 64, 2), images=500, val=500, epochs=8, jobs=2),
     "gpu": dict(model=dict(embed_dim=192, depth=12, num_heads=3), decoder=(4, 128, 4), images=0, val=0, epochs=100, jobs=4),
 }  # fmt: skip
 

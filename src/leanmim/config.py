@@ -171,7 +171,8 @@ class Pretrain:
     log_every: int = 10
     """Steps between two lines of metrics.jsonl."""
     checkpoint_minutes: float = 10.0
-    """Minutes between two checkpoints, 0 is one each step; there is always one at the end."""
+    """Minutes between two checkpoints, each with a line of metrics.jsonl; 0 is one each step. There is always one at the
+    end."""
     overwrite: bool = False
     """Start afresh in a run folder that already holds another run."""
 

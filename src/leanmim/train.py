@@ -434,9 +434,9 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
 
                 done = step + 1
                 epoch, over = divmod(done + offset, part.per_epoch)
-                minutes = (time.perf_counter() - saved) / 60
-                saves = done == steps or minutes >= config.checkpoint_minutes
-                if done % config.log_every == 0 or done == stop or saves:
+                # on a step all processes agree on: they average the losses together, and their clocks differ
+                logs = done % config.log_every == 0 or done == stop or not config.checkpoint_minutes
+                if logs:
                     means = torch.stack(losses).mean(0)
                     if world > 1:
                         dist.all_reduce(means, dist.ReduceOp.AVG if device.type == "cuda" else dist.ReduceOp.SUM)
@@ -479,7 +479,8 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
                             log.write(done, knn=accuracy)
                         barrier(world)
                         since = time.perf_counter()
-                if saves and first:
+                late = time.perf_counter() - saved >= 60 * config.checkpoint_minutes
+                if first and logs and (late or done == steps):
                     checkpoint(done)
                     saved = time.perf_counter()
 
