@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+BENCHMARKS = (ROOT / "benchmarks" / "README.md").read_text()
 SMALL = (
     "--input-size 32 --model-kwargs patch_size 8 embed_dim 32 depth 2 num_heads 2 --decoder-depth 1 --decoder-width 32 "
     "--decoder-heads 2 --epochs 1 --batch-size 4 --workers 0 --device cpu"
@@ -87,12 +88,18 @@ def test_make_targets_exist() -> None:
     assert "make demo" in README and "make test" in README
 
 
-def test_links_of_the_readme_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert target.startswith("http") or (ROOT / target).exists(), target
+@pytest.mark.parametrize("folder", [".", "benchmarks"])
+def test_links_lead_somewhere(folder: str) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", (ROOT / folder / "README.md").read_text()):
+        assert target.startswith("http") or (ROOT / folder / target).exists(), target
 
 
-TABLES = {  # result file: what a row is called in the README, and in the file
+SUMMARY = {  # what a row is called in the README: the result file, and the row there
+    "`mae`": ("pr-mim-cifar10-cpu", "mae"),
+    "`pr-mim`": ("pr-mim-cifar10-cpu", "pr-mim-50"),
+    "`pr-mim`, 70 % thrown": ("pr-mim-cifar10-cpu", "pr-mim-70"),
+}
+TABLES = {  # result file: what a row is called in benchmarks/README.md, and in the file
     "ablate-cifar10-cpu": {
         "raw pixels": "raw pixels",
         "random initialisation": "random initialisation",
@@ -104,11 +111,11 @@ TABLES = {  # result file: what a row is called in the README, and in the file
         "50 %, random choice, thrown patches ignored": "pr-mim-50-plain-random",
         "50 %, furthest, thrown patches ignored": "pr-mim-50-plain",
         "50 %, random choice, filled in": "pr-mim-50-random",
-        r"50 %, furthest, filled in [(]PR-MIM[)]": "pr-mim-50",
+        "50 %, furthest, filled in (PR-MIM)": "pr-mim-50",
         "70 %, random choice, thrown patches ignored": "pr-mim-70-plain-random",
         "70 %, furthest, thrown patches ignored": "pr-mim-70-plain",
         "70 %, random choice, filled in": "pr-mim-70-random",
-        r"70 %, furthest, filled in [(]PR-MIM[)]": "pr-mim-70",
+        "70 %, furthest, filled in (PR-MIM)": "pr-mim-70",
     },
     "fastmim-tinyimagenet28-cpu": {
         "random initialisation": "random initialisation",
@@ -123,22 +130,26 @@ TABLES = {  # result file: what a row is called in the README, and in the file
 }
 
 
+def check(shown: str, text: str, file: str, name: str) -> None:
+    """The last two numbers of a row are those of a row of the file, rounded."""
+    result = (ROOT / "benchmarks" / "results" / f"{file}.md").read_text()
+    (row,) = re.findall(rf"^\| {re.escape(shown)} \|.*?([^|]+) \| ([^|]+) \|$", text, re.M)
+    (own,) = re.findall(rf"^\| {re.escape(name)} \| [^|]* \| ([^|]+) \| ([^|]+) \|", result, re.M)
+    for value, cell in zip(row, own, strict=True):
+        assert abs(float(value.split()[0]) - float(cell.split()[0])) <= 0.051, shown
+
+
 @pytest.mark.parametrize("file", TABLES)
 def test_every_measured_number_stands_in_a_result_file(file: str) -> None:
-    """The rows of the README's table are those of the file that it names, rounded."""
-    results = (ROOT / "benchmarks" / "results" / f"{file}.md").read_text()
-    rows = {
-        cells[0]: cells
-        for line in results.splitlines()
-        if line.startswith("|")
-        for cells in [line.strip("| ").split(" | ")]
-    }
-    measured = README.split(f"({f'benchmarks/results/{file}.md'})")[1].split("\n\n| ")[1]
+    """The rows of a table are those of the file that it names, rounded."""
+    table = BENCHMARKS.split(f"(results/{file}.md)")[1].split("\n\n| ")[1].split("\n\n")[0]
     for shown, name in TABLES[file].items():
-        row = re.search(rf"^\| {shown} \|.*?([^|]+) \| ([^|]+) \|$", measured, re.M)
-        assert row, shown
-        for value, cell in zip(row.groups(), rows[name][2:4], strict=True):
-            assert abs(float(value.split()[0]) - float(cell.split()[0])) <= 0.051, shown
+        check(shown, "| " + table, file, name)
+
+
+@pytest.mark.parametrize("shown", SUMMARY)
+def test_the_summary_stands_in_a_result_file(shown: str) -> None:
+    check(shown, README.split("## Measured")[1].split("\n## ")[0], *SUMMARY[shown])
 
 
 def test_photos_are_listed_with_their_licences() -> None:

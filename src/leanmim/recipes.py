@@ -1,6 +1,8 @@
 """Recipes are values: a published method with its published numbers, or a change of one.
 
-`data` and `out` are the user's; fill them in with ``dataclasses.replace(MAE, data="photos", out="run")``.
+`data` and `out` are the user's; fill them in with ``dataclasses.replace(MAE, data="photos", out="run")``. Costs are of
+ViT-B/16 and one image; kNN and linear probe are those of a small ViT after 8 epochs on 10,000 images of CIFAR-10, mean
+and spread of three seeds (benchmarks/README.md). Untrained it has 29.8 ± 1.0 and 42.1 ± 1.3 %.
 """
 
 import difflib
@@ -14,6 +16,8 @@ MAE = Pretrain(data="", out="", recipe="mae")
 """Masked autoencoder (arXiv 2111.06377): 75 % of the patches dropped, 8 x 512 decoder, normalised pixels.
 
     leanmim pretrain mae --data photos --model vit_small_patch16_224 --out run
+
+58.7 training GFLOP, 80 MiB saved for backward; kNN 40.7 ± 1.1 %, linear probe 49.4 ± 0.7 %.
 """
 
 SIMMIM = replace(
@@ -34,6 +38,8 @@ SIMMIM = replace(
 """SimMIM (arXiv 2111.09886): a learned token in squares of 32 px, one linear layer, raw pixels, ViT and Swin.
 
     leanmim pretrain simmim --data photos --model swin_tiny_patch4_window7_224 --out run
+
+77.3 training GFLOP; kNN 28.6 ± 0.9 %, linear probe 41.0 ± 0.7 % (batch 128): too few epochs for it.
 """
 
 FASTMIM = replace(
@@ -49,6 +55,8 @@ FASTMIM = replace(
 """FastMIM (arXiv 2212.06593): low resolution, a colour painted on masked squares of one patch, HOG, any backbone.
 
     leanmim pretrain fastmim --data photos --model pvt_v2_b2 --out run
+
+0.44 of SimMIM's training FLOPs, 0.49 of its bytes saved; kNN 33.5 %, linear probe 44.4 % (one seed).
 """
 
 FASTMIM_P = replace(FASTMIM, recipe="fastmim-p", stage_scales=(1.0, 1.25, 1.5), stage_starts=(0.0, 0.5, 0.8))
@@ -56,6 +64,8 @@ FASTMIM_P = replace(FASTMIM, recipe="fastmim-p", stage_scales=(1.0, 1.25, 1.5), 
 paper names no stages; these are ours).
 
     leanmim pretrain fastmim-p --data photos --model swin_tiny_patch4_window7_224 --out run
+
+0.63 of SimMIM's training FLOPs; its accuracy is not yet measured, that of a growing MAE with HOG is.
 """
 
 PR_MIM = replace(MAE, recipe="pr-mim", throw=0.5)
@@ -63,6 +73,8 @@ PR_MIM = replace(MAE, recipe="pr-mim", throw=0.5)
 half of all patches are thrown, and filled in from the others by one thin attention layer (ours).
 
     leanmim pretrain pr-mim --data photos --model vit_base_patch16_224 --out run
+
+0.72 of MAE's training FLOPs, 0.70 of its bytes saved; kNN 39.4 ± 0.1 %, linear probe 49.3 ± 0.9 %.
 """
 
 BIM = replace(MAE, recipe="bim", segments=4, mask_ratio=(0.6, 0.7, 0.75, 0.8), decoder_depth=2)
