@@ -97,7 +97,6 @@ VARIANTS: dict[str, tuple[Pretrain, dict[str, Any]]] = {
             "4-gentle": dict(mask_ratio=(0.72, 0.74, 0.76, 0.78)),
             "4-rising": dict(mask_ratio=(0.65, 0.7, 0.8, 0.85)),
             "4-steep": dict(mask_ratio=(0.6, 0.7, 0.8, 0.9)),
-            "4-late": dict(mask_ratio=(0.7, 0.7, 0.75, 0.85)),
         }.items()
     },
     # a backbone of fewer blocks, trained end to end: the twin of a segment's end

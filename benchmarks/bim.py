@@ -23,7 +23,8 @@ from leanmim.recipes import BIM, MAE
 RECIPES: dict[str, Pretrain] = {
     "mae": MAE,
     "bim": BIM,
-    **{f"bim, {layers}-layer decoders": replace(BIM, decoder_depth=layers) for layers in (1, 2, 4)},
+    **{f"bim, {layers}-layer decoders": replace(BIM, decoder_depth=layers) for layers in (2, 4)},
+    "bim, ratios 0.65 to 0.85": replace(BIM, mask_ratio=(0.65, 0.7, 0.8, 0.85)),
     **{f"bim, {n} segments": replace(BIM, segments=n, mask_ratio=0.75) for n in (2, 4, 6, 12)},
     "bim, 50 % thrown": replace(BIM, throw=0.5),
 }
@@ -73,8 +74,7 @@ def counted(batch: int) -> None:
 
 def measured(device: torch.device, batch: int, rounds: int, models: list[str]) -> None:
     """Step time in turns with MAE, memory each in a process of its own."""
-    names = ["mae", "bim", *(f"bim, {layers}-layer decoders" for layers in (1, 2) if layers != BIM.decoder_depth)]
-    chosen = {name: RECIPES[name] for name in names}
+    chosen = {name: RECIPES[name] for name in ("mae", "bim", "bim, 2-layer decoders")}
     if device.type == "cuda":
         chosen["bim, offloaded"] = replace(BIM, offload=True)
     side_by_side("bim-step", "A training step of BIM against MAE, measured", chosen, models, device, batch, rounds)
