@@ -99,6 +99,17 @@ SUMMARY = {  # what a row is called in the README: the result file, and the row 
     "`pr-mim`": ("pr-mim-cifar10-cpu", "pr-mim-50"),
     "`pr-mim`, 70 % thrown": ("pr-mim-cifar10-cpu", "pr-mim-70"),
 }
+PR_MIM = {
+    "MAE": "mae",
+    "50 %, random choice, thrown patches ignored": "pr-mim-50-plain-random",
+    "50 %, furthest, thrown patches ignored": "pr-mim-50-plain",
+    "50 %, random choice, filled in": "pr-mim-50-random",
+    "50 %, furthest, filled in (PR-MIM)": "pr-mim-50",
+    "70 %, random choice, thrown patches ignored": "pr-mim-70-plain-random",
+    "70 %, furthest, thrown patches ignored": "pr-mim-70-plain",
+    "70 %, random choice, filled in": "pr-mim-70-random",
+    "70 %, furthest, filled in (PR-MIM)": "pr-mim-70",
+}
 TABLES = {  # result file: what a row is called in benchmarks/README.md, and in the file
     "ablate-cifar10-cpu": {
         "raw pixels": "raw pixels",
@@ -106,17 +117,8 @@ TABLES = {  # result file: what a row is called in benchmarks/README.md, and in 
         "SimMIM": "simmim",
         "MAE": "mae",
     },
-    "pr-mim-cifar10-cpu": {
-        "MAE": "mae",
-        "50 %, random choice, thrown patches ignored": "pr-mim-50-plain-random",
-        "50 %, furthest, thrown patches ignored": "pr-mim-50-plain",
-        "50 %, random choice, filled in": "pr-mim-50-random",
-        "50 %, furthest, filled in (PR-MIM)": "pr-mim-50",
-        "70 %, random choice, thrown patches ignored": "pr-mim-70-plain-random",
-        "70 %, furthest, thrown patches ignored": "pr-mim-70-plain",
-        "70 %, random choice, filled in": "pr-mim-70-random",
-        "70 %, furthest, filled in (PR-MIM)": "pr-mim-70",
-    },
+    "pr-mim-cifar10-cpu": PR_MIM,
+    "pr-mim-tinyimagenet28-cpu": PR_MIM,
     "fastmim-tinyimagenet28-cpu": {
         "random initialisation": "random initialisation",
         "pixels, 64 px": "mae",
