@@ -96,6 +96,7 @@ def test_links_lead_somewhere(folder: str) -> None:
 
 SUMMARY = {  # what a row is called in the README: the result file, and the row there
     "`mae`": ("pr-mim-cifar10-cpu", "mae"),
+    "`fastmim`, 128 px": ("screen-cifar10-cpu", "fastmim"),
     "`pr-mim`": ("pr-mim-cifar10-cpu", "pr-mim-50"),
     "`pr-mim`, 70 % thrown": ("pr-mim-cifar10-cpu", "pr-mim-70"),
 }
