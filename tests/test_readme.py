@@ -120,6 +120,13 @@ TABLES = {  # result file: what a row is called in benchmarks/README.md, and in 
     },
     "pr-mim-cifar10-cpu": PR_MIM,
     "pr-mim-tinyimagenet28-cpu": PR_MIM,
+    "bim-cifar10-cpu": {
+        "random initialisation": "random initialisation",
+        "12 blocks, MAE": "mae",
+        "12 blocks, BIM": "bim-4-gentle",
+        **{f"{n} blocks, MAE": f"mae-depth-{n}" for n in (3, 6, 9)},
+        **{f"{n} blocks, BIM": f"bim-4-gentle, first {n} blocks" for n in (3, 6, 9)},
+    },
     "fastmim-tinyimagenet28-cpu": {
         "random initialisation": "random initialisation",
         "pixels, 64 px": "mae",
