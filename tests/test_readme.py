@@ -99,6 +99,7 @@ SUMMARY = {  # what a row is called in the README: the result file, and the row 
     "`fastmim`, 128 px": ("screen-cifar10-cpu", "fastmim"),
     "`pr-mim`": ("pr-mim-cifar10-cpu", "pr-mim-50"),
     "`pr-mim`, 70 % thrown": ("pr-mim-cifar10-cpu", "pr-mim-70"),
+    "`bim`": ("bim-cifar10-cpu", "bim-4-gentle"),
 }
 PR_MIM = {
     "MAE": "mae",
