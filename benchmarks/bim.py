@@ -3,8 +3,8 @@
     python benchmarks/bim.py
 
 Counted: FLOPs and bytes of ViT-B for cuts, ratios and decoders, with and without one segment on the device; ViT-L and
-ViT-H in bf16. Measured: step time in turns with MAE, memory of real steps; huge, not by default: of ViT-L and ViT-H on a
-GPU. Depths: one run against independent ones.
+ViT-H in bf16. Measured: step time in turns with MAE, memory of real steps; memory: with the batch that is counted; huge,
+not by default: of ViT-L and ViT-H on a GPU. Depths: one run against independent ones.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from typing import Any
 
 import record
 import torch
-from steps import in_turns, side_by_side
+from steps import in_turns, measure_each, side_by_side
 
 from leanmim.config import Pretrain
 from leanmim.cost import StepCost, count
@@ -80,6 +80,24 @@ def measured(device: torch.device, batch: int, rounds: int, models: list[str]) -
     side_by_side("bim-step", "A training step of BIM against MAE, measured", chosen, models, device, batch, rounds)
 
 
+def memory(batch: int, model: str) -> None:
+    """What is allocated in a step at the batch of the target; memory outside torch's allocator stands for the host's."""
+    chosen = {name: RECIPES[name] for name in ("mae", "bim")} | {"bim, offloaded": replace(BIM, offload=True)}
+    configs = [replace(recipe, model=model, batch_size=batch) for recipe in chosen.values()]
+    found = list(measure_each(configs, torch.device("cpu")))
+    rows = [
+        {
+            "recipe": name,
+            **{f"{kind}, MiB": f"{entry[kind] / 2**20:.0f}" for kind in ("saved", "peak")},
+            **{f"{kind}, ratio": f"{entry[kind] / found[0][kind]:.2f}" for kind in ("saved", "peak")},
+        }
+        for name, entry in zip(chosen, found, strict=True)
+    ]
+    configuration = {"model": model, "device": "cpu", "precision": "fp32", "batch": batch, "input": "224 px"}
+    record.write("bim-memory-cpu", "Memory of a training step of BIM against MAE, measured", configuration, rows, found,
+                 "Offloaded: what is on the device; memory outside torch's allocator stands for the host's.")  # fmt: skip
+
+
 def huge(device: torch.device, batch: int, rounds: int) -> None:
     """The headline on a GPU: ViT-L and ViT-H, one segment on the device."""
     chosen = {"mae": MAE} | {
@@ -125,10 +143,10 @@ def depths(device: torch.device, batch: int, rounds: int, model: str) -> None:
 def main() -> None:
     """All, or those asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["counted", "measured", "depths"])
+    parser.add_argument("--parts", nargs="+", default=["counted", "measured", "memory", "depths"])
     parser.add_argument("--models", nargs="+", default=["vit_small_patch16_224", "vit_base_patch16_224"])
-    parser.add_argument("--batch-size", type=int, default=8, help="of what is measured")
-    parser.add_argument("--count-batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=8, help="of what is timed")
+    parser.add_argument("--count-batch-size", type=int, default=64, help="of counted and memory")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     arguments = parser.parse_args()
@@ -137,6 +155,8 @@ def main() -> None:
         counted(arguments.count_batch_size)
     if "measured" in arguments.parts:
         measured(device, arguments.batch_size, arguments.rounds, arguments.models)
+    if "memory" in arguments.parts:
+        memory(arguments.count_batch_size, "vit_base_patch16_224")
     if "huge" in arguments.parts:
         huge(device, 256, arguments.rounds)
     if "depths" in arguments.parts:

@@ -9,15 +9,18 @@ from dataclasses import replace
 import record
 import torch
 from torch import Tensor
+from torch.optim import AdamW
 from torch.profiler import ProfilerActivity, profile
 
 from leanmim.config import Pretrain
 from leanmim.cost import count
 from leanmim.data import Normalise
 from leanmim.device import resolve_precision
-from leanmim.mim import build
+from leanmim.mim import MIM, build
+from leanmim.offload import Offload
 from leanmim.schedule import stages
 from leanmim.step import make_optimizers, update
+from leanmim.train import offloads, prepare
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
@@ -31,23 +34,59 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - before
 
 
+def ready(config: Pretrain, device: torch.device) -> tuple[MIM | Offload, list[AdamW]]:
+    """What `update` takes, with the optimizer's state there from the start, as in any step but the first.
+
+    Where a CPU is to offload, memory that is not of torch's allocator stands for the host's.
+    """
+    model = build(config)
+    model.autocast = resolve_precision(config.precision, device)
+    if not offloads(config, device):
+        model.to(device)
+    optimizers = make_optimizers(model, config)
+    for optimizer in optimizers:
+        for parameter in parameters(optimizer):
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+    if config.offload and device.type == "cpu":
+        model.train()
+        return Offload(model, optimizers, device, torch.clone, lambda x: torch.from_numpy(x.numpy().copy())), optimizers
+    return prepare(model, optimizers, config, device, 1), optimizers
+
+
+def parameters(optimizer: AdamW) -> list[Tensor]:
+    """Those that it steps."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def resident(losses: MIM | Offload, optimizers: list[AdamW]) -> list[Tensor]:
+    """The weights, buffers and optimizer state that are on the device."""
+    model = losses.model if isinstance(losses, Offload) else losses
+    away = [
+        optimizer for i, optimizer in enumerate(optimizers) if isinstance(losses, Offload) and i not in losses.present
+    ]
+    absent = {parameter for optimizer in away for parameter in parameters(optimizer)}
+    moments = [t for o in optimizers if o not in away for state in o.state.values() for t in state.values()]
+    return [*(p for p in model.parameters() if p not in absent), *model.buffers(), *moments]
+
+
 class Timed:
     """A recipe, ready to take steps; one model for each of its stages."""
 
     def __init__(self, config: Pretrain, device: torch.device) -> None:
         self.device, self.parts = device, []
         for stage in stages(config):
-            model = build(stage.config).to(device).train()
-            model.autocast = resolve_precision(config.precision, device)
+            losses, optimizers = ready(stage.config, device)
             images = torch.randn(int(config.batch_size), config.channels, *stage.config.size, device=device)
             share = (stage.stop - stage.start) / config.epochs
-            self.parts.append((share, model, make_optimizers(model, stage.config), images, stage.config.clip_grad))
+            self.parts.append((share, losses, optimizers, images, stage.config.clip_grad))
 
     def step(self) -> float:
         """Seconds of a step, on average over the epochs."""
         total = 0.0
-        for share, model, optimizers, images, clip in self.parts:
-            total += share * seconds(lambda: update(model, optimizers, [images], 1, clip), self.device)  # noqa: B023
+        for share, losses, optimizers, images, clip in self.parts:
+            total += share * seconds(lambda: update(losses, optimizers, [images], 1, clip), self.device)  # noqa: B023
         return total
 
 
@@ -73,31 +112,22 @@ def transient(call: Callable[[], object]) -> int:
 
 def measure(config: Pretrain, device: torch.device) -> dict[str, int]:
     """Peak, and bytes saved for backward, of one real step, after the optimizer's state is there."""
-    cuda = device.type == "cuda"
     cost, _ = count(config, device.type)
-    model = build(config).to(device).train()
-    model.autocast = resolve_precision(config.precision, device)
-    optimizers = make_optimizers(model, config)
+    losses, optimizers = ready(config, device)
     normalise = Normalise([0.5] * 3, [0.5] * 3, device)
     images = torch.randint(0, 255, (int(config.batch_size), 3, *config.size), dtype=torch.uint8)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     held: dict[int, int] = {}
     saved = 0
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
+        if storage.data_ptr() not in {weight.untyped_storage().data_ptr() for weight in resident(losses, optimizers)}:
             held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    def losses(images: Tensor) -> Iterator[Tensor]:
+    def watched(images: Tensor) -> Iterator[Tensor]:
         nonlocal saved
-        for loss in model(images):
+        for loss in losses(images):
             saved = max(saved, sum(held.values()))
             yield loss
             held.clear()
@@ -110,15 +140,16 @@ def measure(config: Pretrain, device: torch.device) -> dict[str, int]:
     def step(through: Callable[[Tensor], Iterator[Tensor]]) -> None:
         update(through, optimizers, batches(), config.accum, config.clip_grad)
 
-    if cuda:
-        step(model)
+    if device.type == "cuda":
+        step(losses)
         torch.cuda.reset_peak_memory_stats()
-        step(model)
+        step(losses)
         peak = torch.cuda.max_memory_allocated()
     else:
-        peak = transient(lambda: step(model)) + cost.weight_bytes + cost.optimizer_bytes  # those were there before
+        before = sum(tensor.untyped_storage().nbytes() for tensor in resident(losses, optimizers))
+        peak = before + transient(lambda: step(losses))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step(losses)
+        step(watched)
     return {
         "peak": peak, "saved": saved, "predicted_peak": cost.peak_bytes, "predicted_saved": cost.saved_bytes,
     }  # fmt: skip

@@ -402,20 +402,7 @@ class TimmEncoder(nn.Module):
         remedy = (
             f"try --input-size {near[0]} {near[1]}, or another model" if near != input_size else "try another model"
         )
-        was_training = backbone.training
-        backbone.eval()  # an empty image is none that running statistics should learn from
-        with torch.enable_grad(), Flow(backbone) as flow:
-            try:
-                features = backbone.forward_features(torch.zeros(1, channels, *input_size))
-            except (RuntimeError, AssertionError, ValueError) as error:
-                raise UserError(f"{name} does not run at input size {input_size}: {error}; {remedy}") from error
-            if not isinstance(features, Tensor) or features.ndim not in (3, 4):
-                raise UserError(f"{name} cannot be masked in pixel space: its features are not one grid of patches")
-            features.sum().backward()
-        for parameter in backbone.parameters():
-            parameter.requires_grad_(parameter.grad is not None)
-            parameter.grad = None
-        backbone.train(was_training)
+        features, units = run_once(backbone, input_size, channels, remedy)
         n, width = as_tokens(backbone, features).shape[1:]
         self.stride = stride
         self.grid = Grid(input_size[0] // stride, input_size[1] // stride)
@@ -436,7 +423,7 @@ class TimmEncoder(nn.Module):
         zooms = tuple(stride // part["reduction"] for part in inner)
         widths = tuple(part["num_chs"] for part in inner)
         self.widths = (*(w * k**2 for w, k in zip(widths, zooms, strict=True)), width)
-        self.units = flow.units(features) if inner else []
+        self.units = units if inner else []
         places = [self.units.index(part["module"]) + 1 if part["module"] in self.units else 0 for part in inner]
         if inner and not all(places):
             raise UserError(
@@ -484,6 +471,31 @@ class TimmEncoder(nn.Module):
         inside = name.removeprefix("backbone.")
         place = next((k for k, unit in enumerate(self.units) if inside.startswith(unit + ".")), 0)
         return len(self.ends) - 1 if name.startswith("norm.") else sum(end <= place for end in self.ends[:-1])
+
+
+def run_once(backbone: Backbone, input_size: tuple[int, int], channels: int, remedy: str) -> tuple[Tensor, list[str]]:
+    """The features of an empty image, and the modules that made them (`Flow.units`).
+
+    From then on only those parameters are trained on which the features depend.
+
+    Raises:
+        UserError: the backbone does not take the size (with the ``remedy``), or its features are not one grid.
+    """
+    name, was_training = type(backbone).__name__, backbone.training
+    backbone.eval()  # an empty image is none that running statistics should learn from
+    with torch.enable_grad(), Flow(backbone) as flow:
+        try:
+            features = backbone.forward_features(torch.zeros(1, channels, *input_size))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise UserError(f"{name} does not run at input size {input_size}: {error}; {remedy}") from error
+        if not isinstance(features, Tensor) or features.ndim not in (3, 4):
+            raise UserError(f"{name} cannot be masked in pixel space: its features are not one grid of patches")
+        features.sum().backward()
+    for parameter in backbone.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
+    backbone.train(was_training)
+    return features, flow.units(features)
 
 
 class Flow:
