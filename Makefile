@@ -28,6 +28,8 @@ CIFAR    = --data $(DATA)/cifar10 $(SCHEDULE)
 TINY     = --data $(DATA)/tinyimagenet28 $(SCHEDULE) --input-size 64 --images 400 --epochs 6
 PR_MIM   = $(foreach t,50 70,$(addprefix pr-mim-$(t),-plain-random -plain -random) pr-mim-$(t))
 DEEP     = --scale cpu-deep --batch-size 32 --blr 0.008
+DEEP_C   = --data $(DATA)/cifar10 $(DEEP)
+DEEP_T   = --data $(DATA)/tinyimagenet28 $(DEEP) --input-size 64 --images 180
 DEPTHS   = mae-depth-3 mae-depth-6 mae-depth-9
 BIM      = bim-2 bim-4 bim-12 $(addprefix bim-4-,gentle rising steep layers-2 layers-4) $(DEPTHS)
 bench: $(VENV)/.dev
@@ -43,10 +45,10 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/ablate.py $(CIFAR) --name fastmim-cifar10-cpu --variants mae mae-hog
 	$(BIN)/python benchmarks/ablate.py $(CIFAR) --name pr-mim-cifar10-cpu --variants mae $(PR_MIM)
 	$(BIN)/python benchmarks/ablate.py $(TINY) --name pr-mim-tinyimagenet28-cpu --variants mae $(PR_MIM)
-	$(BIN)/python benchmarks/ablate.py --data $(DATA)/cifar10 $(DEEP) --name screen-bim-cifar10-cpu --seeds 0 \
-		--variants mae $(BIM)
-	$(BIN)/python benchmarks/ablate.py --data $(DATA)/cifar10 $(DEEP) --name bim-cifar10-cpu \
-		--variants mae bim-4-gentle $(DEPTHS)
+	$(BIN)/python benchmarks/ablate.py $(DEEP_C) --name screen-bim-cifar10-cpu --seeds 0 --variants mae $(BIM)
+	$(BIN)/python benchmarks/ablate.py $(DEEP_C) --name bim-cifar10-cpu --variants mae bim-4-gentle $(DEPTHS)
+	$(BIN)/python benchmarks/ablate.py $(DEEP_T) --name screen-bim-tinyimagenet28-cpu --seeds 0 --variants mae $(BIM)
+	$(BIN)/python benchmarks/ablate.py $(DEEP_T) --name bim-tinyimagenet28-cpu --variants mae bim-4-gentle $(DEPTHS)
 
 # After a refactor: the first ten losses of every recipe, here and at BASE, must be the same bit for bit.
 BASE ?= HEAD
