@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import asdict, replace
-from itertools import pairwise, product
+from itertools import accumulate, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from leanmim.data import IMAGENET, Crops, Normalise, collate, epoch_order, list_
 from leanmim.decoder import sincos
 from leanmim.encoders import Borders, as_tokens, create_backbone, cuts, make_encoder
 from leanmim.errors import UserError
+from leanmim.evaluate.features import latency
 from leanmim.evaluate.knn import knn
 from leanmim.evaluate.probe import probe
 from leanmim.export import export
@@ -38,7 +39,7 @@ from leanmim.offload import Offload
 from leanmim.recipes import BIM, FASTMIM, FASTMIM_P, MAE
 from leanmim.report import report
 from leanmim.schedule import learning_rate, stages
-from leanmim.show import show
+from leanmim.show import predict, show
 from leanmim.step import make_optimizers, parameter_groups, update
 from leanmim.train import at_next_size, pretrain
 
@@ -931,7 +932,22 @@ def test_show_draws_the_segment_asked_for(trained: Pretrain, tmp_path: Path) -> 
             show(Show(trained.out, count=1, block=block))
 
 
-def test_depths_are_evaluated_and_compared_in_the_report(trained: Pretrain, labelled: str) -> None:
+def test_a_reconstruction_is_the_work_of_its_own_decoder() -> None:
+    config = small(segments=2, mask_ratio=0.5)
+    model, _ = made(config)
+    images = images_of(config)
+    masks = model.nest(model.draw_mask(images))
+    before = [predict(model, images, masks, block=i) for i in range(2)]
+    nn.init.zeros_(model.decoders[1].head.weight)
+    nn.init.zeros_(model.decoders[1].head.bias)
+    assert before[0].any() and torch.equal(predict(model, images, masks, block=0), before[0])
+    assert before[1].any() and not predict(model, images, masks, block=1).any()
+
+
+def test_depths_are_evaluated_and_compared_in_the_report(
+    trained: Pretrain, labelled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("leanmim.evaluate.features.latency", lambda embed, image: 0.25)
     title = "Accuracy against depth"
     run = Run(Path(trained.out))
     options = dict(run=trained.out, data=labelled, device="cpu", workers=0, k=1)
@@ -956,7 +972,13 @@ def test_depths_are_evaluated_and_compared_in_the_report(trained: Pretrain, labe
     block = sum(p.numel() for p in vit.blocks[0].parameters())
     whole = sum(p.numel() for p in vit.parameters())
     assert [line["parameters"] for line in facts] == [whole - 2 * block, whole] * 2
-    assert all(0 < line["latency_ms"] < 1e4 for line in facts)
+    assert [line["latency_ms"] for line in facts] == [250.0] * 4
+
+
+def test_latency_is_the_median_of_what_each_image_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = accumulate([0.0, 9.0, 1.0, 2.0, 1.0, 4.0, 1.0, 8.0])  # s between readings; the first image warms up
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    assert latency(lambda image: image, torch.zeros(1, 3, 4, 4), repeats=3) == 4.0
 
 
 def test_the_depth_of_a_run_of_the_first_stages_is_recorded(tmp_path: Path, labelled: str) -> None:

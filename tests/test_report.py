@@ -166,7 +166,31 @@ def test_charts_overlay_the_runs_and_draw_each_segment(tmp_path: Path) -> None:
         "peak memory (GiB)": 2, "waiting for data (% of time)": 2,
     }  # fmt: skip
     assert "no run has --knn-data" in page.text
-    assert "b, segment 1" in page.text
+    heights = [{y for _, y in curve(page, f"b, segment {i}")} for i in (0, 1)]
+    assert max(heights[0]) < min(heights[1]) and len(heights[0]) == len(heights[1]) == 1  # 3 stands above 1
+
+
+def curve(page: Page, label: str) -> list[tuple[float, float]]:
+    """The only line of that name, px from the chart's upper left corner."""
+    (points,) = re.findall(rf'<title>{label}</title><polyline points="([^"]+)"', page.source)
+    return [(float(x), float(y)) for x, y in (point.split(",") for point in points.split())]
+
+
+def test_depths_stand_where_their_parameters_and_latency_are(tmp_path: Path) -> None:
+    ends = [(1, 1e6, 4.0, 0.1), (2, 4e6, 5.0, 0.3)]  # depth, parameters, ms, accuracy
+    folder = make(tmp_path / "run", evaluations=lines(*(
+        {"what": "knn", "name": "pretrained", "value": value, "data": "labelled", "options": {"depth": depth},
+         "depth": depth, "parameters": parameters, "latency_ms": latency}
+        for depth, parameters, latency, value in ends
+    )))  # fmt: skip
+    page = Page(report(Report((folder,))))
+    for name, share in (("depth", 1 / 2), ("M parameters", 1 / 4), ("latency, ms an image", 4 / 5)):
+        (svg,) = re.findall(rf'aria-label="kNN \(%\) against {name}">(.*?)</svg>', page.source)
+        (points,) = re.findall(r'<polyline points="([\d.]+),([\d.]+) ([\d.]+),([\d.]+)"', svg)
+        x, y, last, high = map(float, points)
+        left = min(float(start) for start in re.findall(r'd="M([\d.]+) ', svg))
+        assert (x - left) / (last - left) == pytest.approx(share, abs=0.01) and y > high
+        assert ">10</text>" in svg and ">30</text>" in svg  # per cent
 
 
 def test_points_stay_inside_the_chart_and_a_single_one_is_drawn(tmp_path: Path) -> None:
