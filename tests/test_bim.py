@@ -23,6 +23,7 @@ from torch.optim import AdamW
 
 import leanmim.train
 from leanmim.checkpoint import Run, initialise, load, load_backbone, restore, save
+from leanmim.cli import main
 from leanmim.config import Cost, Export, Knn, Pretrain, Probe, Report, Show
 from leanmim.cost import StepCost, cost, count
 from leanmim.data import IMAGENET, Crops, Normalise, collate, epoch_order, list_images, seed_of
@@ -51,6 +52,7 @@ BACKBONES = {
     "vit, rms norm": ("vit_tiny_patch16_224", {**PLAIN, "norm_layer": "rmsnorm"}, (32,)),
     "vit, registers, average": ("vit_medium_patch16_reg4_gap_256", PLAIN, (32,)),
     "swin": ("swin_tiny_patch4_window7_224", {"embed_dim": 24}, (64,)),
+    "swin v2": ("swinv2_tiny_window8_256", {"embed_dim": 24}, (64,)),
     "convnext": ("convnext_atto", {}, (64,)),
 }
 
@@ -660,6 +662,11 @@ def test_cuts_are_the_ends_of_segments() -> None:
     assert cuts((1, 5, 12), 12) == (1, 5, 12)
     assert build(small(segments=(1, 4), mask_ratio=0.5)).encoder.depths == (1, 4)
     assert build(small("convnext", "pixel", segments=(2, 4), mask_ratio=0.5)).encoder.depths == (2, 4)
+    resnet = replace(small("convnext", "pixel", mask_ratio=0.5), model="resnet10t")  # timm counts its stem
+    assert build(replace(resnet, segments=2)).encoder.depths == (3, 5)
+    assert build(replace(resnet, segments=(2, 5))).encoder.depths == (2, 5)
+    with pytest.raises(UserError, match=r"4 stages, 2 to 5: give rising numbers of which the last is 5"):
+        build(replace(resnet, segments=(1, 4)))
 
 
 def test_ratios_that_fall() -> None:
@@ -668,11 +675,22 @@ def test_ratios_that_fall() -> None:
     build(small(mask_ratio=(0.5, 0.7, 0.75, 0.8)))
 
 
-@pytest.mark.parametrize("ratios", [(0.5, 0.6), (0.5,) * 5])
+@pytest.mark.parametrize("ratios", [(0.5,) * 3, (0.5,) * 5])
 def test_another_number_of_ratios_than_of_segments(ratios: tuple[float, ...]) -> None:
     with pytest.raises(UserError, match=f"--mask-ratio gives {len(ratios)} numbers for 4 segments; give one"):
         build(small(mask_ratio=ratios))
     assert build(small(mask_ratio=ratios[:1])).mask_ratios == (0.5,) * 4
+
+
+def test_two_ratios_are_the_ends_of_equal_steps() -> None:
+    assert build(small(mask_ratio=(0.5, 0.8))).mask_ratios == (0.5, 0.6, 0.7, 0.8)
+    assert build(small(segments=2, mask_ratio=(0.5, 0.8))).mask_ratios == (0.5, 0.8)
+    for segments in (2, 3, 4, 6, 12):  # the recipe's own go with all
+        ratios = build(replace(BIM, model_kwargs=PLAIN | {"depth": 12}, segments=segments)).mask_ratios
+        assert len(ratios) == segments and ratios[0] == 0.72 and ratios[-1] == 0.78
+    assert build(replace(BIM, model_kwargs=PLAIN)).mask_ratios == (0.72, 0.74, 0.76, 0.78)
+    with pytest.raises(UserError, match="2 numbers for 1 segments"):
+        build(small(segments=1, mask_ratio=(0.5, 0.6)))
 
 
 def test_no_ratio_at_all() -> None:
@@ -774,17 +792,30 @@ def test_all_depths_go_into_the_run_folder_by_default(tmp_path: Path) -> None:
     config = fake_run(small(segments=2, mask_ratio=0.5), tmp_path / "run")
     assert export(Export(config.out, all_depths=True)) == tmp_path / "run" / "export"
     assert {path.name for path in (tmp_path / "run" / "export").iterdir()} == {"timm-depth2", "timm-depth4"}
+    export(Export(config.out, all_depths=True))  # again: what leanmim wrote there it may write anew
+    taken = tmp_path / "all" / "depth4"
+    taken.mkdir(parents=True)
+    (taken / "mine").touch()
+    with pytest.raises(UserError, match="depth4' is not empty; choose another --out, or --overwrite"):
+        export(Export(config.out, all_depths=True, out=str(tmp_path / "all")))
+    assert not (tmp_path / "all" / "depth2").exists()  # it said so before it wrote anything
+    export(Export(config.out, all_depths=True, out=str(tmp_path / "all"), overwrite=True))
+    with pytest.raises(UserError, match=r"--all-depths: --format transformers.*use --format timm"):
+        export(Export(config.out, all_depths=True, format="transformers"))
     with pytest.raises(UserError, match="--depth and --all-depths: give one"):
         export(Export(config.out, all_depths=True, depth=2))
     with pytest.raises(UserError, match=r"--depth: --format transformers.*use --format timm"):
         export(Export(config.out, format="transformers", depth=2))
 
 
-@pytest.mark.parametrize(("masking", "ends"), [("token", (1, 3, 4)), ("pixel", (2, 4))])
+@pytest.mark.parametrize(
+    ("backbone", "masking", "ends"),
+    [("swin", "token", (1, 3, 4)), ("swin", "pixel", (2, 4)), ("swin v2", "pixel", (1, 2, 4))],
+)
 def test_exported_depths_of_a_swin_are_its_first_stages_and_the_borders_norm(
-    masking: str, ends: tuple[int, ...], tmp_path: Path
+    backbone: str, masking: str, ends: tuple[int, ...], tmp_path: Path
 ) -> None:
-    config = fake_run(small("swin", masking, segments=ends, mask_ratio=0.5), tmp_path / "run")
+    config = fake_run(small(backbone, masking, segments=ends, mask_ratio=0.5), tmp_path / "run")
     folder = export(Export(config.out, all_depths=True, out=str(tmp_path / "all")))
     assert {path.name for path in folder.iterdir()} == {f"depth{end}" for end in ends}
     _, trained, _ = restore(config.out)
@@ -800,7 +831,9 @@ def test_exported_depths_of_a_swin_are_its_first_stages_and_the_borders_norm(
         assert "not_pretrained" not in description["leanmim"]
 
 
-def test_exported_depths_of_a_convnext_are_whole_and_say_what_is_fresh(tmp_path: Path) -> None:
+def test_exported_depths_of_a_convnext_are_whole_and_say_what_is_fresh(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = fake_run(small("convnext", "pixel", segments=(2, 4), mask_ratio=0.5), tmp_path / "run")
     folder = export(Export(config.out, all_depths=True, out=str(tmp_path / "all")))
     _, trained, _ = restore(config.out)
@@ -813,6 +846,7 @@ def test_exported_depths_of_a_convnext_are_whole_and_say_what_is_fresh(tmp_path:
     model, description = loaded(folder / "depth2", config)
     fresh = description["leanmim"]["not_pretrained"]
     assert description["leanmim"]["depth"] == 2
+    assert "does not build convnext_atto shorter" in capsys.readouterr().err
     later = {key for key in own if key.startswith(("stages.2.", "stages.3."))}
     assert later <= set(fresh) <= later | {"head.norm.weight", "head.norm.bias"}
     state = model.state_dict()
@@ -926,6 +960,9 @@ def test_show_draws_the_segment_asked_for(trained: Pretrain, tmp_path: Path) -> 
         out = str(tmp_path / f"{block}.png")
         pictures.append(show(Show(trained.out, count=1, out=out, block=block)).read_bytes())
         assert pictures[-1].startswith(b"\x89PNG")
+    whole = (Path(trained.out) / "reconstructions.png").read_bytes()
+    assert show(Show(trained.out, count=1, block=0)) == Path(trained.out) / "reconstructions-block0.png"
+    assert (Path(trained.out) / "reconstructions.png").read_bytes() == whole  # the run's own, as in the report
     assert pictures[0] != pictures[1] == pictures[2]
     for block in (-1, 2):
         with pytest.raises(UserError, match=f"--block {block}: this run has 2 segments, 0 to 1"):
@@ -1047,11 +1084,21 @@ def test_a_vit_without_a_last_norm_closes_its_segments_with_none() -> None:
     assert isinstance(model.encoder.closing_norm(0), torch.nn.Identity)
 
 
+def test_offloading_is_a_switch_and_says_where_it_does_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("cost", "bim", "--offload", "--model", "vit_tiny_patch16_224", "--model-kwargs", "depth", "4",
+             "--input-size", "64", "--batch-size", "2")  # fmt: skip
+    nothing = "nothing to offload: cpu has no memory of its own"
+    main([*words, "--device", "cpu"])
+    assert nothing in capsys.readouterr().out
+    main([*words, "--device", "cuda"])
+    assert nothing not in capsys.readouterr().out
+
+
 def test_beside_a_recipe_in_segments_one_without_is_not_offloaded() -> None:
     one = Cost(("mae", "bim"), model="vit_tiny_patch16_224", model_kwargs={"depth": 4}, input_size=(64,), batch_size=2,
                offload=True, device="cuda", json=True)  # fmt: skip
     mae, bim = json.loads(cost(one))
-    alone = json.loads(cost(replace(one, recipes=("mae",), offload=None)))[0]
+    alone = json.loads(cost(replace(one, recipes=("mae",), offload=False)))[0]
     assert mae == alone and bim["weight_bytes"] < mae["weight_bytes"]
     with pytest.raises(UserError, match="--offload keeps one segment of several"):
         cost(replace(one, recipes=("mae",)))
@@ -1185,6 +1232,19 @@ def test_offloaded_training_is_the_same_training(autocast: torch.dtype | None) -
     moments = [value for optimizer in optimizers for value in optimizer.state.values()]
     assert len(moments) == sum(map(len, of_segments(optimizers)))
     assert all(state["step"] == 3 and state["exp_avg"].any() for state in moments)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_offloaded_training_on_a_gpu_is_the_same_training(tmp_path: Path, labelled: str) -> None:
+    """Streams, events and pinned memory; evaluated and saved on the way."""
+    config = small(device="cuda", precision="fp32", accum=2, batch_size=2, knn_data=labelled, knn_every=1,
+                   checkpoint_minutes=0.0)  # fmt: skip
+    runs = [replace(config, out=str(tmp_path / str(offload)), offload=offload) for offload in (False, True)]
+    for run in runs:
+        pretrain(run)
+    one, other = (load(Run(Path(run.out)).last) for run in runs)
+    assert equal(one["model"], other["model"]) and equal(one["optimizers"], other["optimizers"])
 
 
 def test_only_a_segment_and_the_next_are_here_while_it_works() -> None:

@@ -180,7 +180,7 @@ def test_depths_stand_where_their_parameters_and_latency_are(tmp_path: Path) -> 
     ends = [(1, 1e6, 4.0, 0.1), (2, 4e6, 5.0, 0.3)]  # depth, parameters, ms, accuracy
     folder = make(tmp_path / "run", evaluations=lines(*(
         {"what": "knn", "name": "pretrained", "value": value, "data": "labelled", "options": {"depth": depth},
-         "depth": depth, "parameters": parameters, "latency_ms": latency}
+         "depth": depth, "parameters": parameters, "latency_ms": latency, "step": 9, "device": "cpu"}
         for depth, parameters, latency, value in ends
     )))  # fmt: skip
     page = Page(report(Report((folder,))))

@@ -81,8 +81,8 @@ class Pretrain:
     """How the mask reaches the backbone: drop masked tokens (MAE, plain ViT), put a learned token there (SimMIM, ViT
     and Swin), or paint a learned colour on the image (FastMIM, any timm backbone)."""
     mask_ratio: float | tuple[float, ...] = 0.75
-    """Share of the image that is masked, in (0, 1); or one for each segment, not falling (BIM): later segments see
-    fewer patches."""
+    """Share of the image that is masked, in (0, 1). With --segments also one for each, not falling (BIM: later segments
+    see fewer patches); or two, the first's and the last's, with equal steps between."""
     mask_unit: int = 0
     """Side of the squares that are masked, px; 0 is one patch. With pixel masking it may be less than a patch."""
     target: Literal["pixels", "raw-pixels", "hog"] = "pixels"
@@ -359,7 +359,7 @@ class Show:
     count: int = 8
     """Rows at most."""
     out: str | None = None
-    """Picture to write; None is reconstructions.png in the run folder."""
+    """Picture to write; None is reconstructions.png in the run folder, or reconstructions-block0.png with --block 0."""
     block: int | None = None
     """Of a run with --segments: the segment whose reconstruction is drawn, 0 is the first; None is the last."""
     seed: int = 0
@@ -419,8 +419,8 @@ class Cost:
     """As in pretrain; None is each recipe's own."""
     segments: int | tuple[int, ...] | None = None
     """As in pretrain; None is each recipe's own."""
-    offload: bool | None = None
-    """As in pretrain; None is each recipe's own."""
+    offload: bool = False
+    """As in pretrain."""
     depth: int | None = None
     """As in pretrain."""
     target: Literal["pixels", "raw-pixels", "hog"] | None = None

@@ -423,4 +423,5 @@ def cost(config: Cost) -> str:
     costs = [entry for entry, _ in counted]
     if config.json:
         return json.dumps([asdict(entry) for entry in costs], indent=2)
-    return table(costs, [flops for _, flops in counted])
+    text = table(costs, [flops for _, flops in counted])
+    return text + f"\nnothing to offload: {device} has no memory of its own" * (config.offload and device == "cpu")

@@ -25,6 +25,11 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device(name)
 
 
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or cpu, mps."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def resolve_precision(name: str, device: torch.device) -> torch.dtype | None:
     """The dtype to autocast to, or None for float32."""
     if name == "auto":

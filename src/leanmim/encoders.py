@@ -21,13 +21,14 @@ import timm
 import torch
 from jaxtyping import Bool, Float, Int
 from timm.layers import PatchEmbed
-from timm.models import SwinTransformer, VisionTransformer
+from timm.models import SwinTransformer, SwinTransformerV2, VisionTransformer
 from torch import Tensor, nn
 
 from leanmim.decoder import init_linear, sincos
 from leanmim.errors import UserError
 from leanmim.masking import Grid, Mask, cover, hidden_squares, magnify, take
 
+SWIN = (SwinTransformer, SwinTransformerV2)
 Masking = Literal["drop", "token", "pixel"]
 Segments = int | tuple[int, ...]  # so many equal ones, or the block after which each ends
 Backbone = Any  # a timm model: an nn.Module whose attributes differ from family to family
@@ -97,8 +98,8 @@ def as_tokens(backbone: Backbone, features: Tensor) -> Float[Tensor, "b n d"]:
     return features.flatten(2).transpose(1, 2)
 
 
-def cuts(segments: Segments, parts: int, what: str = "blocks") -> tuple[int, ...]:
-    """The block (or stage) after which each segment ends.
+def cuts(segments: Segments, parts: int, what: str = "blocks", before: int = 0) -> tuple[int, ...]:
+    """The block (or stage) after which each segment ends; ``before`` others come first and are not cut.
 
     Raises:
         UserError: the blocks do not divide, or the numbers do not rise to the last block.
@@ -109,12 +110,13 @@ def cuts(segments: Segments, parts: int, what: str = "blocks") -> tuple[int, ...
             raise UserError(
                 f"--segments: {parts} {what} do not divide into {segments} equal segments; possible: {good}"
             )
-        return tuple(accumulate([parts // segments] * segments))
-    rising = all(low < high for low, high in zip((0, *segments), segments, strict=False))
-    if not segments or not rising or segments[-1] != parts:
+        return tuple(accumulate([before + parts // segments] + [parts // segments] * (segments - 1)))
+    rising = all(low < high for low, high in zip((before, *segments), segments, strict=False))
+    if not segments or not rising or segments[-1] != before + parts:
+        own = f"{parts} {what}" + f", {before + 1} to {before + parts}" * (before > 0)
         raise UserError(
-            f"--segments {' '.join(map(str, segments))} does not cut the model's {parts} {what}: give rising numbers of "
-            f"which the last is {parts}, or one number of equal segments"
+            f"--segments {' '.join(map(str, segments))} does not cut the model's {own}: give rising numbers of "
+            f"which the last is {before + parts}, or one number of equal segments"
         )
     return segments
 
@@ -416,10 +418,10 @@ class TimmEncoder(nn.Module):
         parts = info[:first_layers]
         if len({part["reduction"] for part in parts}) > 1:  # else all have the same size, as the blocks of a ViT
             parts = parts[-4:]
-        ends = (1,) if segments in (1, (1,)) else cuts(segments, len(parts), "stages")
         layers = first_layers or len(info)
-        self.depths = tuple(layers - ends[-1] + end for end in ends)
-        inner = [parts[end - 1] for end in ends[:-1]]
+        uncut = layers - len(parts)
+        self.depths = (layers,) if segments in (1, (1,)) else cuts(segments, len(parts), "stages", uncut)
+        inner = [info[depth - 1] for depth in self.depths[:-1]]
         zooms = tuple(stride // part["reduction"] for part in inner)
         widths = tuple(part["num_chs"] for part in inner)
         self.widths = (*(w * k**2 for w, k in zip(widths, zooms, strict=True)), width)
@@ -430,7 +432,7 @@ class TimmEncoder(nn.Module):
                 f"{name} cannot be cut into segments: its stages do not simply follow each other; use --segments 1"
             )
         self.ends = (*places, len(self.units))
-        swin = isinstance(backbone, SwinTransformer)  # the norm of a border is exported as its own
+        swin = isinstance(backbone, SWIN)  # the norm of a border is exported as its own
         eps = backbone.layers[0].blocks[0].norm1.eps if swin else 1e-6
         self.borders = Borders(self.grid, widths, zooms, narrows, eps)
 
@@ -563,7 +565,7 @@ def shorter(backbone: Backbone, depth: int) -> dict[str, Any]:
     """
     if isinstance(backbone, VisionTransformer):
         return {"depth": depth}
-    if isinstance(backbone, SwinTransformer):
+    if isinstance(backbone, SWIN):
         stages: list[Any] = [stage.blocks for stage in backbone.layers[:depth]]
         return {"depths": [len(s) for s in stages], "num_heads": [s[0].attn.num_heads for s in stages]}
     return {}

@@ -4,6 +4,7 @@ timm: ``model.safetensors`` with the backbone's own keys, and timm's ``config.js
 transformers: a folder for ViTMAEForPreTraining, encoder and decoder.
 """
 
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,29 +36,51 @@ def export(config: Export) -> Path:
     if config.all_depths:
         if config.depth is not None:
             raise UserError("--depth and --all-depths: give one of them")
-        parent = Path(config.out) if config.out else Path(config.run) / "export"
-        for depth in model.encoder.depths:
-            name = f"depth{depth}" if config.out else f"{config.format}-depth{depth}"
-            export(replace(config, all_depths=False, depth=depth, out=str(parent / name)))
-        return parent
-    name = config.format + (f"-depth{config.depth}" if config.depth is not None else "")
-    folder = Path(config.out) if config.out else Path(config.run) / "export" / name
-    if config.out and not config.overwrite and folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{str(folder)!r} is not empty; choose another --out, or --overwrite")
-    if folder.is_file():
-        raise UserError(f"{str(folder)!r} is a file; --out takes a folder")
+        if config.format == "transformers":
+            raise UserError("--all-depths: --format transformers writes whole models; use --format timm")
+        ones = [
+            replace(config, all_depths=False, depth=d, out=str(Path(config.out) / f"depth{d}") if config.out else None)
+            for d in model.encoder.depths
+        ]
+        for one in ones:
+            folder_of(one)  # speaks up before anything is written
+        for one in ones:
+            export(one)
+        return Path(config.out) if config.out else Path(config.run) / "export"
+    folder = folder_of(config)
     if config.format == "timm":
         files = to_timm(trained, model, state, config.depth)
     elif config.depth in (None, model.encoder.depths[-1]):
         files = to_transformers(trained, model, state)
     else:
         raise UserError("--depth: --format transformers writes whole models; use --format timm")
+    if files["config.json"].get("leanmim", {}).get("not_pretrained"):
+        print(
+            f"timm does not build {trained.model} shorter: {folder} holds the whole model, its later stages untrained "
+            "(not_pretrained in config.json)",
+            file=sys.stderr,
+        )
     for name, content in files.items():
         if name.endswith(".safetensors"):
             tensors = {key: value.detach().contiguous().clone() for key, value in content.items()}
             write_atomically(folder / name, partial(save_file, tensors, metadata={"format": "pt"}))
         else:
             write_json(folder / name, content)
+    return folder
+
+
+def folder_of(config: Export) -> Path:
+    """Where the files go.
+
+    Raises:
+        UserError: something is there that the user did not ask to overwrite.
+    """
+    name = config.format + (f"-depth{config.depth}" if config.depth is not None else "")
+    folder = Path(config.out) if config.out else Path(config.run) / "export" / name
+    if config.out and not config.overwrite and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{str(folder)!r} is not empty; choose another --out, or --overwrite")
+    if folder.is_file():
+        raise UserError(f"{str(folder)!r} is a file; --out takes a folder")
     return folder
 
 

@@ -170,6 +170,7 @@ class MIM(nn.Module):
             else:
                 share = take(self.cell_weights(mask.hidden), ids)
                 loss = (error * share).sum() / share.sum().clamp(min=1)
+                del share
             del prediction, error
             yield loss
 
@@ -201,18 +202,21 @@ def build(config: Pretrain, backbone: Backbone | None = None) -> MIM:
     config.check()
     if backbone is None:
         backbone = create_backbone(config.model, config.size, config.channels, config.depth, **config.model_kwargs)
-    ratios = config.mask_ratios
+    low, high = config.mask_ratios[0], config.mask_ratios[-1]
     encoder = make_encoder(
-        backbone, config.masking, config.size, config.channels, config.segments, config.depth, ratios[0] < ratios[-1]
+        backbone, config.masking, config.size, config.channels, config.segments, config.depth, low < high
     )
-    if len(ratios) not in (1, len(encoder.widths)):
+    ratios, segments = config.mask_ratios, len(encoder.widths)
+    if len(ratios) == 2 < segments:
+        ratios = tuple(round(low + (high - low) * i / (segments - 1), 6) for i in range(segments))
+    if len(ratios) not in (1, segments):
         raise UserError(
-            f"--mask-ratio gives {len(ratios)} numbers for {len(encoder.widths)} segments; give one for all, or one for "
-            "each of --segments"
+            f"--mask-ratio gives {len(ratios)} numbers for {segments} segments; give one for all, one for each of "
+            "--segments, or the first's and the last's"
         )
     tokens = [p for name, p in encoder.named_parameters() if name.removeprefix("borders.").startswith("tokens.")]
-    for token, low, high in zip(tokens, ratios, ratios[1:], strict=False):
-        token.requires_grad_(low < high)  # elsewhere nothing new is hidden
+    for token, before, after in zip(tokens, ratios, ratios[1:], strict=False):
+        token.requires_grad_(before < after)  # elsewhere nothing new is hidden
     target = make_target(config.target, encoder.stride, config.channels, config.hog_cell)
     unit, finer = units_of(config, encoder.stride, target.cell)
     depth = config.decoder_depth

@@ -77,7 +77,7 @@ half of all patches are thrown, and filled in from the others by one thin attent
 0.72 of MAE's training FLOPs, 0.70 of its bytes saved; kNN 39.4 ± 0.1 %, linear probe 49.3 ± 0.9 %.
 """
 
-BIM = replace(MAE, recipe="bim", segments=4, mask_ratio=(0.72, 0.74, 0.76, 0.78), decoder_depth=1)
+BIM = replace(MAE, recipe="bim", segments=4, mask_ratio=(0.72, 0.78), decoder_depth=1)
 """BIM (arXiv 2311.17218): MAE in four segments, each with its own 1 x 512 decoder and loss; no gradient crosses a
 border, and later segments see fewer patches (the paper names no ratios; these are ours).
 

@@ -35,6 +35,7 @@ NO_PROTOCOL = {  # options of a measurement that its number does not depend on
     "knn": {"run", "data", "baselines", "device", "workers", "batch_size"},
     "probe": {"run", "data", "baselines", "device", "workers", "batch_size", "k", "temperature"},
 }
+DASHES = {"solid": "", "dashed": "7 4", "dotted": "2 4"}  # how style sheets call them, and how pictures draw them
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 256, 54, 14, 36, 40  # of a chart, in its own units
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1c2430; --soft: #5d6877; --line: #dfe3e8;
@@ -64,6 +65,7 @@ figure { margin: 0; padding: 10px; }
 img { display: block; width: 100%; max-width: 820px; margin: 8px auto 0; border-radius: 4px; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 20px; }
 .grid, .legend { margin: 10px 0; }
+.key { display: inline-block; width: 28px; margin-right: 7px; vertical-align: middle; }
 .dot { display: inline-block; width: 10px; height: 10px; margin-right: 7px; border-radius: 50%; }
 svg { display: block; width: 100%; font-size: 12.5px; }
 svg text { fill: var(--soft); }
@@ -315,6 +317,7 @@ class Curve(NamedTuple):
     label: str
     width: float = 1.8
     opacity: float = 0.9
+    dash: str = ""
 
 
 def chart(title: str, curves: Sequence[Curve], zero: bool, empty: str, across: str = "epoch") -> str:
@@ -349,7 +352,7 @@ def chart(title: str, curves: Sequence[Curve], zero: bool, empty: str, across: s
             dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>' for x, y in places if len(places) <= 50)
             parts.append(
                 f'<g color="{curve.colour}" opacity="{curve.opacity:.2f}"><title>{escape(curve.label)}</title>'
-                f'<polyline points="{line}" stroke-width="{curve.width}"/>{dots}</g>'
+                f'<polyline points="{line}" stroke-width="{curve.width}" stroke-dasharray="{curve.dash}"/>{dots}</g>'
             )
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">{"".join(parts)}</svg>'
 
@@ -392,29 +395,45 @@ def depths(runs: Sequence[Loaded]) -> Html:
     """Accuracy of the ends of segments against their depth, parameters and latency, in one picture: a curve for each run
     and way of measuring.
     """
-    found: dict[tuple[str, ...], dict[int, dict[str, Any]]] = {}
+    found: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
     for run in runs:
         for line in run.evaluations:
             if "depth" in line and line["name"] == "pretrained":
-                found.setdefault((run.title, *protocol(line, "depth")), {})[line["depth"]] = line
+                key = (run.title, line.get("step"), *protocol(line, "depth"))
+                found.setdefault(key, {})[line["depth"]] = line
     curves = {key: [lines[depth] for depth in sorted(lines)] for key, lines in found.items() if len(lines) > 1}
     if not curves:
         return Html("")
-    several = {(title, what) for title, what, *_ in curves if sum(key[:2] == (title, what) for key in curves) > 1}
-    panels = []
+    panels, legend = [], {}
     for what, title in (("knn", "kNN (%)"), ("probe", "linear probe (%)")):
-        for key, name, factor in (("depth", "depth", 1.0), ("parameters", "M parameters", 1e-6),
-                                  ("latency_ms", "latency, ms an image", 1.0)):  # fmt: skip
-            drawn = [
-                Curve([(line[key] * factor, 100 * line["value"]) for line in lines], run.colour,
-                      f"{run.name}, {data}, {options}" if (run.title, what) in several else run.name)
-                for run in runs
-                for (of, measured, data, options), lines in curves.items() if (of, measured) == (run.title, what)
-            ]  # fmt: skip
+        labels = {}  # and a dash for each way of measuring a run
+        for run in runs:
+            ways = [key for key in curves if (key[0], key[2]) == (run.title, what)]
+            for key, (style, _) in zip(ways, cycle(DASHES.items())):
+                step, _, data, options = key[1:]
+                labels[key] = (
+                    run.name if len(ways) == 1 else f"{run.name}, {what}, {data}, {options}, step {step}",
+                    style,
+                )
+                legend[labels[key]] = run.colour
+        for field, name, factor in (("depth", "depth", 1.0), ("parameters", "M parameters", 1e-6),
+                                    ("latency_ms", "latency, ms an image", 1.0)):  # fmt: skip
+            drawn = []
+            for key, (label, style) in labels.items():
+                lines = curves[key]
+                if field == "latency_ms":  # of one device only
+                    lines = [line for line in lines if line.get("device") == lines[-1].get("device")]
+                points = [(line[field] * factor, 100 * line["value"]) for line in lines]
+                drawn.append(Curve(points, legend[label, style], label, dash=DASHES[style]))
             if drawn:
                 panels.append(chart(f"{title} against {name}", drawn, False, "", name))
-    body = f'<figure class="card"><div class="grid three">{"".join(panels)}</div></figure>'
-    return Html(body)
+    names = "".join(
+        f'<span><span class="key" style="border-top: 3px {style} {colour}"></span>{escape(label)}</span>'
+        for (label, style), colour in legend.items()
+    )
+    return Html(
+        f'<div class="legend">{names}</div><figure class="card"><div class="grid three">{"".join(panels)}</div></figure>'
+    )
 
 
 def pictures(runs: Sequence[Loaded]) -> Html:

@@ -186,7 +186,8 @@ def show(config: Show) -> Path:
                 axis.set_title(title, fontsize=10 if len(title) < 20 else 7)
         axes[row][0].set_ylabel(name if len(name) < 25 else name[:22] + "...", fontsize=7)
     figure.supxlabel(note, fontsize=7)
-    path = Path(config.out) if config.out else Path(config.run) / "reconstructions.png"
+    name = "reconstructions" + (f"-block{block}" if config.block is not None else "")
+    path = Path(config.out) if config.out else Path(config.run) / f"{name}.png"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="png")

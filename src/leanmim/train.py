@@ -47,7 +47,7 @@ from leanmim.data import (
     seed_of,
     statistics,
 )
-from leanmim.device import peak_memory, resolve_device, resolve_precision
+from leanmim.device import device_name, peak_memory, resolve_device, resolve_precision
 from leanmim.errors import UserError
 from leanmim.evaluate.features import embedding, extract
 from leanmim.evaluate.knn import knn_accuracy
@@ -99,7 +99,7 @@ def environment(device: torch.device, world: int) -> dict[str, Any]:
         "python": platform.python_version(),
         **{module.__name__: module.__version__ for module in (torch, torchvision, timm, numpy, PIL)},
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device_name(device),
         "processes": world,
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
@@ -346,6 +346,11 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
     log.console.print(
         f"predicted: {readable(predicted.peak_bytes)} at the peak, "
         f"{predicted.train_flops_per_image / 1e9:.3g} GFLOP an image"
+        + (
+            f"\n{len(optimizers)} segments, which end at {', '.join(map(str, model.encoder.depths))}: one loss each"
+            if len(optimizers) > 1
+            else ""
+        )
         + (f"\n{chosen}" if chosen else "")
         + (
             f"\nnothing to offload: {device.type} has no memory of its own"

@@ -19,7 +19,7 @@ from torch.utils.data import default_collate
 from leanmim.checkpoint import Run, load_backbone, prefix
 from leanmim.config import Knn, Pretrain
 from leanmim.data import Labelled, Normalise, centre_crop, labelled_pair, loader, resolve_workers
-from leanmim.device import resolve_device
+from leanmim.device import device_name, resolve_device
 from leanmim.encoders import Backbone, as_tokens, count_layers, create_backbone, make_encoder
 from leanmim.errors import UserError
 
@@ -88,7 +88,7 @@ class Subject(NamedTuple):
     val: Labelled
     normalise: Normalise
     workers: int
-    facts: dict[str, Any] | None = None  # depth, parameters, latency: of a run whose ends of segments can be compared
+    facts: dict[str, Any] | None = None  # depth, parameters, ...: of a run whose ends of segments can be compared
 
 
 def subjects(config: Knn) -> Iterator[Subject]:
@@ -106,6 +106,8 @@ def subjects(config: Knn) -> Iterator[Subject]:
         facts = {
             "depth": config.depth or trained.depth or count_layers(backbone),
             "parameters": sum(p.numel() for p in backbone.parameters()),
+            "step": state["step"],
+            "device": device_name(device),
             "latency_ms": 1e3 * latency(embed, torch.zeros(1, trained.channels, *size, device=device)),
         }
     yield Subject("pretrained", embed, *rest, facts)
