@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from leanmim.config import Cost, Pretrain
 from leanmim.data import Normalise
-from leanmim.decoder import Decoder, sincos
+from leanmim.decoder import Decoder, cached_sincos
 from leanmim.device import resolve_precision
 from leanmim.encoders import create_backbone
 from leanmim.masking import distances
@@ -280,7 +280,7 @@ def count_stage(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[s
         config.model, config.size, config.channels, config.depth, device="meta", **config.model_kwargs
     )
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    for cached in (sincos, distances):
+    for cached in (cached_sincos, distances):
         cached.cache_clear()  # no table may cross the border between real and fake
     try:
         with fake, torch.random.fork_rng(devices=[]):
@@ -329,7 +329,7 @@ def count_stage(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[s
                 accum = min(config.accum, 2)  # a third batch finds what the second found
                 update(watch.losses, optimizers, batches(images, normalise, accum), accum, config.clip_grad)
     finally:
-        for cached in (sincos, distances):
+        for cached in (cached_sincos, distances):
             cached.cache_clear()
     watch.turn()
 

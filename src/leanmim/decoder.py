@@ -15,9 +15,14 @@ from torch import Tensor, nn
 from leanmim.masking import Grid, Split, take
 
 
-@lru_cache(maxsize=32)
+@torch.compiler.assume_constant_result  # compiled, they are a constant of the graph
 def sincos(grid: Grid, width: int, device: torch.device | None = None) -> Float[Tensor, "n e"]:
     """Fixed 2-D sine-cosine positions (MAE, appendix A.1): half the width for the column, half for the row."""
+    return cached_sincos(grid, width, device)
+
+
+@lru_cache(maxsize=32)
+def cached_sincos(grid: Grid, width: int, device: torch.device | None) -> Float[Tensor, "n e"]:
     omega = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     rows, columns = torch.meshgrid(torch.arange(grid.height), torch.arange(grid.width), indexing="ij")
     angles = [axis.flatten()[:, None] * omega for axis in (columns, rows)]
