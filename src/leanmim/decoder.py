@@ -23,6 +23,7 @@ def sincos(grid: Grid, width: int, device: torch.device | None = None) -> Float[
 
 @lru_cache(maxsize=32)
 def cached_sincos(grid: Grid, width: int, device: torch.device | None) -> Float[Tensor, "n e"]:
+    """What `sincos` computes, once."""
     omega = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     rows, columns = torch.meshgrid(torch.arange(grid.height), torch.arange(grid.width), indexing="ij")
     angles = [axis.flatten()[:, None] * omega for axis in (columns, rows)]
