@@ -101,7 +101,8 @@ class Pretrain:
     """Attention heads of the decoder."""
     segments: int | tuple[int, ...] = 1
     """Block-wise training (BIM): cut the backbone into so many equal segments, each trained by a decoder and loss of its
-    own; or the blocks after which a segment ends, for example 3 6 12. Blocks of a ViT, stages of a hierarchical model."""
+    own; or the blocks after which a segment ends, for example 3 6 12. Blocks of a ViT, stages of a hierarchical model, as
+    --depth counts them."""
     offload: bool = False
     """With --segments: keep only one segment and the next on the GPU; weights, gradients and optimizer state of the
     others wait in host memory. Same numbers, less GPU memory, more time."""
