@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -227,12 +229,31 @@ def test_divergence_ends_the_run_and_keeps_the_checkpoint(tiny: Pretrain, monkey
     assert load(Run(Path(tiny.out)).last)["step"] == 5
 
 
-def test_online_knn_is_logged(tiny: Pretrain, tmp_path: Path, photos: Path) -> None:
+def test_online_knn_is_logged_and_takes_no_time_of_training(
+    tiny: Pretrain, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a clock on which a step takes 1e4 s and a kNN 1e6 s, beside which real time is nothing."""
+    clock, passed = time.perf_counter, [0.0]
+
+    def slowly(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            passed[0] += seconds
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr("time.perf_counter", lambda: clock() + passed[0])
+    monkeypatch.setattr("leanmim.train.update", slowly(leanmim.train.update, 1e4))
+    monkeypatch.setattr("leanmim.train.knn_accuracy", slowly(leanmim.train.knn_accuracy, 1e6))
     for part in ("train", "val"):
         for name in ("cat", "sheep", "macaw"):
             (tmp_path / "labelled" / part / name).mkdir(parents=True)
             (tmp_path / "labelled" / part / name / "1.jpg").symlink_to(photos / f"{name}.jpg")
-    pretrain(replace(tiny, knn_data=str(tmp_path / "labelled"), knn_every=1))
+    pretrain(replace(tiny, knn_data=str(tmp_path / "labelled"), knn_every=1, log_every=3))
+    seconds = [line["seconds"] for line in lines(tiny) if "seconds" in line]
+    assert [round(value / 1e4) for value in seconds] == [3, 3, 2]  # steps 1-3, 4-6, 7-8; kNN after 4 and 8
+    said = capsys.readouterr().out
+    assert "step 4/8  epoch 1  kNN 100.0%" in said and "step 8/8  epoch 2  kNN 100.0%" in said
     accuracies = [(line["step"], line["knn"]) for line in lines(tiny) if "knn" in line]
     assert accuracies == [(4, 1.0), (8, 1.0)]  # each image finds itself
 

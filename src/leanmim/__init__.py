@@ -41,6 +41,10 @@ _PLACES = {
 __all__ = ["__version__", *_PLACES]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module 'leanmim' has no attribute {name!r}")

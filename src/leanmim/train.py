@@ -407,7 +407,7 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
 
     model.train()
     losses: list[Tensor] = []  # since the last line of the log, one number for each segment
-    since, saved, accuracy = time.perf_counter(), time.perf_counter(), math.nan
+    since, saved = time.perf_counter(), time.perf_counter()
     logged, spent, trained = start, 0.0, 0
     with contextlib.closing(log), progress:
         for number, (stage, part) in enumerate(zip(table, plan, strict=True)):
@@ -468,7 +468,6 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
                     text = (
                         f"loss {line['loss']:.4f} {line['images_per_second']:.0f} images/s "
                         f"data wait {line['data_wait']:.0%} {line['memory_bytes'] / 2**30:.1f} GiB"
-                        + (f" kNN {accuracy:.1%}" if math.isfinite(accuracy) else "")
                     )
                     progress.update(task, completed=done, text=text)
                     twentieth = max(config.log_every, steps // 20)
@@ -479,11 +478,13 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
                 if not over:
                     bad.merge(world)
                     if knn_sets and (epoch % config.knn_every == 0 or done == steps):
+                        before = time.perf_counter()
                         if first:
                             accuracy = online_knn(*knn_sets)
                             log.write(done, knn=accuracy)
+                            log.console.print(f"step {done}/{steps}  epoch {epoch}  kNN {accuracy:.1%}")
                         barrier(world)
-                        since = time.perf_counter()
+                        since += time.perf_counter() - before  # no time of training
                 late = time.perf_counter() - saved >= 60 * config.checkpoint_minutes
                 if first and logs and (late or done == steps):
                     checkpoint(done)
