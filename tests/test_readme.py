@@ -16,7 +16,6 @@ SMALL = (
     "--input-size 32 --model-kwargs patch_size 8 embed_dim 32 depth 2 num_heads 2 --decoder-depth 1 --decoder-width 32 "
     "--decoder-heads 2 --epochs 1 --batch-size 4 --workers 0 --device cpu"
 )
-ARGUMENTS = "img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2"
 
 
 def blocks(language: str) -> list[str]:
@@ -69,8 +68,7 @@ def test_the_readmes_commands_and_python_run(place: Path) -> None:
     assert ran >= 8
 
     for code in blocks("python"):
-        code = code.replace('"vit_small_patch16_224", num', f'"vit_small_patch16_224", {ARGUMENTS}, num')
-        code = code.replace("img_size=256,", f"{ARGUMENTS},")
+        code = code.replace("img_size=256", "img_size=64")
         code = code.replace(
             'replace(leanmim.MAE, data="photos", out="run")',
             'replace(leanmim.MAE, data="photos", out="run3", model_kwargs={"depth": 1}, decoder_depth=1, input_size=(32,),'
