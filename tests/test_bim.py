@@ -695,7 +695,7 @@ def test_two_ratios_are_the_ends_of_equal_steps() -> None:
 
 
 def test_no_ratio_at_all() -> None:
-    with pytest.raises(UserError, match=r"--mask-ratio takes one number, or one for each segment"):
+    with pytest.raises(UserError, match=r"--mask-ratio takes one number, one for each segment, or"):
         build(small(mask_ratio=()))
 
 

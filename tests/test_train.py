@@ -229,6 +229,21 @@ def test_divergence_ends_the_run_and_keeps_the_checkpoint(tiny: Pretrain, monkey
     assert load(Run(Path(tiny.out)).last)["step"] == 5
 
 
+def test_a_run_folder_that_cannot_be_made(tiny: Pretrain, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--out '.*file/run' cannot be made .*choose another folder"):
+        pretrain(replace(tiny, out=str(tmp_path / "file" / "run")))
+
+
+def test_starting_afresh_leaves_no_picture_of_the_earlier_run(tiny: Pretrain, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    run.folder.mkdir()
+    for name in ("reconstructions.png", "reconstructions-block0.png", "mine.png"):
+        (run.folder / name).touch()
+    run.prepare(tiny, 0)
+    assert [path.name for path in run.folder.glob("*.png")] == ["mine.png"]
+
+
 def test_online_knn_is_logged_and_takes_no_time_of_training(
     tiny: Pretrain, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

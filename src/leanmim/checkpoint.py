@@ -168,15 +168,23 @@ class Run:
             raise UserError(f"cannot continue: {error}; or start afresh with --overwrite") from error
 
     def prepare(self, config: Pretrain, step: int) -> None:
-        """Make the folder ready to continue after ``step`` steps; 0 starts afresh."""
+        """Make the folder ready to continue after ``step`` steps; 0 starts afresh.
+
+        Raises:
+            UserError: it cannot be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {str(self.folder)!r} cannot be made ({error}); choose another folder") from error
         if step == 0:  # of an earlier run only what leanmim wrote is removed
             for name in ("checkpoints", "tensorboard", "export"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
-            for name in ("environment.json", "cost.json", "reconstructions.png", "report.html"):
+            for name in ("environment.json", "cost.json", "report.html"):
                 (self.folder / name).unlink(missing_ok=True)
-            for path in (self.metrics, self.evaluations, self.skipped):
+            pictures = (self.folder / "reconstructions.png", *self.folder.glob("reconstructions-block*.png"))
+            for path in (*pictures, self.metrics, self.evaluations, self.skipped):
                 path.unlink(missing_ok=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.config, config.to_json())
         if self.metrics.exists():  # lines written after the checkpoint will be written again
             lines = self.metrics.read_text().splitlines()

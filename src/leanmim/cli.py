@@ -83,6 +83,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"leanmim: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        remedy = "; the same command continues from the last checkpoint" * (name == "pretrain")
+        remedy = "; the same command continues from the last checkpoint, if one was written" * (name == "pretrain")
         print(f"leanmim: interrupted{remedy}", file=sys.stderr)
         raise SystemExit(130) from None

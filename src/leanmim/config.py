@@ -184,7 +184,7 @@ class Pretrain:
 
     @property
     def mask_ratios(self) -> tuple[float, ...]:
-        """One for all segments, or one for each."""
+        """One for all segments, one for each, or the first's and the last's."""
         return self.mask_ratio if isinstance(self.mask_ratio, tuple) else (self.mask_ratio,)
 
     @property
@@ -214,7 +214,7 @@ class Pretrain:
             ("blr", 0, None), ("weight_decay", 0, None), ("clip_grad", 0, None), ("checkpoint_minutes", 0, None),
         )  # fmt: skip
         if not self.mask_ratios:
-            raise UserError("--mask-ratio takes one number, or one for each segment")
+            raise UserError("--mask-ratio takes one number, one for each segment, or the first's and the last's")
         for ratio in self.mask_ratios:
             if not 0 <= ratio <= 1:
                 raise UserError(f"--mask-ratio {ratio} is out of range; it is at least 0, at most 1")
@@ -379,7 +379,8 @@ class Export:
     """Of a run with --segments: the first blocks or stages only, up to the end of a segment. ViT and Swin become shorter
     models closed by the segment's own norm; of other families the whole model is written, its later stages untrained."""
     all_depths: bool = False
-    """A model for the end of each segment, in folders depth3, depth6, ... of --out."""
+    """A model for the end of each segment, in folders depth3, depth6, ... of --out, or export/timm-depth3, ... in the run
+    folder."""
     out: str | None = None
     """Folder to write; None is export/FORMAT in the run folder, or export/timm-depth3 for a --depth of 3."""
     overwrite: bool = False
