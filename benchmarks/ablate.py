@@ -45,6 +45,7 @@ SCALES: dict[str, dict[str, Any]] = {
 
 # What differs from the base. "shrink" is the input's share of --input-size, at the same patch; "longer" a factor of the
 # epochs; "filling" another way to fill in thrown patches. Later methods add lines here.
+SWIN = dict(model="swin_tiny_patch4_window7_224", model_kwargs={"patch_size": 2, "embed_dim": 24})
 GROWING = dict(stage_scales=(1.0, 1.5, 2.0), stage_starts=(0.0, 0.5, 0.75))
 VARIANTS: dict[str, tuple[Pretrain, dict[str, Any]]] = {
     "mae": (MAE, {}),
@@ -99,6 +100,12 @@ VARIANTS: dict[str, tuple[Pretrain, dict[str, Any]]] = {
             "4-steep": dict(mask_ratio=(0.6, 0.7, 0.8, 0.9)),
         }.items()
     },
+    # what the published recipes do, against what ours did before
+    "simmim-cosine": (SIMMIM, dict(schedule="cosine", warmup_share=0.05)),
+    "simmim-bicubic": (SIMMIM, dict(interpolation="bicubic")),
+    "fastmim-warmup-5": (FASTMIM, dict(warmup_share=0.05)),
+    "fastmim-swin": (FASTMIM, SWIN),
+    "fastmim-swin-timm-init": (FASTMIM, SWIN | dict(linear_init="timm")),
     # a backbone of fewer blocks, trained end to end: the twin of a segment's end
     **{f"mae-depth-{depth}": (MAE, dict(depth=depth)) for depth in (3, 6, 9)},
 }

@@ -77,6 +77,9 @@ class Pretrain:
 
     depth: int | None = None
     """Pre-train only the first layers: blocks of a ViT, stages of a hierarchical model. None is all."""
+    linear_init: Literal["timm", "xavier"] = "timm"
+    """Initial weights of the linear layers of a hierarchical model: timm's own, or Xavier-uniform with zero biases
+    (FastMIM). A plain ViT has the latter always (MAE)."""
     masking: Literal["drop", "token", "pixel"] = "drop"
     """How the mask reaches the backbone: drop masked tokens (MAE, plain ViT), put a learned token there (SimMIM, ViT
     and Swin), or paint a learned colour on the image (FastMIM, any timm backbone)."""
@@ -130,8 +133,13 @@ class Pretrain:
     """With --batch-size auto: memory to stay within, for example 8GiB; auto is what the device has free."""
     blr: float = 1.5e-4
     """Base learning rate: lr = blr x effective batch / 256."""
+    schedule: Literal["cosine", "step"] = "cosine"
+    """Of the learning rate after the warm-up. cosine: half a cosine to 0. step: constant, and a tenth of it in the last
+    eighth (SimMIM)."""
+    warmup_share: float = 0.05
+    """Linear warm-up, as a share of the epochs (MAE: 40 of 800)."""
     warmup_epochs: float | None = None
-    """Epochs of linear warm-up; then half a cosine to 0. None is 5 % of the epochs (MAE: 40 of 800)."""
+    """Linear warm-up in epochs; overrides --warmup-share."""
     weight_decay: float = 0.05
     """AdamW's weight decay; never on biases, norms, tokens and position tables."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -143,6 +151,8 @@ class Pretrain:
     """RandomResizedCrop: share of the image's area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """RandomResizedCrop: width / height of the crop."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """How crops are resized."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
     statistics: Literal["imagenet", "data"] = "imagenet"
@@ -190,7 +200,7 @@ class Pretrain:
     @property
     def warmup(self) -> float:
         """Resolved warm-up, epochs."""
-        return 0.05 * self.epochs if self.warmup_epochs is None else self.warmup_epochs
+        return self.warmup_share * self.epochs if self.warmup_epochs is None else self.warmup_epochs
 
     def to_json(self) -> dict[str, Any]:
         """Plain values only, for config.json and checkpoints."""

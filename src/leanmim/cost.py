@@ -33,6 +33,7 @@ from leanmim.data import Normalise
 from leanmim.decoder import Decoder, cached_sincos
 from leanmim.device import resolve_precision
 from leanmim.encoders import create_backbone
+from leanmim.errors import UserError
 from leanmim.masking import distances
 from leanmim.mim import MIM, build
 from leanmim.offload import Offload
@@ -139,6 +140,57 @@ class Storages(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self.follow(leaf)
         return result
+
+
+def attention_flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """Of fused attention: queries times keys, weights times values; shapes are b h t d."""
+    (b, heads, queries, d), keys = q, k[2]
+    return 2 * b * heads * queries * keys * (d + v[3])
+
+
+def attention_backward_flops(
+    _: Any, q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *__: Any, **___: Any
+) -> int:
+    """Of its backward pass: the weights once more, then the gradients of values, weights, queries and keys, as torch counts
+    the kernels of GPUs.
+    """
+    (b, heads, queries, d), keys = q, k[2]
+    return 2 * b * heads * queries * keys * (3 * d + 2 * v[3])
+
+
+ON_CPU = {  # torch has formulas for the attention kernels of GPUs only
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+}
+MATRIX_PRODUCTS = frozenset(
+    "mm addmm bmm baddbmm matmul linear bilinear trilinear conv conv1d conv2d conv3d convolution attention depthwise2d lstm gru rnn".split()
+)
+
+
+class NoneUncounted(TorchDispatchMode):
+    """Refuses operators that multiply matrices by their name, and have no formula: counted as zero they would be a lie.
+
+    Args:
+        counter: who counts; it is to be entered after this mode, so that this one sees what the counter has decomposed.
+
+    Raises:
+        UserError: on such an operator.
+    """
+
+    def __init__(self, counter: FlopCounterMode) -> None:
+        super().__init__()
+        self.counter = counter
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator, if it is a known one."""
+        packet = getattr(func, "_overloadpacket", func)
+        name = str(packet).rpartition(".")[2]
+        if packet not in self.counter.flop_registry and MATRIX_PRODUCTS & set(name.split("_")):
+            raise UserError(
+                f"torch {torch.__version__} has no FLOP count for {packet}, which multiplies matrices, so this model cannot "
+                "be counted; please report it with the model's name"
+            )
+        return func(*args, **kwargs or {})
 
 
 class Held:
@@ -306,10 +358,10 @@ def count_stage(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[s
                 with storages:
                     trained = Offload(model, optimizers, images.device, storages.fetch, storages.store)
                 storages.peak = storages.now.copy()
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter:
                 model.target(normalise(images))
             target = counter.get_total_flops() // batch
-            counter = FlopCounterMode(display=False)
+            counter = FlopCounterMode(display=False, custom_mapping=ON_CPU)
             watch = Stopwatch(counter, trained)
             with ExitStack() as stack:
                 for parameter in model.parameters():
@@ -325,6 +377,7 @@ def count_stage(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[s
                 if cuda:
                     stack.enter_context(AsOnCuda())
                 stack.enter_context(storages)
+                stack.enter_context(NoneUncounted(counter))
                 stack.enter_context(counter)
                 accum = min(config.accum, 2)  # a third batch finds what the second found
                 update(watch.losses, optimizers, batches(images, normalise, accum), accum, config.clip_grad)

@@ -113,6 +113,7 @@ class Crops(Dataset):
         ratio: tuple[float, float],
         flip: float,
         seed: int,
+        interpolation: str = "bicubic",
     ) -> None:
         # one string, not a million Python objects: forked workers then share it instead of copying it
         self.files = np.array([os.fspath(file) for file in files])
@@ -120,7 +121,7 @@ class Crops(Dataset):
         self.seed = seed
         self.crop = v2.Compose(
             [
-                v2.RandomResizedCrop(size, scale, ratio, v2.InterpolationMode.BICUBIC, antialias=True),
+                v2.RandomResizedCrop(size, scale, ratio, v2.InterpolationMode(interpolation), antialias=True),
                 v2.RandomHorizontalFlip(flip),
                 v2.PILToTensor(),
             ]

@@ -198,7 +198,10 @@ class ViTEncoder(nn.Module):
         self.widths = (backbone.embed_dim,) * len(self.ends)
         self.full_grid = masking != "drop"
         self.mask_token = nn.Parameter(torch.zeros(1, 1, backbone.embed_dim)) if masking == "token" else None
-        self.colour = nn.Parameter(torch.zeros(backbone.patch_embed.proj.in_channels)) if masking == "pixel" else None
+        channels = backbone.patch_embed.proj.in_channels
+        self.colour = (
+            nn.Parameter(torch.empty(channels).normal_(std=0.02)) if masking == "pixel" else None
+        )  # as published
         self.norms = nn.ModuleList(like(self.final_norm, backbone.embed_dim) for _ in self.ends[1:])
         tokens = len(self.norms) if narrows and self.full_grid else 0
         self.tokens = nn.ParameterList(nn.Parameter(torch.zeros(1, 1, backbone.embed_dim)) for _ in range(tokens))
@@ -413,7 +416,7 @@ class TimmEncoder(nn.Module):
                 f"{name} turns {input_size[0]} x {input_size[1]} px into {n} tokens, which are no grid of square "
                 f"patches of {stride} px; {remedy}"
             )
-        self.colour = nn.Parameter(torch.zeros(channels))
+        self.colour = nn.Parameter(torch.empty(channels).normal_(std=0.02))  # as published
         self.norm = nn.LayerNorm(width, eps=1e-6) if cut else nn.Identity()
         parts = info[:first_layers]
         if len({part["reduction"] for part in parts}) > 1:  # else all have the same size, as the blocks of a ViT
@@ -646,6 +649,7 @@ def make_encoder(
     segments: Segments = 1,
     first_layers: int | None = None,
     narrows: bool = False,
+    linear_init: str = "timm",
 ) -> Encoder:
     """The encoder for a backbone and a masking.
 
@@ -663,6 +667,8 @@ def make_encoder(
         if plain or family is not VisionTransformer
         else ("pixel",)
     )
+    if linear_init == "xavier":
+        backbone.apply(init_linear)
     if masking not in able:
         raise UserError(
             f"--masking {masking} does not work with {family.__name__}, whose tokens are tied to the grid; "

@@ -204,7 +204,14 @@ def build(config: Pretrain, backbone: Backbone | None = None) -> MIM:
         backbone = create_backbone(config.model, config.size, config.channels, config.depth, **config.model_kwargs)
     low, high = config.mask_ratios[0], config.mask_ratios[-1]
     encoder = make_encoder(
-        backbone, config.masking, config.size, config.channels, config.segments, config.depth, low < high
+        backbone,
+        config.masking,
+        config.size,
+        config.channels,
+        config.segments,
+        config.depth,
+        low < high,
+        config.linear_init,
     )
     ratios, segments = config.mask_ratios, len(encoder.widths)
     if len(ratios) == 2 < segments:

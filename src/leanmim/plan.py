@@ -71,7 +71,14 @@ def throughput(config: Pretrain, files: list[Path], device: torch.device) -> flo
         optimizers = make_optimizers(model, config)
         order = Order(len(files), batch, max(1, len(files) // batch), 0, STEPS + 1, config.seed, 0, 1)
         dataset = Crops(
-            files, config.channels, config.size, config.crop_scale, config.crop_ratio, config.flip, config.seed
+            files,
+            config.channels,
+            config.size,
+            config.crop_scale,
+            config.crop_ratio,
+            config.flip,
+            config.seed,
+            config.interpolation,
         )
         batches = iter(loader(dataset, order, resolve_workers(config.workers), device, collate))
         normalise = Normalise(*IMAGENET[config.channels], device)

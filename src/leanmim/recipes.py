@@ -31,9 +31,12 @@ SIMMIM = replace(
     loss="l1",
     decoder_depth=0,
     blr=5e-5,  # the paper's 1e-4 x batch / 512
+    schedule="step",
+    warmup_share=10 / 800,
     betas=(0.9, 0.999),
     clip_grad=5.0,
     crop_scale=(0.67, 1.0),
+    interpolation="bilinear",
 )
 """SimMIM (arXiv 2111.09886): a learned token in squares of 32 px, one linear layer, raw pixels, ViT and Swin.
 
@@ -46,11 +49,13 @@ FASTMIM = replace(
     MAE,
     recipe="fastmim",
     input_size=(128,),
+    linear_init="xavier",
     masking="pixel",
     target="hog",
     decoder_depth="auto",
     decoder_width=256,
     decoder_heads=8,
+    warmup_share=20 / 800,
 )
 """FastMIM (arXiv 2212.06593): low resolution, a colour painted on masked squares of one patch, HOG, any backbone.
 

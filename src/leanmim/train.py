@@ -421,7 +421,9 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
                 trainer = prepare(model, optimizers, config, device, world)
                 reached, now = number, stage.config
             begin = max(start, part.first)
-            dataset = Crops(files, now.channels, now.size, now.crop_scale, now.crop_ratio, now.flip, now.seed)
+            dataset = Crops(
+                files, now.channels, now.size, now.crop_scale, now.crop_ratio, now.flip, now.seed, now.interpolation
+            )
             offset = stage.start * part.per_epoch - part.first  # the stage's steps, as if all epochs were like its own
             order = Order(
                 len(files), int(now.batch_size), part.per_epoch * now.accum, (begin + offset) * now.accum,
@@ -430,7 +432,7 @@ def _pretrain(config: Pretrain, process: Processes, device: torch.device) -> Pat
             batches = iter(loader(dataset, order, resolve_workers(config.workers), device, collate))
             for step in range(begin, stop):
                 epoch = (step + offset) / part.per_epoch
-                lr = learning_rate(epoch, config.epochs, config.warmup, now.blr * part.images / 256)
+                lr = learning_rate(epoch, config.epochs, config.warmup, now.blr * part.images / 256, config.schedule)
                 for optimizer in optimizers:
                     for group in optimizer.param_groups:
                         group["lr"] = lr

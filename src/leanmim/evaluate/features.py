@@ -133,7 +133,15 @@ def random_backbone(config: Pretrain, size: tuple[int, int], depth: int | None =
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         backbone = create_backbone(config.model, size, config.channels, config.depth, **config.model_kwargs)
-        encoder = make_encoder(backbone, config.masking, size, config.channels, config.segments, config.depth)
+        encoder = make_encoder(
+            backbone,
+            config.masking,
+            size,
+            config.channels,
+            config.segments,
+            config.depth,
+            linear_init=config.linear_init,
+        )
         return prefix(encoder, replace(config, input_size=size), depth).eval()
 
 
