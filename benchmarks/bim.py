@@ -17,7 +17,7 @@ import torch
 from steps import in_turns, measure_each, side_by_side
 
 from leanmim.config import Pretrain
-from leanmim.cost import StepCost, count
+from leanmim.costs import StepCost, count
 from leanmim.recipes import BIM, MAE
 
 RECIPES: dict[str, Pretrain] = {

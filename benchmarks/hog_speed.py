@@ -18,7 +18,7 @@ from steps import seconds, transient
 from torch import Tensor, nn
 
 from leanmim.device import resolve_precision
-from leanmim.mim import build
+from leanmim.factory import build
 from leanmim.recipes import FASTMIM
 from leanmim.step import make_optimizers, update
 from leanmim.targets import BINS, hog

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 LOSSES = """
 import json, torch
 from dataclasses import replace
-from leanmim.mim import build
+from leanmim import build
 from leanmim.recipes import RECIPES
 torch.set_num_threads(1)
 found = {}

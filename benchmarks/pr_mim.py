@@ -18,7 +18,7 @@ import torch
 from steps import Timed, seconds, side_by_side
 
 from leanmim.config import Pretrain
-from leanmim.cost import StepCost, count
+from leanmim.costs import StepCost, count
 from leanmim.masking import Grid, Split, distances, random_mask, select_furthest, select_random
 from leanmim.recipes import MAE, PR_MIM
 

@@ -3,7 +3,7 @@
     python benchmarks/recipe_costs.py
 
 Every recipe at its own input size and the same batch. The timed recipes take turns, so that a machine that slows down
-slows all of them; a ratio is the median over the rounds. A recipe with stages is the mean over its epochs.
+slows all of them; a ratio is the median over the rounds. A recipe with phases is the mean over its epochs.
 """
 
 import argparse
@@ -15,10 +15,10 @@ import record
 import torch
 from steps import in_turns
 
-from leanmim.cost import count
+from leanmim.costs import count
 from leanmim.errors import UserError
 from leanmim.recipes import RECIPES
-from leanmim.schedule import stages
+from leanmim.schedule import phases
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def main() -> None:
             ratio = statistics.median(line[i] / line[0] for line in seconds) if seconds else None
             rows.append({
                 "model": name, "recipe": config.recipe,
-                "input": " -> ".join(str(stage.config.size[0]) for stage in stages(config)), "batch": batch,
+                "input": " -> ".join(str(phase.config.size[0]) for phase in phases(config)), "batch": batch,
                 "training GFLOP an image": f"{cost.train_flops_per_image / 1e9:.2f}",
                 "ratio": f"{cost.train_flops_per_image / first.train_flops_per_image:.2f}",
                 "saved, MiB an image": f"{cost.saved_bytes / batch / 2**20:.1f}",

@@ -5,6 +5,7 @@ import platform
 import subprocess
 from datetime import date
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import numpy
@@ -35,6 +36,12 @@ def hardware() -> dict[str, Any]:
         "timm": timm.__version__,
         "numpy": numpy.__version__,
     }
+
+
+def spread(shares: list[float]) -> str:
+    """Mean and sample standard deviation, in percent."""
+    values = [100 * share for share in shares]
+    return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{mean(values):.2f}"
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import record
 import torch
@@ -13,14 +14,14 @@ from torch.optim import AdamW
 from torch.profiler import ProfilerActivity, profile
 
 from leanmim.config import Pretrain
-from leanmim.cost import count
+from leanmim.costs import count
 from leanmim.data import Normalise
 from leanmim.device import resolve_precision
-from leanmim.mim import MIM, build
+from leanmim.factory import build
 from leanmim.offload import Offload
-from leanmim.schedule import stages
+from leanmim.placement import Placement, offloads, place
+from leanmim.schedule import phases
 from leanmim.step import make_optimizers, update
-from leanmim.train import offloads, prepare
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
@@ -34,8 +35,8 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - before
 
 
-def ready(config: Pretrain, device: torch.device) -> tuple[MIM | Offload, list[AdamW]]:
-    """What `update` takes, with the optimizer's state there from the start, as in any step but the first.
+def ready(config: Pretrain, device: torch.device) -> tuple[Placement, list[AdamW]]:
+    """A recipe's model where it trains, and its optimizers with their state, as in any step but the first.
 
     Where a CPU is to offload, memory that is not of torch's allocator stands for the host's.
     """
@@ -52,7 +53,7 @@ def ready(config: Pretrain, device: torch.device) -> tuple[MIM | Offload, list[A
     if config.offload and device.type == "cpu":
         model.train()
         return Offload(model, optimizers, device, torch.clone, lambda x: torch.from_numpy(x.numpy().copy())), optimizers
-    return prepare(model, optimizers, config, device, 1), optimizers
+    return place(model, optimizers, config, device), optimizers
 
 
 def parameters(optimizer: AdamW) -> list[Tensor]:
@@ -60,27 +61,28 @@ def parameters(optimizer: AdamW) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def resident(losses: MIM | Offload, optimizers: list[AdamW]) -> list[Tensor]:
+def resident(placed: Placement, optimizers: list[AdamW]) -> list[Tensor]:
     """The weights, buffers and optimizer state that are on the device."""
-    model = losses.model if isinstance(losses, Offload) else losses
-    away = [
-        optimizer for i, optimizer in enumerate(optimizers) if isinstance(losses, Offload) and i not in losses.present
-    ]
+    model: Any = placed.losses
+    away: list[AdamW] = []
+    if isinstance(placed, Offload):
+        model = placed.model
+        away = [optimizer for i, optimizer in enumerate(optimizers) if i not in placed.present]
     absent = {parameter for optimizer in away for parameter in parameters(optimizer)}
     moments = [t for o in optimizers if o not in away for state in o.state.values() for t in state.values()]
     return [*(p for p in model.parameters() if p not in absent), *model.buffers(), *moments]
 
 
 class Timed:
-    """A recipe, ready to take steps; one model for each of its stages."""
+    """A recipe, ready to take steps; one model for each of its phases."""
 
     def __init__(self, config: Pretrain, device: torch.device) -> None:
         self.device, self.parts = device, []
-        for stage in stages(config):
-            losses, optimizers = ready(stage.config, device)
-            images = torch.randn(int(config.batch_size), config.channels, *stage.config.size, device=device)
-            share = (stage.stop - stage.start) / config.epochs
-            self.parts.append((share, losses, optimizers, images, stage.config.clip_grad))
+        for phase in phases(config):
+            placed, optimizers = ready(phase.config, device)
+            images = torch.randn(int(config.batch_size), config.channels, *phase.config.size, device=device)
+            share = (phase.stop - phase.start) / config.epochs
+            self.parts.append((share, placed.losses, optimizers, images, phase.config.clip_grad))
 
     def step(self) -> float:
         """Seconds of a step, on average over the epochs."""
@@ -113,7 +115,7 @@ def transient(call: Callable[[], object]) -> int:
 def measure(config: Pretrain, device: torch.device) -> dict[str, int]:
     """Peak, and bytes saved for backward, of one real step, after the optimizer's state is there."""
     cost, _ = count(config, device.type)
-    losses, optimizers = ready(config, device)
+    placed, optimizers = ready(config, device)
     normalise = Normalise([0.5] * 3, [0.5] * 3, device)
     images = torch.randint(0, 255, (int(config.batch_size), 3, *config.size), dtype=torch.uint8)
     held: dict[int, int] = {}
@@ -121,13 +123,13 @@ def measure(config: Pretrain, device: torch.device) -> dict[str, int]:
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in {weight.untyped_storage().data_ptr() for weight in resident(losses, optimizers)}:
+        if storage.data_ptr() not in {weight.untyped_storage().data_ptr() for weight in resident(placed, optimizers)}:
             held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     def watched(images: Tensor) -> Iterator[Tensor]:
         nonlocal saved
-        for loss in losses(images):
+        for loss in placed.losses(images):
             saved = max(saved, sum(held.values()))
             yield loss
             held.clear()
@@ -141,13 +143,13 @@ def measure(config: Pretrain, device: torch.device) -> dict[str, int]:
         update(through, optimizers, batches(), config.accum, config.clip_grad)
 
     if device.type == "cuda":
-        step(losses)
+        step(placed.losses)
         torch.cuda.reset_peak_memory_stats()
-        step(losses)
+        step(placed.losses)
         peak = torch.cuda.max_memory_allocated()
     else:
-        before = sum(tensor.untyped_storage().nbytes() for tensor in resident(losses, optimizers))
-        peak = before + transient(lambda: step(losses))
+        before = sum(tensor.untyped_storage().nbytes() for tensor in resident(placed, optimizers))
+        peak = before + transient(lambda: step(placed.losses))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         step(watched)
     return {

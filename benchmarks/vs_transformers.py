@@ -18,11 +18,8 @@ import record
 import torch
 from transformers import ViTMAEForPreTraining
 
-from leanmim.checkpoint import save
-from leanmim.config import Export
-from leanmim.export import export
-from leanmim.mim import MIM, build
-from leanmim.recipes import MAE
+from leanmim import MAE, MIM, Export, build, export
+from leanmim.run import save
 
 
 def theirs_from(ours: MIM, config) -> ViTMAEForPreTraining:
@@ -31,7 +28,7 @@ def theirs_from(ours: MIM, config) -> ViTMAEForPreTraining:
         (Path(folder) / "config.json").write_text("{}")
         state = {"config": config.to_json(), "step": 0, "mean": [0.5] * 3, "std": [0.5] * 3, "model": ours.state_dict()}
         save(Path(folder) / "checkpoints" / "last.pt", state)
-        theirs = ViTMAEForPreTraining.from_pretrained(export(Export(folder, format="transformers")))
+        theirs = ViTMAEForPreTraining.from_pretrained(export(Export(run=folder, format="transformers")))
     theirs.vit.embeddings.position_embeddings.requires_grad_(False)  # fixed in the paper and in ours
     theirs.decoder.decoder_pos_embed.requires_grad_(False)
     return theirs.train()

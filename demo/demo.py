@@ -1,4 +1,4 @@
-"""The demo: pre-train on tiles of the photos beside this file, and see what the encoder has learned.
+"""The demo: pre-train on tiles of the photos beside this file, and measure what the encoder has learned.
 
 Each photo's left 70 % gives training tiles, its right 30 % validation tiles: the two never overlap. The label of a
 tile is the photo that it comes from. Pre-training sees the training tiles only, without labels.
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import leanmim
-from leanmim.export import timm_lines
+from leanmim.formats import timm_lines
 
 PHOTOS = Path(__file__).parent / "photos"
 TILE = 32  # px
@@ -33,11 +33,12 @@ def cut_tiles(folder: Path) -> None:
 
 
 def main() -> None:
-    """Cut, pre-train, evaluate, print."""
+    """Cut the tiles, pre-train, evaluate, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="runs/demo", help="run folder")
-    parser.add_argument("--epochs", type=int, default=16)
-    out = Path(parser.parse_args().out)
+    parser.add_argument("--epochs", type=int, default=16, help="passes over the tiles")
+    options = parser.parse_args()
+    out = Path(options.out)
     tiles = out.with_name(out.name + "-tiles")
     cut_tiles(tiles)
 
@@ -53,7 +54,7 @@ def main() -> None:
         decoder_depth=1,
         decoder_width=64,
         decoder_heads=4,
-        epochs=parser.parse_args().epochs,
+        epochs=options.epochs,
         batch_size=64,
         blr=4e-3,
         knn_data=str(tiles),
@@ -64,7 +65,7 @@ def main() -> None:
 
     names = {"random": "random encoder", "pixels": "raw pixels", "pretrained": "pre-trained encoder"}
     print("\nkNN accuracy on held-out tiles, which photo does a tile come from:")
-    for name, accuracy in leanmim.knn(leanmim.Knn(str(out), str(tiles), baselines=True)):
+    for name, accuracy in leanmim.knn(leanmim.Knn(run=str(out), data=str(tiles), baselines=True)):
         print(f"  {names[name]:20} {accuracy:6.1%}")
     print(f"\nSee {out / 'reconstructions.png'} and {out / 'report.html'}. The encoder loads in timm:\n")
     trained, model, _ = leanmim.restore(out)

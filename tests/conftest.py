@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm import create_model
 
+from leanmim.cli import main
 from leanmim.config import Pretrain
 from leanmim.recipes import MAE, SIMMIM
-
-PHOTOS = Path(__file__).parent.parent / "demo" / "photos"
+from tests.helpers import PHOTOS, PLAIN
+from tests.runs import Refused
 
 torch.set_num_threads(1)  # xdist runs one test a core
-
-TINY_VIT = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def tiny(tmp_path: Path) -> Pretrain:
         data=str(PHOTOS),
         out=str(tmp_path / "run"),
         model="vit_tiny_patch16_224",
-        model_kwargs=TINY_VIT,
+        model_kwargs=PLAIN,
         input_size=(32,),
         decoder_depth=1,
         decoder_width=32,
@@ -64,6 +64,41 @@ def tiny_simmim(tiny: Pretrain) -> Pretrain:
         input_size=(64,),
         mask_unit=16,
     )
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Run a command line that must end with one message and exit code 2; the message."""
+
+    def run(arguments: list[str]) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("leanmim: ")
+        assert err.count("leanmim: ") == 1
+        assert "Traceback" not in err
+        return err
+
+    return run
+
+
+@pytest.fixture
+def clutter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with what people pass by mistake."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    for name in ("a.txt", "a.jpg.pt"):
+        (tmp_path / "texts" / name).write_text("no picture, no checkpoint")
+    weights = create_model(
+        "vit_tiny_patch16_224", patch_size=4, img_size=8, embed_dim=8, depth=1, num_heads=1
+    ).state_dict()
+    torch.save(weights, tmp_path / "foreign.pt")
+    torch.save(weights, tmp_path / "foreign.pth")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

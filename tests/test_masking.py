@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from leanmim.errors import UserError
-from leanmim.masking import Grid, Mask, keep_all, mask_units, random_mask, take
+from leanmim.masking import Grid, Mask, cover, keep_all, mask_units, random_mask, take
+from tests.helpers import seeded, whole_squares
 
 
 def draw(batch: int, grid: Grid, ratio: float, unit: int = 1, seed: int = 0) -> tuple[torch.Tensor, Mask]:
@@ -156,3 +157,16 @@ def test_keep_all_throws_nothing() -> None:
 
 def test_a_grid_counts_its_patches() -> None:
     assert Grid(14, 14).n == 196 and Grid(3, 5).n == 15
+
+
+def test_take_follows_the_mask() -> None:
+    x = torch.arange(12.0).view(1, 6, 2)
+    assert take(x, torch.tensor([[5, 0]])).tolist() == [[[10, 11], [0, 1]]]
+
+
+@pytest.mark.parametrize("size", [(6, 4), (12, 8), (18, 4), (3, 2), (2, 4), (1, 1), (6, 12)])
+def test_cover_against_loops(size: tuple[int, int]) -> None:
+    hidden = torch.rand(5, 6, 4, generator=seeded(0)) < 0.7
+    hidden[0], hidden[1, :3] = True, True
+    pixels = torch.kron(hidden.int(), torch.ones(1, 6, 6, dtype=torch.int)).bool()
+    assert torch.equal(cover(hidden, size), whole_squares(pixels, size))

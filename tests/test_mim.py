@@ -1,35 +1,35 @@
-"""The method: losses, gradients, segments, decoders."""
-
-from dataclasses import replace
+"""The method: losses and gradients."""
 
 import pytest
 import torch
 
 from leanmim.config import Pretrain
 from leanmim.decoder import Decoder
-from leanmim.encoders import create_backbone, make_encoder
-from leanmim.errors import UserError
-from leanmim.masking import Grid, Mask, keep_all, random_mask, take
-from leanmim.mim import MIM, build
+from leanmim.encoders import make_encoder
+from leanmim.encoders.backbone import create_backbone
+from leanmim.factory import build
+from leanmim.masking import random_mask, take
+from leanmim.mim import MIM
 from leanmim.targets import Pixels
+from tests.helpers import owners_of
 
 
-def in_segments(count: int) -> MIM:
+def cut(count: int) -> MIM:
     backbone = create_backbone("vit_tiny_patch16_224", (32, 32), 3, patch_size=8, embed_dim=32, depth=4, num_heads=2)
     encoder = make_encoder(backbone, "drop", (32, 32), segments=count)
     target = Pixels(8)
     decoders = [
-        Decoder(32, target.width, prefix=1, full_grid=False, depth=1, width=32, heads=2) for _ in encoder.widths
+        Decoder(32, target.width, prefix_tokens=1, full_grid=False, depth=1, width=32, heads=2) for _ in encoder.widths
     ]
-    return MIM(encoder, decoders, target, mask_ratio=0.75)
+    return MIM(encoder, decoders, target, mask_ratios=(0.75,) * count)
 
 
 def test_the_loss_covers_masked_patches_only(tiny: Pretrain) -> None:
     model = build(tiny)
     images = torch.randn(2, 3, 32, 32)
     mask = model.draw_mask(images)
-    (loss,) = model.losses(images, mask)
-    ((ids, prediction),) = model.predictions(images, mask)
+    (loss,) = model.losses(images, [mask])
+    ((ids, prediction),) = model.predictions(images, [mask])
     target = take(model.target(images), mask.masked)
     assert torch.equal(ids, mask.masked)
     assert torch.equal(loss, ((prediction - target) ** 2).mean())
@@ -39,7 +39,7 @@ def test_simmim_is_one_linear_layer_and_absolute_error(tiny_simmim: Pretrain) ->
     model = build(tiny_simmim)
     images = torch.randn(2, 3, 64, 64)
     mask = model.draw_mask(images)
-    (loss,) = model.losses(images, mask)
+    (loss,) = model.losses(images, [mask])
     encoder, head = model.encoder, model.decoders[0].head
     tokens = encoder.read(0, encoder.segment(0, encoder.embed(images, mask)))[:, 1:]
     raw = images.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 4, 5, 1).reshape(2, 64, -1)
@@ -49,29 +49,30 @@ def test_simmim_is_one_linear_layer_and_absolute_error(tiny_simmim: Pretrain) ->
 
 
 def test_no_gradient_crosses_a_segment_border() -> None:
-    model = in_segments(2)
+    model = cut(2)
+    owners = owners_of(model)
     losses = model.losses(torch.randn(2, 3, 32, 32))
     next(losses).backward()
     first = {n for n, p in model.named_parameters() if p.grad is not None}
-    assert {model.owner(name) for name in first} == {0}
+    assert {owners[name] for name in first} == {0}
     model.zero_grad()
     next(losses).backward()
     second = {n for n, p in model.named_parameters() if p.grad is not None}
-    assert {model.owner(name) for name in second} == {1}
+    assert {owners[name] for name in second} == {1}
     assert first | second == {n for n, p in model.named_parameters() if p.requires_grad}
     with pytest.raises(StopIteration):
         next(losses)
 
 
 def test_block_wise_gradients_are_autograds_on_the_detached_graph() -> None:
-    model = in_segments(4)
+    model = cut(4)
     images = torch.randn(2, 3, 32, 32)
-    mask = model.draw_mask(images)
-    for loss in model.losses(images, mask):
+    masks = model.draw_masks(images)
+    for loss in model.losses(images, masks):
         loss.backward()
     one_at_a_time = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
-    sum(model.losses(images, mask)).backward()  # all graphs alive at once: detach alone cuts them
+    sum(model.losses(images, masks)).backward()  # all graphs alive at once: detach alone cuts them
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert torch.equal(parameter.grad, one_at_a_time[name]), name
@@ -82,37 +83,13 @@ def test_targets_and_losses_are_float32_under_autocast(tiny: Pretrain) -> None:
     model.autocast = torch.bfloat16
     images = torch.randn(2, 3, 32, 32)
     mask = model.draw_mask(images)
-    for loss in model.losses(images, mask):
+    for loss in model.losses(images, [mask]):
         assert loss.dtype == torch.float32
         assert not torch.is_autocast_enabled("cpu")  # or it would leak into the caller's backward
         loss.backward()
     model.autocast = None
-    (exact,) = model.losses(images, mask)
+    (exact,) = model.losses(images, [mask])
     assert 0 < abs(exact.item() - loss.item()) < 0.05
-
-
-def test_the_decoder_puts_every_token_in_its_place() -> None:
-    """One attention-free decoder layer less: with depth 0 the head sees exactly the token of each place."""
-    grid = Grid(2, 3)
-    decoder = Decoder(4, 5, prefix=1, full_grid=True, depth=0, width=0, heads=1)
-    tokens = torch.randn(1, 7, 4)
-    ids = torch.tensor([[6, 3, 1, 0, 2, 5, 4]])  # the class token first, then patches in any order
-    mask = Mask(torch.tensor([[3, 0]]), torch.tensor([[1, 2, 5, 4]]))
-    places, prediction = decoder(tokens, ids, keep_all(mask), grid)
-    assert torch.equal(places, mask.masked)
-    assert torch.allclose(prediction, decoder.head(tokens[:, [2, 4, 5, 6]]))
-
-
-def test_a_decoder_does_not_care_for_the_order_of_visible_tokens() -> None:
-    grid = Grid(2, 3)
-    torch.manual_seed(0)
-    decoder = Decoder(8, 5, prefix=0, full_grid=False, depth=2, width=16, heads=2)
-    tokens, ids, masked = torch.randn(1, 2, 8), torch.tensor([[4, 1]]), torch.tensor([[0, 2, 3, 5]])
-    _, one = decoder(tokens, ids, keep_all(Mask(ids, masked)), grid)
-    _, two = decoder(tokens.flip(1), ids.flip(1), keep_all(Mask(ids.flip(1), masked)), grid)
-    assert torch.allclose(one, two, atol=1e-5)
-    _, three = decoder(tokens, ids.flip(1), keep_all(Mask(ids, masked)), grid)
-    assert not torch.allclose(one, three, atol=1e-3)
 
 
 def test_masks_follow_torchs_seed(tiny: Pretrain) -> None:
@@ -124,13 +101,6 @@ def test_masks_follow_torchs_seed(tiny: Pretrain) -> None:
     two = model.draw_mask(images)
     assert torch.equal(one.visible, two.visible)
     assert not torch.equal(one.visible[0].sort()[0], one.visible[1].sort()[0])  # every image has its own
-
-
-def test_the_mask_unit_must_fit(tiny_simmim: Pretrain) -> None:
-    with pytest.raises(UserError, match=r"--mask-unit 12 is not a multiple.*try 16"):
-        build(replace(tiny_simmim, mask_unit=12))
-    with pytest.raises(UserError, match="does not divide the grid of 5 x 5"):
-        build(replace(tiny_simmim, input_size=(40,))).draw_mask(torch.zeros(1, 3, 40, 40))
 
 
 def test_random_mask_is_what_the_model_uses(tiny: Pretrain) -> None:

@@ -1,11 +1,14 @@
-"""The learning rate is MAE's: linear warm-up, half a cosine."""
+"""The learning rate is MAE's: linear warm-up, half a cosine. Phases are FastMIM-P's."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
-from leanmim.schedule import learning_rate
+from leanmim.config import Pretrain
+from leanmim.recipes import FASTMIM_P
+from leanmim.schedule import learning_rate, phases
 
 RUNS = [(100, 10.0), (1000, 50.0), (40, 2.5), (20, 0.0), (20, 20.0), (1, 0.0), (7, 6.5)]
 
@@ -55,3 +58,24 @@ def test_the_halves_of_the_cosine_mirror_each_other() -> None:
 def test_the_rate_is_proportional_to_the_peak() -> None:
     for step in (0, 3, 10, 50, 99):
         assert learning_rate(step, 100, 10.0, 0.004) == pytest.approx(4 * learning_rate(step, 100, 10.0, 0.001))
+
+
+# Phases.
+
+
+def test_the_recipe_is_128_160_192_at_0_50_80_percent() -> None:
+    table = phases(replace(FASTMIM_P, epochs=100))
+    assert [(phase.start, phase.stop, phase.config.size) for phase in table] == [
+        (0, 50, (128, 128)), (50, 80, (160, 160)), (80, 100, (192, 192)),
+    ]  # fmt: skip
+    assert not any(phase.config.phase_scales for phase in table)
+
+
+def test_one_phase_unless_there_are_more(tiny: Pretrain) -> None:
+    ((start, stop, config),) = phases(tiny)
+    assert (start, stop, config) == (0, tiny.epochs, tiny)
+
+
+def test_sizes_need_not_be_square() -> None:
+    table = phases(replace(FASTMIM_P, input_size=(128, 256), epochs=10))
+    assert [phase.config.size for phase in table] == [(128, 256), (160, 320), (192, 384)]

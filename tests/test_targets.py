@@ -1,17 +1,14 @@
-"""Targets are MAE's and SimMIM's pixels, to the last place."""
+"""Targets are MAE's and SimMIM's pixels, to the last place, and FastMIM's histograms."""
 
 import numpy as np
 import pytest
 import torch
 
 from leanmim.masking import Grid
-from leanmim.targets import Pixels, Target, patch_statistics, patchify, unpatchify
+from leanmim.targets import HOG, Pixels, Target, hog, patch_statistics, patchify, unpatchify
+from tests.helpers import noisy
 
 SHAPES = [(2, 3, 8, 8, 4), (1, 3, 8, 16, 4), (3, 1, 12, 6, 2), (2, 4, 6, 9, 3), (1, 3, 16, 16, 16)]
-
-
-def images_of(b: int, c: int, height: int, width: int) -> torch.Tensor:
-    return torch.randn(b, c, height, width, generator=torch.Generator().manual_seed(0)) * 2 + 0.5
 
 
 def patches_by_hand(images: np.ndarray, patch: int) -> np.ndarray:
@@ -31,7 +28,7 @@ def patches_by_hand(images: np.ndarray, patch: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("b", "c", "height", "width", "patch"), SHAPES)
 def test_patchify_is_the_loop(b: int, c: int, height: int, width: int, patch: int) -> None:
-    images = images_of(b, c, height, width)
+    images = noisy(b, c, height, width)
     got = patchify(images, patch)
     assert got.shape == (b, (height // patch) * (width // patch), patch * patch * c)
     assert (got.numpy() == patches_by_hand(images.numpy(), patch)).all()
@@ -39,7 +36,7 @@ def test_patchify_is_the_loop(b: int, c: int, height: int, width: int, patch: in
 
 @pytest.mark.parametrize(("b", "c", "height", "width", "patch"), SHAPES)
 def test_unpatchify_undoes_it(b: int, c: int, height: int, width: int, patch: int) -> None:
-    images = images_of(b, c, height, width)
+    images = noisy(b, c, height, width)
     grid = Grid(height // patch, width // patch)
     assert torch.equal(unpatchify(patchify(images, patch), patch, grid), images)
     patches = torch.randn(b, grid.n, patch * patch * c)
@@ -55,7 +52,7 @@ def test_values_are_ordered_row_column_channel() -> None:
 
 
 def test_memory_layout_does_not_matter() -> None:
-    images = images_of(2, 3, 8, 12)
+    images = noisy(2, 3, 8, 12)
     assert torch.equal(patchify(images.to(memory_format=torch.channels_last), 4), patchify(images, 4))
     assert torch.equal(patchify(images.flip(3), 4), patchify(images.flip(3).contiguous(), 4))
     patches = patchify(images, 4)
@@ -65,7 +62,7 @@ def test_memory_layout_does_not_matter() -> None:
 
 @pytest.mark.parametrize(("b", "c", "height", "width", "patch"), SHAPES)
 def test_each_patch_is_normalised_by_its_own_statistics(b: int, c: int, height: int, width: int, patch: int) -> None:
-    images = images_of(b, c, height, width)
+    images = noisy(b, c, height, width)
     x = patches_by_hand(images.double().numpy(), patch)
     mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True, ddof=1)
     target = Pixels(patch, c)
@@ -85,7 +82,7 @@ def test_the_epsilon_is_added_to_the_variance() -> None:
 
 
 def test_raw_pixels_are_the_pixels() -> None:
-    images = images_of(2, 3, 8, 12)
+    images = noisy(2, 3, 8, 12)
     target = Pixels(4, per_patch=False)
     assert torch.equal(target(images), patchify(images, 4))
     assert torch.equal(target.paint(target(images), images), images)
@@ -94,14 +91,14 @@ def test_raw_pixels_are_the_pixels() -> None:
 @pytest.mark.parametrize("per_patch", [True, False])
 @pytest.mark.parametrize(("b", "c", "height", "width", "patch"), SHAPES)
 def test_painting_the_target_restores_it(b: int, c: int, height: int, width: int, patch: int, per_patch: bool) -> None:
-    images = images_of(b, c, height, width)
+    images = noisy(b, c, height, width)
     images[0, :, :patch, :patch] = 0.25  # a patch without any structure
     target = Pixels(patch, c, per_patch)
     torch.testing.assert_close(target.paint(target(images), images), images, atol=2e-6, rtol=0)
 
 
 def test_painting_uses_the_true_statistics_and_the_predicted_structure() -> None:
-    images = images_of(1, 3, 8, 8)
+    images = noisy(1, 3, 8, 8)
     target = Pixels(4)
     nothing = patchify(target.paint(torch.zeros(1, 4, 48), images), 4)
     means = patches_by_hand(images.numpy(), 4).mean(-1)
@@ -110,7 +107,7 @@ def test_painting_uses_the_true_statistics_and_the_predicted_structure() -> None
 
 @pytest.mark.parametrize("per_patch", [True, False])
 def test_targets_carry_no_gradient(per_patch: bool) -> None:
-    images = images_of(1, 3, 8, 8).requires_grad_()
+    images = noisy(1, 3, 8, 8).requires_grad_()
     prediction = torch.zeros(1, 4, 48, requires_grad=True)
     target = Pixels(4, per_patch=per_patch)
     assert not target(images).requires_grad
@@ -119,10 +116,72 @@ def test_targets_carry_no_gradient(per_patch: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_targets_of_half_precision_images_are_computed_in_full(dtype: torch.dtype) -> None:
-    images = images_of(1, 3, 8, 8).to(dtype)
+    images = noisy(1, 3, 8, 8).to(dtype)
     assert Pixels(4)(images).dtype == torch.float32
     assert torch.equal(Pixels(4)(images), Pixels(4)(images.float()))
 
 
 def test_pixels_are_a_target() -> None:
     assert isinstance(Pixels(4), Target)
+
+
+# HOG as a target; its values are judged in test_targets_hog.py.
+
+
+@pytest.mark.parametrize(
+    ("b", "c", "height", "width", "patch", "cell"),
+    [(2, 3, 32, 48, 16, 8), (1, 3, 64, 32, 32, 8), (2, 1, 24, 32, 8, 4), (2, 4, 20, 30, 10, 5), (1, 3, 24, 16, 8, 8)],
+)
+def test_tokens_are_the_histogram_rearranged(b: int, c: int, height: int, width: int, patch: int, cell: int) -> None:
+    images = noisy(b, c, height, width)
+    cells, side = hog(images, cell), patch // cell
+    by_hand = [
+        [
+            [
+                cells[i, k, top * side + y, left * side + x].item()
+                for y in range(side)
+                for x in range(side)
+                for k in range(9 * c)
+            ]
+            for top in range(height // patch)
+            for left in range(width // patch)
+        ]
+        for i in range(b)
+    ]
+    target = HOG(patch, c, cell)
+    assert target(images).tolist() == by_hand
+    assert target.width == target(images).shape[-1] == 9 * c * side**2
+
+
+def test_widths_of_the_paper() -> None:
+    images = noisy(1, 3, 64, 64)
+    assert HOG(16).width == HOG(16)(images).shape[-1] == 108
+    assert HOG(32).width == HOG(32)(images).shape[-1] == 432
+    assert (HOG(16).patch, HOG(16).channels, HOG(16).cell) == (16, 3, 8)
+    assert isinstance(HOG(16), Target)
+
+
+def test_it_is_float32_without_gradient() -> None:
+    images = noisy(2, 3, 32, 32)
+    expected = HOG(16)(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = HOG(16)(images.clone().requires_grad_()), hog(images.clone().requires_grad_())
+    for got in (HOG(16)(images.clone().requires_grad_()), hog(images.clone().requires_grad_()), *under_autocast):
+        assert got.dtype == torch.float32
+        assert not got.requires_grad
+    assert torch.equal(under_autocast[0], expected)
+    assert torch.equal(under_autocast[1], hog(images))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_images_are_computed_in_full(dtype: torch.dtype) -> None:
+    images = noisy(1, 3, 32, 32).to(dtype)
+    assert HOG(16)(images).dtype == torch.float32
+    assert torch.equal(HOG(16)(images), HOG(16)(images.float()))
+
+
+def test_images_are_left_as_they_are() -> None:
+    images = noisy(2, 3, 24, 24)
+    before = images.clone()
+    HOG(8)(images)
+    assert torch.equal(images, before)

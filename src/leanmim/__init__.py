@@ -8,44 +8,63 @@ For a loop of one's own: ``model = leanmim.build(leanmim.MAE)``, then ``for loss
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# name -> module; imported when first asked for, so that `leanmim --help` does not wait for torch
-_PLACES = {
-    "pretrain": "train",
-    "knn": "evaluate.knn",
-    "probe": "evaluate.probe",
-    "build": "mim",
-    "MIM": "mim",
-    "MAE": "recipes",
-    "SIMMIM": "recipes",
-    "FASTMIM": "recipes",
-    "FASTMIM_P": "recipes",
-    "PR_MIM": "recipes",
-    "BIM": "recipes",
-    "Cost": "config",
-    "Plan": "config",
-    "RECIPES": "recipes",
-    "restore": "checkpoint",
-    "load_backbone": "checkpoint",
-    "Pretrain": "config",
-    "Knn": "config",
-    "Probe": "config",
-    "Show": "config",
-    "Export": "config",
-    "Report": "config",
-    "UserError": "errors",
+if TYPE_CHECKING:  # for type checkers and editors; when run, a name is imported when it is first asked for
+    from leanmim.config import Cost, Export, Knn, Plan, Pretrain, Probe, Report, Show
+    from leanmim.costs import cost
+    from leanmim.data import SOURCES
+    from leanmim.encoders import MASKINGS
+    from leanmim.errors import UserError
+    from leanmim.evaluate.knn import knn
+    from leanmim.evaluate.probe import probe
+    from leanmim.factory import build
+    from leanmim.formats import export
+    from leanmim.mim import MIM
+    from leanmim.page import report
+    from leanmim.pictures import show
+    from leanmim.planner import plan
+    from leanmim.recipes import BIM, FASTMIM, FASTMIM_P, MAE, PR_MIM, RECIPES, SIMMIM
+    from leanmim.targets import TARGETS
+    from leanmim.train.pretrain import pretrain
+    from leanmim.weights import load_backbone, restore
+
+_NAMES = {
+    "config": "Cost Export Knn Plan Pretrain Probe Report Show",
+    "costs": "cost",
+    "data": "SOURCES",
+    "encoders": "MASKINGS",
+    "errors": "UserError",
+    "evaluate.knn": "knn",
+    "evaluate.probe": "probe",
+    "factory": "build",
+    "formats": "export",
+    "mim": "MIM",
+    "page": "report",
+    "pictures": "show",
+    "planner": "plan",
+    "recipes": "BIM FASTMIM FASTMIM_P MAE PR_MIM RECIPES SIMMIM",
+    "targets": "TARGETS",
+    "train.pretrain": "pretrain",
+    "weights": "load_backbone restore",
 }
-__all__ = ["__version__", *_PLACES]
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = [
+    "BIM", "FASTMIM", "FASTMIM_P", "MAE", "MASKINGS", "MIM", "PR_MIM", "RECIPES", "SIMMIM", "SOURCES", "TARGETS", "Cost",
+    "Export", "Knn", "Plan", "Pretrain", "Probe", "Report", "Show", "UserError", "__version__", "build", "cost", "export",
+    "knn", "load_backbone", "plan", "pretrain", "probe", "report", "restore", "show",
+]  # fmt: skip
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module 'leanmim' has no attribute {name!r}")
-    return getattr(import_module(f"leanmim.{_PLACES[name]}"), name)
+if not TYPE_CHECKING:  # a type checker knows the names above and no others
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module 'leanmim' has no attribute {name!r}")
+        return getattr(import_module(f"leanmim.{_MODULE_OF[name]}"), name)

@@ -40,14 +40,19 @@ DESCRIPTIONS = {
     "simmim": "SimMIM: a learned token in masked squares, one linear layer (ViT, Swin).",
 }
 COMMANDS = {
-    "pretrain": Command("pre-train a backbone on a folder of images", Pretrain, "train.pretrain"),
-    "cost": Command("what a training step of a recipe costs, counted beforehand", Cost, "cost.cost"),
-    "plan": Command("what fits the memory, how long it takes, the command to run", Plan, "plan.plan"),
+    "pretrain": Command("pre-train a backbone on a folder of images", Pretrain, "train.pretrain.pretrain"),
+    "cost": Command("what a training step of a recipe costs, counted beforehand", Cost, "costs.cost"),
+    "plan": Command("what fits the memory, how long it takes, the command to run", Plan, "planner.plan"),
     "knn": Command("k-nearest-neighbour accuracy of a run on labelled images", Knn, "evaluate.knn.knn"),
     "probe": Command("linear-probe accuracy of a run on labelled images", Probe, "evaluate.probe.probe"),
-    "show": Command("draw original, masked image, reconstruction", Show, "show.show"),
-    "export": Command("write a run's weights for timm or transformers", Export, "export.export"),
-    "report": Command("one HTML page about one or several runs", Report, "report.report"),
+    "show": Command("draw original, masked image, reconstruction", Show, "pictures.show"),
+    "export": Command("write a run's weights for timm or transformers", Export, "formats.export"),
+    "report": Command("one HTML page about one or several runs", Report, "page.report"),
+}
+RESUMABLE = {"pretrain", "probe"}
+RENAMED = {  # options of earlier versions
+    "pretrain": {f"--stage-{name}": f"--phase-{name}" for name in ("scales", "starts", "batches", "accums", "blrs")},
+    "show": {"--block": "--segment"},
 }
 HELP = "usage: leanmim COMMAND ... (each has --help)\n\n" + "\n".join(
     f"  {name:10}{command.help}" for name, command in COMMANDS.items()
@@ -68,6 +73,11 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"leanmim: {wrong}\n\n{HELP}", file=sys.stderr)
         raise SystemExit(2)
     name, *rest = arguments
+    for word in rest:
+        option = word.partition("=")[0].replace("_", "-")
+        if new := RENAMED.get(name, {}).get(option):
+            print(f"leanmim: {option} is called {new} now", file=sys.stderr)
+            raise SystemExit(2)
     command = COMMANDS[name]
     kind = recipes() if command.config is Pretrain else command.config
     config = tyro.cli(kind, args=rest, prog=f"leanmim {name}", config=(tyro.conf.OmitArgPrefixes,))
@@ -82,7 +92,9 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         print(f"leanmim: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        remedy = "; the same command continues from the last checkpoint, if one was written" * (name == "pretrain")
-        print(f"leanmim: interrupted{remedy}", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stop:
+        text = str(stop) or "interrupted"
+        if name in RESUMABLE:
+            text += "; the same command continues from the last checkpoint, if one was written"
+        print(f"leanmim: {text}", file=sys.stderr)
+        raise SystemExit(128 + getattr(stop, "number", 2)) from None

@@ -1,17 +1,17 @@
-"""The decoder: scatter what the encoder saw onto the grid, gather what must be decoded, predict, fill the rest.
+"""The decoder: put the encoder's tokens on the grid, take those to be decoded, predict, fill in the thrown ones.
 
 b batch, n patches, v visible, k kept, t thrown, r predicted, s tokens of the encoder, q prefix tokens (class,
 registers), d encoder width, e decoder width, p target width.
 """
 
 import math
-from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from leanmim.caches import cached
 from leanmim.masking import Grid, Split, take
 
 
@@ -21,7 +21,7 @@ def sincos(grid: Grid, width: int, device: torch.device | None = None) -> Float[
     return cached_sincos(grid, width, device)
 
 
-@lru_cache(maxsize=32)
+@cached
 def cached_sincos(grid: Grid, width: int, device: torch.device | None) -> Float[Tensor, "n e"]:
     """What `sincos` computes, once."""
     omega = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
@@ -41,9 +41,9 @@ def init_linear(module: nn.Module) -> None:
 class Filling(nn.Module):
     """Reconstructs the thrown patches from the others (PR-MIM's progressive reconstruction; in detail ours).
 
-    Every thrown patch asks, by its mask token and position, all that is known; the answer is added to these two.
-    This is attention in an eighth of the width, so four thin linear layers are all it costs. In further rounds the
-    thrown patches ask as they were filled in before, and are known themselves.
+    Cross-attention from thrown to known patches, in an eighth of the width: the queries are mask token plus position, and
+    the result is added to them. Four thin linear layers are all it costs. In further rounds the queries are the patches as
+    filled in before, which then also serve as keys and values.
 
     Args:
         width: e.
@@ -67,10 +67,10 @@ class Filling(nn.Module):
         """
         known, filled = tokens, empty
         for _ in range(self.rounds):
-            parts = self.query(filled), self.key(known), self.value(known)
-            heads = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in parts)
-            told = nn.functional.scaled_dot_product_attention(*heads)
-            filled = empty + self.out(told.transpose(1, 2).flatten(2))
+            projected = self.query(filled), self.key(known), self.value(known)
+            q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in projected)
+            attended = nn.functional.scaled_dot_product_attention(q, k, v)
+            filled = empty + self.out(attended.transpose(1, 2).flatten(2))
             known = torch.cat([tokens, filled], dim=1)
         return filled
 
@@ -84,7 +84,7 @@ class Decoder(nn.Module):
     Args:
         encoder_width: d.
         target_width: p.
-        prefix: q, tokens of the encoder without a place on the grid (class, registers); they are attended to.
+        prefix_tokens: q, tokens of the encoder without a place on the grid (class, registers); they are attended to.
         full_grid: the encoder returns a token for every patch, so neither mask token nor new positions are needed.
         depth: transformer layers.
         width: e, a multiple of 4 and of ``heads``; not used at depth 0.
@@ -97,7 +97,7 @@ class Decoder(nn.Module):
         encoder_width: int,
         target_width: int,
         *,
-        prefix: int,
+        prefix_tokens: int,
         full_grid: bool,
         depth: int,
         width: int,
@@ -106,7 +106,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         width = width if depth else encoder_width
-        self.prefix = prefix
+        self.prefix_tokens = prefix_tokens
         self.embed = nn.Linear(encoder_width, width) if depth else nn.Identity()
         self.mask_token = None if full_grid else nn.Parameter(torch.zeros(1, 1, width))
         self.layers = nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(depth)))
@@ -133,14 +133,14 @@ class Decoder(nn.Module):
         """
         x = self.embed(tokens)
         b, _, e = x.shape
-        places = grid.n + self.prefix
+        places = grid.n + self.prefix_tokens
         if self.mask_token is None:
             canvas = x.new_zeros(b, places, e)
         else:
             canvas = self.mask_token.to(x.dtype).expand(b, places, e)
         canvas = canvas.scatter(1, ids[..., None].expand_as(x), x)
         if self.mask_token is not None:
-            canvas = canvas + nn.functional.pad(sincos(grid, e, x.device), (0, 0, 0, self.prefix)).to(x.dtype)
+            canvas = canvas + nn.functional.pad(sincos(grid, e, x.device), (0, 0, 0, self.prefix_tokens)).to(x.dtype)
 
         prefix = torch.arange(grid.n, places, device=x.device).expand(b, -1)
         seen = torch.cat([split.visible, split.kept], dim=1)

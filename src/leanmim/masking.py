@@ -4,16 +4,15 @@ b batch, n patches of the grid, v visible, m masked, k kept, t thrown, u mask un
 """
 
 import math
-from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from leanmim.caches import cached
+from leanmim.config.base import Start
 from leanmim.errors import UserError
-
-Start = Literal["visible", "random"]
 
 
 class Grid(NamedTuple):
@@ -105,9 +104,8 @@ def random_fine_mask(noise: Float[Tensor, "b u"], grid: Grid, ratio: float, fine
     """Mask squares that are ``finer`` times finer than the grid, in pixel space (FastMIM, section 3.1)."""
     fine = Grid(grid.height * finer, grid.width * finer)
     masked = random_mask(noise, fine, ratio).masked
-    hidden = torch.zeros(len(noise), fine.n, dtype=torch.bool, device=noise.device).scatter_(1, masked, True)
     patches = torch.arange(grid.n, device=noise.device).expand(len(noise), -1)
-    return Mask(patches[:, :0], patches, hidden.view(-1, *fine))
+    return Mask(patches[:, :0], patches, squares(masked, fine))
 
 
 def narrower(mask: Mask, grid: Grid, ratio: float, unit: int = 1) -> Mask:
@@ -131,9 +129,13 @@ def hidden_squares(mask: Mask, grid: Grid) -> Bool[Tensor, "b y x"]:
     """True for what is masked, on the grid or on the finer one that the mask comes with."""
     if mask.hidden is not None:
         return mask.hidden
-    b = len(mask.masked)
-    hidden = torch.zeros(b, grid.n, dtype=torch.bool, device=mask.masked.device)
-    return hidden.scatter_(1, mask.masked, True).view(b, *grid)
+    return squares(mask.masked, grid)
+
+
+def squares(ids: Int[Tensor, "b k"], grid: Grid) -> Bool[Tensor, "b y x"]:
+    """True for the patches ``ids`` on the grid."""
+    found = torch.zeros(len(ids), grid.n, dtype=torch.bool, device=ids.device)
+    return found.scatter_(1, ids, True).view(len(ids), *grid)
 
 
 def magnify(squares: Shaped[Tensor, "b y x"], size: tuple[int, int]) -> Shaped[Tensor, "b Y X"]:
@@ -161,7 +163,7 @@ def select_random(mask: Mask, kept: int, noise: Float[Tensor, "b n"]) -> Split:
     return Split(mask.visible, masked[:, :kept], masked[:, kept:])
 
 
-@lru_cache(maxsize=32)
+@cached
 def distances(grid: Grid, device: torch.device | None = None) -> Float[Tensor, "n n"]:
     """Squared Euclidean distances between patches, in patches."""
     rows, columns = torch.meshgrid(torch.arange(grid.height), torch.arange(grid.width), indexing="ij")
@@ -184,18 +186,18 @@ def select_furthest(mask: Mask, grid: Grid, kept: int, noise: Float[Tensor, "b n
         start: what counts as chosen at first. ``visible``: the visible patches; where a mask finer than the grid leaves
             none, the same as ``random``. ``random``: nothing, the first pick is random, visible patches are not looked at.
     """
-    apart = distances(grid, noise.device)
-    nobody = float(grid.height**2 + grid.width**2)  # further than any patch of the grid
-    nearest = torch.full_like(noise, nobody)
+    between = distances(grid, noise.device)
+    outside = float(grid.height**2 + grid.width**2)  # further than any patch of the grid
+    nearest = torch.full_like(noise, outside)
     if start == "visible" and mask.visible.shape[1]:
         for part in mask.visible.split(64, dim=1):  # on a large grid all at once would be a large tensor
-            nearest = torch.minimum(nearest, apart[part].amin(dim=1))
+            nearest = torch.minimum(nearest, between[part].amin(dim=1))
     nearest = nearest.scatter(1, mask.visible, 0.0)
     picks = []
     for _ in range(kept):
         # squared distances are whole numbers: noise orders equal ones only, and nothing chosen (0) is picked again
         pick = (nearest + noise / 2).argmax(dim=1)
-        nearest = torch.minimum(nearest, apart[pick])
+        nearest = torch.minimum(nearest, between[pick])
         picks.append(pick)
     chosen = torch.stack(picks, dim=1)
     rest = torch.ones_like(noise).scatter(1, torch.cat([mask.visible, chosen], dim=1), 0.0)

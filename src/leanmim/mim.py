@@ -5,20 +5,18 @@ b batch, c channels, H W pixels, n patches, r predicted, p target width.
 
 import math
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from leanmim.config import Pretrain
+from leanmim.config.base import Loss, Select, Start
 from leanmim.decoder import Decoder
-from leanmim.encoders import Backbone, Encoder, ViTEncoder, create_backbone, make_encoder
+from leanmim.encoders import Encoder
 from leanmim.errors import UserError
 from leanmim.masking import (
     Mask,
     Split,
-    Start,
     keep_all,
     magnify,
     mask_units,
@@ -29,10 +27,7 @@ from leanmim.masking import (
     select_random,
     take,
 )
-from leanmim.targets import Target, make_target, patchify
-
-Loss = Literal["l1", "l2"]
-Select = Literal["furthest", "random"]
+from leanmim.targets import Target, patchify
 
 
 class MIM(nn.Module):
@@ -42,7 +37,7 @@ class MIM(nn.Module):
         encoder: a backbone and the way a mask reaches it.
         decoders: one per segment of the encoder.
         target: what is predicted.
-        mask_ratio: share of the mask units that is masked; one for all segments, or one for each, not falling (BIM).
+        mask_ratios: share of the mask units that is masked, for each segment, not falling (BIM).
         mask_unit: side of a mask unit in patches.
         finer: mask units along a patch's side, where they are finer than patches (pixel masking); else 1.
         throw: share of all patches that the decoder's layers do not see, although they are masked (PR-MIM).
@@ -57,7 +52,7 @@ class MIM(nn.Module):
         encoder: Encoder,
         decoders: list[Decoder],
         target: Target,
-        mask_ratio: float | tuple[float, ...],
+        mask_ratios: tuple[float, ...],
         mask_unit: int = 1,
         finer: int = 1,
         throw: float = 0.0,
@@ -70,9 +65,8 @@ class MIM(nn.Module):
         self.encoder = encoder
         self.decoders = nn.ModuleList(decoders)
         self.target = target
-        ratios = mask_ratio if isinstance(mask_ratio, tuple) else (mask_ratio,) * len(decoders)
-        assert len(ratios) == len(decoders)
-        self.mask_ratios = ratios
+        assert len(mask_ratios) == len(decoders)
+        self.mask_ratios = mask_ratios
         self.mask_unit = mask_unit
         self.finer = finer
         self.throw = throw
@@ -81,8 +75,12 @@ class MIM(nn.Module):
         self.compare = {"l1": torch.abs, "l2": torch.square}[loss]
         self.autocast = autocast
 
+    def draw_masks(self, images: Float[Tensor, "b c H W"]) -> list[Mask]:
+        """Random masks of each segment, from torch's global generator of the images' device; see `nest`."""
+        return self.nest(self.draw_mask(images))
+
     def draw_mask(self, images: Float[Tensor, "b c H W"]) -> Mask:
-        """A random mask of the first segment for each image, from torch's global generator of the images' device."""
+        """A random mask of the first segment, for each image its own."""
         grid = self.encoder.grid
         units = grid.n * self.finer**2 if self.finer > 1 else len(mask_units(grid, self.mask_unit))
         noise = torch.rand(len(images), units, device=images.device)
@@ -120,8 +118,8 @@ class MIM(nn.Module):
     def predictions(
         self,
         images: Float[Tensor, "b c H W"],
-        masks: Mask | list[Mask] | None = None,
-        splits: Split | list[Split] | None = None,
+        masks: list[Mask] | None = None,
+        splits: list[Split] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """For each segment in order, the places of its predictions (b r) and the predictions (b r p).
 
@@ -130,14 +128,12 @@ class MIM(nn.Module):
 
         Args:
             images: normalised images.
-            masks: the first segment's mask, or one for each as `nest` makes them; drawn at random when None.
+            masks: one for each segment; drawn at random when None.
             splits: which masked patches are decoded, for each segment; drawn at random when None.
         """
         encoder, grid = self.encoder, self.encoder.grid
-        masks = self.draw_mask(images) if masks is None else masks
-        masks = self.nest(masks) if isinstance(masks, Mask) else masks
+        masks = self.draw_masks(images) if masks is None else masks
         splits = [self.draw_split(mask) for mask in masks] if splits is None else splits
-        splits = [splits] if isinstance(splits, Split) else splits
         x = images
         for i, (decoder, mask, split) in enumerate(zip(self.decoders, masks, splits, strict=True)):
             # Closed before each yield: an open autocast would leak into the caller's backward.
@@ -149,18 +145,15 @@ class MIM(nn.Module):
             yield ids, prediction
             del prediction  # the next segment must not find this one's memory still held
 
-    def losses(
-        self, images: Float[Tensor, "b c H W"], masks: Mask | list[Mask] | None = None
-    ) -> Iterator[Float[Tensor, ""]]:
+    def losses(self, images: Float[Tensor, "b c H W"], masks: list[Mask] | None = None) -> Iterator[Float[Tensor, ""]]:
         """One loss per segment, in order; call backward on each before asking for the next.
 
         Args:
             images: normalised images.
-            masks: the first segment's mask, or one for each as `nest` makes them; drawn at random when None.
+            masks: one for each segment; drawn at random when None.
         """
         target = self.target(images)
-        masks = self.draw_mask(images) if masks is None else masks
-        masks = self.nest(masks) if isinstance(masks, Mask) else masks
+        masks = self.draw_masks(images) if masks is None else masks
         predictions = self.predictions(images, masks)
         for mask in masks:
             ids, prediction = next(predictions)
@@ -183,99 +176,12 @@ class MIM(nn.Module):
         weights = patchify(magnify(hidden, size)[:, None].float(), cells)
         return weights.repeat_interleave(self.target.width // weights.shape[2], dim=2)
 
-    def owner(self, name: str) -> int:
-        """The segment that trains the parameter ``name``."""
-        part, _, rest = name.partition(".")
-        return int(rest.split(".")[0]) if part == "decoders" else self.encoder.owner(rest)
+    def parts(self, i: int) -> list[nn.Module | nn.Parameter]:
+        """What segment ``i`` trains: its part of the encoder, and its decoder."""
+        return [*self.encoder.parts(i), self.decoders[i]]
 
-
-def build(config: Pretrain, backbone: Backbone | None = None) -> MIM:
-    """The model of a recipe, freshly initialised from torch's global generator.
-
-    Args:
-        config: the recipe.
-        backbone: a timm model for the configuration's input size; None creates it by its name.
-
-    Raises:
-        UserError: the model is unknown, or model, masking, input size and mask unit do not go together.
-    """
-    config.check()
-    if backbone is None:
-        backbone = create_backbone(config.model, config.size, config.channels, config.depth, **config.model_kwargs)
-    low, high = config.mask_ratios[0], config.mask_ratios[-1]
-    encoder = make_encoder(
-        backbone,
-        config.masking,
-        config.size,
-        config.channels,
-        config.segments,
-        config.depth,
-        low < high,
-        config.linear_init,
-    )
-    ratios, segments = config.mask_ratios, len(encoder.widths)
-    if len(ratios) == 2 < segments:
-        ratios = tuple(round(low + (high - low) * i / (segments - 1), 6) for i in range(segments))
-    if len(ratios) not in (1, segments):
-        raise UserError(
-            f"--mask-ratio gives {len(ratios)} numbers for {segments} segments; give one for all, one for each of "
-            "--segments, or the first's and the last's"
-        )
-    tokens = [p for name, p in encoder.named_parameters() if name.removeprefix("borders.").startswith("tokens.")]
-    for token, before, after in zip(tokens, ratios, ratios[1:], strict=False):
-        token.requires_grad_(before < after)  # elsewhere nothing new is hidden
-    target = make_target(config.target, encoder.stride, config.channels, config.hog_cell)
-    unit, finer = units_of(config, encoder.stride, target.cell)
-    depth = config.decoder_depth
-    if depth == "auto":
-        depth = 1 if isinstance(encoder, ViTEncoder) else 4
-    decoders = [
-        Decoder(
-            width,
-            target.width,
-            prefix=encoder.prefix,
-            full_grid=encoder.full_grid,
-            depth=depth,
-            width=config.decoder_width,
-            heads=config.decoder_heads,
-            fill=config.fill if config.throw else 0,
-        )
-        for width in encoder.widths
-    ]
-    model = MIM(
-        encoder,
-        decoders,
-        target,
-        mask_ratio=ratios if len(ratios) > 1 else ratios[0],
-        mask_unit=unit,
-        finer=finer,
-        throw=config.throw,
-        select=config.select,
-        start=config.select_start,
-        loss=config.loss,
-    )
-    for mask in model.nest(model.draw_mask(torch.zeros(1, config.channels, *config.size))):
-        model.draw_split(mask)  # speaks up now, not in the first step
-    return model
-
-
-def units_of(config: Pretrain, stride: int, cell: int) -> tuple[int, int]:
-    """Side of a mask unit in patches, and mask units along a patch's side: one of them is 1.
-
-    Raises:
-        UserError: the unit is no whole number of patches, or of parts of a patch that can be masked.
-    """
-    side = config.mask_unit or stride
-    if side < stride and config.masking == "pixel":
-        if stride % side or side % cell:
-            raise UserError(
-                f"--mask-unit {side} must divide the model's patch of {stride} px and be a multiple of the target's "
-                f"cells of {cell} px; possible: {[size for size in range(cell, stride + 1, cell) if stride % size == 0]}"
-            )
-        return 1, stride // side
-    if side % stride:
-        raise UserError(
-            f"--mask-unit {side} is not a multiple of the model's patch of {stride} px; "
-            f"try {-(-side // stride) * stride}, or 0 for one patch"
-        )
-    return side // stride, 1
+    def parameters_of(self, i: int) -> list[nn.Parameter]:
+        """The parameters that segment ``i`` trains, in the order of the model's own."""
+        parts = self.parts(i)
+        own = {p for part in parts for p in ([part] if isinstance(part, nn.Parameter) else part.parameters())}
+        return [p for p in self.parameters() if p in own and p.requires_grad]

@@ -50,7 +50,7 @@ class Offload:
             tensor.data = tensor.data.to(device)  # running statistics, fixed positions: always there
         for i in range(len(optimizers)):
             self.put_back(i)
-        self.wait()
+        self.settle()
 
     def losses(self, images: Float[Tensor, "b c H W"]) -> Iterator[Float[Tensor, ""]]:
         """The model's losses, one per segment, each computed when its segment is here."""
@@ -70,7 +70,7 @@ class Offload:
     def bring(self, i: int) -> None:
         """Have segment ``i`` on its way to the device, once the one that left last has gone: it takes its memory."""
         if i not in self.present:
-            self.wait()
+            self.settle()
             self.replace(i, self.fetch)
             self.present.add(i)
             self.arrived = self.lane.record_event() if self.lane else None
@@ -88,7 +88,7 @@ class Offload:
         absent = [i for i in range(len(self.optimizers)) if i not in self.present]
         for i in absent:
             self.replace(i, self.fetch, state=False)
-        self.wait()
+        self.settle()
         try:
             yield
         finally:
@@ -97,8 +97,8 @@ class Offload:
             for i in absent:
                 self.replace(i, self.store, state=False)
 
-    def wait(self) -> None:
-        """Until what is on the host may be read there."""
+    def settle(self) -> None:
+        """Wait until what is on the host may be read there."""
         if self.lane:
             self.lane.synchronize()
 

@@ -1,48 +1,47 @@
-"""What changes during training: a table of stages, and pure functions of the step."""
+"""What changes during training: a table of phases, and pure functions of the step."""
 
 import math
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from leanmim.config import Pretrain
+from leanmim.config.base import Schedule
 from leanmim.errors import UserError
 
-Schedule = Literal["cosine", "step"]
 
-
-class Stage(NamedTuple):
+class Phase(NamedTuple):
     """A part of training with an input size, batch and learning rate of its own."""
 
     start: int  # epoch
     stop: int  # epoch
-    config: Pretrain  # of a run that would be this stage only
+    config: Pretrain  # of a run that would be this phase only
 
 
-def stages(config: Pretrain) -> list[Stage]:
-    """The stages of a run (FastMIM-P): one, unless --stage-scales names more.
+def phases(config: Pretrain) -> list[Phase]:
+    """The phases of a run (FastMIM-P): one, unless --phase-scales names more.
 
     Raises:
-        UserError: a stage would be shorter than an epoch.
+        UserError: a phase would be shorter than an epoch.
     """
-    starts = [round(share * config.epochs) for share in config.stage_starts] or [0]
+    starts = [round(share * config.epochs) for share in config.phase_starts] or [0]
     stops = [*starts[1:], config.epochs]
     if any(start >= stop for start, stop in zip(starts, stops, strict=True)):
         raise UserError(
-            f"{config.epochs} epochs are too few for stages at {config.stage_starts} of them: one would be empty; give "
-            "more --epochs, or fewer stages"
+            f"{config.epochs} epochs are too few for phases at {config.phase_starts} of them: one would be empty; give "
+            "more --epochs, or fewer phases"
         )
-    plain = replace(config, stage_scales=(), stage_starts=(), stage_batches=(), stage_accums=(), stage_blrs=())
+    plain = replace(config, phase_scales=(), phase_starts=(), phase_batches=(), phase_accums=(), phase_blrs=())
     table = []
     for i, (start, stop) in enumerate(zip(starts, stops, strict=True)):
-        scale = config.stage_scales[i] if config.stage_scales else 1.0
+        scale = config.phase_scales[i] if config.phase_scales else 1.0
         own = replace(
             plain,
             input_size=tuple(round(scale * side) for side in config.input_size),
-            batch_size=config.stage_batches[i] if config.stage_batches else config.batch_size,
-            accum=config.stage_accums[i] if config.stage_accums else config.accum,
-            blr=config.stage_blrs[i] if config.stage_blrs else config.blr,
+            batch_size=config.phase_batches[i] if config.phase_batches else config.batch_size,
+            accum=config.phase_accums[i] if config.phase_accums else config.accum,
+            blr=config.phase_blrs[i] if config.phase_blrs else config.blr,
         )
-        table.append(Stage(start, stop, own))
+        table.append(Phase(start, stop, own))
     return table
 
 

@@ -1,7 +1,7 @@
 """One optimizer step: shared by training, by the count of its cost and by the plan."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,16 +12,30 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from leanmim.config import Pretrain
+from leanmim.errors import UserError
 from leanmim.mim import MIM
 
 
+def no_weight_decay(model: MIM) -> set[nn.Parameter]:
+    """The parameters without weight decay: biases, norms, scales and tokens, which are vectors whatever their number of
+    axes, and what the backbone itself exempts (timm's ``no_weight_decay``: position tables and the like).
+    """
+    backbone = model.encoder.backbone
+    exempt: set[str] = getattr(backbone, "no_weight_decay", set)()
+    named = {p for name, p in backbone.named_parameters() if name in exempt or name == "reg_token"}
+    return named | {p for p in model.parameters() if sum(side > 1 for side in p.shape) <= 1}
+
+
 def parameter_groups(model: MIM) -> list[list[dict[str, Any]]]:
-    """For each segment, its parameters with weight decay and those without: biases, norms, tokens, position tables."""
-    groups: list[list[dict[str, Any]]] = [[{"params": []}, {"params": [], "weight_decay": 0.0}] for _ in model.decoders]
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            plain = parameter.ndim < 2 or any(part in name for part in ("token", "pos_embed", "position"))
-            groups[model.owner(name)][plain]["params"].append(parameter)
+    """For each segment, its parameters with weight decay and those without."""
+    exempt = no_weight_decay(model)
+    groups: list[list[dict[str, Any]]] = []
+    for i in range(len(model.decoders)):
+        own = model.parameters_of(i)
+        groups.append([
+            {"params": [p for p in own if p not in exempt]},
+            {"params": [p for p in own if p in exempt], "weight_decay": 0.0},
+        ])  # fmt: skip
     return groups
 
 
@@ -34,8 +48,26 @@ def make_optimizers(model: MIM, config: Pretrain) -> list[AdamW]:
     ]
 
 
+def load_state(optimizers: list[AdamW], states: list[dict[str, Any]]) -> None:
+    """Continue with the optimizers' state of a checkpoint.
+
+    Raises:
+        UserError: an earlier version grouped the parameters in another way (weight decay).
+    """
+    for optimizer, state in zip(optimizers, states, strict=True):
+        sizes = [
+            [len(group["params"]) for group in groups] for groups in (optimizer.param_groups, state["param_groups"])
+        ]
+        if sizes[0] != sizes[1]:
+            raise UserError(
+                "this run was begun by a version of leanmim that gave weight decay to other parameters of this model: finish "
+                "it with that version, or start afresh with --overwrite, perhaps with --init from its checkpoint"
+            )
+        optimizer.load_state_dict(state)
+
+
 def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Among all processes."""
+    """Average the gradients among all processes."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = nn.utils.parameters_to_vector(gradients).div_(dist.get_world_size())
     dist.all_reduce(flat)
@@ -48,6 +80,7 @@ def update(
     batches: Iterable[Float[Tensor, "b c H W"]],
     accum: int = 1,
     clip_grad: float = 0.0,
+    seeds: Sequence[int] = (),
 ) -> Float[Tensor, " s"]:
     """One step over ``accum`` batches of normalised images.
 
@@ -60,22 +93,25 @@ def update(
         batches: as many as ``accum``.
         accum: batches whose gradients are averaged.
         clip_grad: largest norm of a segment's gradient; 0 is no clipping.
+        seeds: for each batch that of torch's global generator, which draws masks; empty leaves it as it is.
 
     Returns:
         The loss of each segment, averaged over the batches.
     """
     means: list[Any] = [0.0] * len(optimizers)
-    several = dist.is_initialized() and not isinstance(losses, DistributedDataParallel)
+    averages = dist.is_initialized() and not isinstance(losses, DistributedDataParallel)
     for micro, images in enumerate(batches, start=1):
+        if seeds:
+            torch.manual_seed(seeds[micro - 1])
         last = micro == accum
-        apart = isinstance(losses, DistributedDataParallel) and not last
-        with losses.no_sync() if apart else contextlib.nullcontext():  # type: ignore[attr-defined]
+        waits = isinstance(losses, DistributedDataParallel) and not last  # it averages after the last batch only
+        with losses.no_sync() if waits else contextlib.nullcontext():  # type: ignore[attr-defined]
             for i, loss in enumerate(losses(images)):
                 (loss / accum).backward()
                 means[i] = means[i] + loss.detach() / accum
                 if last:
                     parameters = [p for group in optimizers[i].param_groups for p in group["params"]]
-                    if several:
+                    if averages:
                         average_gradients(parameters)
                     if clip_grad:
                         nn.utils.clip_grad_norm_(parameters, clip_grad)

@@ -4,6 +4,7 @@ b batch, c channels, H W pixels, n patches, p target width.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -158,15 +159,32 @@ class HOG:
             return patchify(hog(images.float(), self.cell), self.patch // self.cell)
 
 
-def make_target(name: str, patch: int, channels: int, cell: int) -> Target:
-    """The target called ``name`` in the configuration.
+def make_hog(patch: int, channels: int, cell: int) -> HOG:
+    """HOG with cells that divide the patch.
 
     Raises:
-        UserError: HOG's cells do not divide the patch.
+        UserError: they do not.
     """
-    if name != "hog":
-        return Pixels(patch, channels, per_patch=name == "pixels")
     if patch % cell:
         good = [size for size in range(2, patch + 1) if patch % size == 0]
         raise UserError(f"--hog-cell {cell} does not divide the model's patch of {patch} px; possible: {good}")
     return HOG(patch, channels, cell)
+
+
+TARGETS: dict[str, Callable[[int, int, int], Target]] = {
+    "pixels": lambda patch, channels, cell: Pixels(patch, channels),
+    "raw-pixels": lambda patch, channels, cell: Pixels(patch, channels, per_patch=False),
+    "hog": make_hog,
+}
+"""Each target from the patch's side, the channels and the side of HOG's cells. Third parties may add to it."""
+
+
+def make_target(name: str, patch: int, channels: int, cell: int) -> Target:
+    """The target called ``name`` in the configuration.
+
+    Raises:
+        UserError: there is none of that name, or HOG's cells do not divide the patch.
+    """
+    if name not in TARGETS:
+        raise UserError(f"there is no --target {name!r}; there are: {', '.join(TARGETS)}")
+    return TARGETS[name](patch, channels, cell)

@@ -16,12 +16,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from leanmim.checkpoint import Run, load_backbone, prefix
-from leanmim.config import Knn, Pretrain
+from leanmim.config import Evaluate, Pretrain
 from leanmim.data import Labelled, Normalise, centre_crop, labelled_pair, loader, resolve_workers
 from leanmim.device import device_name, resolve_device
-from leanmim.encoders import Backbone, as_tokens, count_layers, create_backbone, make_encoder
+from leanmim.encoders import encoder_of
+from leanmim.encoders.backbone import Backbone, as_tokens, full_depth
 from leanmim.errors import UserError
+from leanmim.run import Run
+from leanmim.weights import load_backbone, truncated
 
 Embed = Callable[[Float[Tensor, "b c H W"]], Float[Tensor, "b d"]]
 
@@ -88,10 +90,11 @@ class Subject(NamedTuple):
     val: Labelled
     normalise: Normalise
     workers: int
-    facts: dict[str, Any] | None = None  # depth, parameters, ...: of a run whose ends of segments can be compared
+    step: int = 0  # of pre-training
+    facts: dict[str, Any] | None = None  # depth, parameters, ...: of a run whose segments give models of several depths
 
 
-def subjects(config: Knn) -> Iterator[Subject]:
+def subjects(config: Evaluate) -> Iterator[Subject]:
     """The run's encoder, then (with ``baselines``) a freshly initialised one and raw pixels."""
     config.check()
     size = (config.input_size[0], config.input_size[-1]) if config.input_size else None
@@ -102,15 +105,15 @@ def subjects(config: Knn) -> Iterator[Subject]:
     rest = (train, val, Normalise(state["mean"], state["std"], device), resolve_workers(config.workers))
     embed = embedding(backbone.to(device), config.pool)
     facts: dict[str, Any] | None = None
-    if trained.segments not in (1, (1,)):
+    if trained.cut:
         facts = {
-            "depth": config.depth or trained.depth or count_layers(backbone),
+            "depth": config.depth or trained.depth or full_depth(backbone),
             "parameters": sum(p.numel() for p in backbone.parameters()),
             "step": state["step"],
             "device": device_name(device),
             "latency_ms": 1e3 * latency(embed, torch.zeros(1, trained.channels, *size, device=device)),
         }
-    yield Subject("pretrained", embed, *rest, facts)
+    yield Subject("pretrained", embed, *rest, state["step"], facts)
     if config.baselines:
         random = random_backbone(trained, size, config.depth).to(device)
         yield Subject("random", embedding(random, config.pool), *rest)
@@ -132,20 +135,11 @@ def random_backbone(config: Pretrain, size: tuple[int, int], depth: int | None =
     """The encoder as it was before pre-training started from nothing, or its first blocks or stages."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        backbone = create_backbone(config.model, size, config.channels, config.depth, **config.model_kwargs)
-        encoder = make_encoder(
-            backbone,
-            config.masking,
-            size,
-            config.channels,
-            config.segments,
-            config.depth,
-            linear_init=config.linear_init,
-        )
-        return prefix(encoder, replace(config, input_size=size), depth).eval()
+        sized = replace(config, input_size=size)
+        return truncated(encoder_of(sized), sized, depth).eval()
 
 
-def record(config: Knn, what: str, subject: Subject, accuracy: float) -> tuple[str, float]:
+def record(config: Evaluate, what: str, subject: Subject, accuracy: float) -> tuple[str, float]:
     """Append a result to the run's evaluations.jsonl, for the report."""
     line = {"what": what, "name": subject.name, "value": accuracy, "data": config.data, "options": asdict(config)}
     with open(Run(Path(config.run)).evaluations, "a") as file:

@@ -1,0 +1,263 @@
+"""The configuration of `leanmim pretrain`."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from leanmim.config.base import (
+    Interpolation,
+    LinearInit,
+    Logging,
+    Loss,
+    Machine,
+    Masking,
+    Model,
+    Optimisation,
+    Precision,
+    Segments,
+    Select,
+    Start,
+    Target,
+    check_ranges,
+    check_size,
+    flag,
+    parse_bytes,
+    uncut,
+)
+from leanmim.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain(Logging, Machine, Optimisation, Model):
+    """Everything that defines a pre-training run. The recipes are values of this class.
+
+    A value is checked by `check`, and names of maskings and targets where they are looked up: a third party may add some.
+    """
+
+    FREE: ClassVar[frozenset[str]] = frozenset(
+        {"out", "workers", "overwrite", "checkpoint_minutes", "memory", "effective_batch", "offload"}
+    )
+    RENAMED: ClassVar[dict[str, str]] = {
+        f"stage_{name}": f"phase_{name}" for name in ("scales", "starts", "batches", "accums", "blrs")
+    }
+
+    data: str
+    """Folder of images, flat or nested; labels are not needed and ignored."""
+    out: str
+    """Run folder. The same command again continues the run in it."""
+    recipe: str = "mae"
+    """Name of the recipe, for the records."""
+
+    input_size: tuple[int, ...] = (224,)
+    """Pixels: one number for a square, or height and width."""
+    init: str | None = None
+    """Start from these weights: a timm or leanmim checkpoint file, or a leanmim run folder."""
+    phase_scales: tuple[float, ...] = ()
+    """Progressive resolution (FastMIM-P): the size of each phase as a multiple of --input-size. Empty is one phase."""
+    phase_starts: tuple[float, ...] = ()
+    """Where each phase begins, as a share of the epochs: 0 first, then rising."""
+    phase_batches: tuple[int, ...] = ()
+    """Batch size of each phase; empty is --batch-size for all."""
+    phase_accums: tuple[int, ...] = ()
+    """Accumulation of each phase; empty is --accum for all."""
+    phase_blrs: tuple[float, ...] = ()
+    """Base learning rate of each phase; empty is --blr for all. lr = blr x the phase's effective batch / 256."""
+
+    depth: int | None = None
+    """Pre-train only so many blocks of a ViT, or stages of a hierarchical model, the first ones. None is all."""
+    linear_init: LinearInit = "timm"
+    """Initial weights of the linear layers of a hierarchical model: timm's own, or Xavier-uniform with zero biases
+    (FastMIM). A plain ViT has the latter always (MAE)."""
+    masking: Masking | str = "drop"
+    """How the mask reaches the backbone: drop masked tokens (MAE, plain ViT), put a learned token there (SimMIM, ViT
+    and Swin), or paint a learned colour on the image (FastMIM, any timm backbone)."""
+    mask_ratio: float | tuple[float, ...] = 0.75
+    """Share of the image that is masked, in (0, 1). With --segments also one for each, not falling (BIM: later segments
+    see fewer patches); or two, the first's and the last's, with equal steps between."""
+    mask_unit: int = 0
+    """Side of the squares that are masked, px; 0 is one patch. With pixel masking it may be less than a patch."""
+    target: Target | str = "pixels"
+    """What is predicted: pixels normalised patch by patch, raw pixels of the normalised image, or histograms of
+    oriented gradients (FastMIM)."""
+    hog_cell: int = 8
+    """Side of HOG's cells, px; it divides the patch."""
+    loss: Loss = "l2"
+    """Compared by absolute or by squared difference, on masked patches only."""
+    decoder_depth: int | Literal["auto"] = 8
+    """Transformer layers of the decoder; 0 is one linear layer (not with drop). auto is 1 for a ViT and 4 for a
+    hierarchical backbone (FastMIM)."""
+    decoder_width: int = 512
+    """Width of the decoder."""
+    decoder_heads: int = 16
+    """Attention heads of the decoder."""
+    segments: Segments = 1
+    """Block-wise training (BIM): cut the backbone into so many equal segments, each trained by a decoder and loss of its
+    own; or the blocks after which a segment ends, for example 3 6 12. Blocks of a ViT, stages of a hierarchical model, as
+    --depth counts them."""
+    offload: bool = False
+    """With --segments: keep only one segment and the next on the GPU; weights, gradients and optimizer state of the
+    others wait in host memory. Same numbers, less GPU memory, more time."""
+    throw: float = 0.0
+    """Partial reconstruction (PR-MIM): share of all patches, masked ones, that the decoder's layers do not see. 0 is
+    full reconstruction. With --decoder-depth 0 there are no layers, and little is saved."""
+    select: Select = "furthest"
+    """With --throw: which masked patches are decoded, those furthest from each other or random ones."""
+    select_start: Start = "visible"
+    """With --select furthest: what to be far from at first, all visible patches or one random masked patch."""
+    fill: int = 1
+    """With --throw: rounds in which thrown patches are filled in from decoded and visible ones, from the second round on
+    from each other too, and compared as well. 0 is plain partial reconstruction: thrown patches do not count."""
+
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """RandomResizedCrop: share of the image's area."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """RandomResizedCrop: width / height of the crop."""
+    interpolation: Interpolation = "bicubic"
+    """How crops are resized."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    statistics: Literal["imagenet", "data"] = "imagenet"
+    """Mean and standard deviation for normalisation: ImageNet's, or computed from the data."""
+    mean: tuple[float, ...] | None = None
+    """Given mean, one number per channel, on the scale 0 to 1; overrides statistics."""
+    std: tuple[float, ...] | None = None
+    """Given standard deviation, one number per channel, on the scale 0 to 1; overrides statistics."""
+    max_bad_share: float = 0.1
+    """Unreadable files are skipped and listed; a larger share of the folder than this ends the run."""
+
+    precision: Precision = "auto"
+    """Of the forward pass; auto is bf16 on GPUs that have it, fp32 elsewhere. Targets and losses are fp32."""
+    compile: bool = False
+    """torch.compile the encoder and decoder: slower start, faster steps."""
+    seed: int = 0
+    """Seed of weights, order, crops and masks."""
+
+    knn_data: str | None = None
+    """Labelled folder (train/CLASS, val/CLASS) for a kNN accuracy during training."""
+    knn_every: int = 10
+    """Epochs between two kNN accuracies; there is always one at the end."""
+
+    @property
+    def mask_ratios(self) -> tuple[float, ...]:
+        """As given: one for all segments, one for each, or the first's and the last's."""
+        return self.mask_ratio if isinstance(self.mask_ratio, tuple) else (self.mask_ratio,)
+
+    @property
+    def segment_ratios(self) -> tuple[float, ...]:
+        """One mask ratio for each segment. Raises UserError if the numbers given are not those of the segments."""
+        given, count = self.mask_ratios, self.segments if isinstance(self.segments, int) else len(self.segments)
+        if len(given) == 1:
+            return given * count
+        if len(given) == 2 < count:
+            low, high = given
+            return tuple(round(low + (high - low) * i / (count - 1), 6) for i in range(count))
+        if len(given) != count:
+            raise UserError(
+                f"--mask-ratio gives {len(given)} numbers for {count} segments; give one for all, one for each of "
+                "--segments, or the first's and the last's"
+            )
+        return given
+
+    @property
+    def cut(self) -> bool:
+        """Whether the backbone is cut into several segments."""
+        return not uncut(self.segments)
+
+    def check(self) -> None:
+        """Raise UserError for an impossible value."""
+        check_size(self.input_size)
+        check_ranges(
+            self,
+            ("throw", 0, 1), ("fill", 0, None), ("epochs", 1, None), ("accum", 1, None), ("effective_batch", 1, None),
+            ("hog_cell", 1, None), ("decoder_width", 4, None), ("decoder_heads", 1, None),
+            ("mask_unit", 0, None), ("workers", -1, None), ("flip", 0, 1),
+            ("max_bad_share", 0, 1), ("knn_every", 1, None), ("log_every", 1, None), ("seed", 0, None),
+            ("blr", 0, None), ("weight_decay", 0, None), ("clip_grad", 0, None), ("checkpoint_minutes", 0, None),
+            ("warmup_share", 0, 1),
+        )  # fmt: skip
+        self.check_masks()
+        self.check_decoder()
+        self.check_phases()
+        self.check_batches()
+        self.check_images()
+
+    def check_masks(self) -> None:
+        """Ratios and segments."""
+        if not self.mask_ratios:
+            raise UserError("--mask-ratio takes one number, one for each segment, or the first's and the last's")
+        for ratio in self.mask_ratios:
+            if not 0 <= ratio <= 1:
+                raise UserError(f"--mask-ratio {ratio} is out of range; it is at least 0, at most 1")
+        if list(self.mask_ratios) != sorted(self.mask_ratios):
+            raise UserError(
+                f"--mask-ratio {' '.join(map(str, self.mask_ratios))} falls; a later segment cannot see what an earlier one "
+                "did not: give ratios that stay or rise"
+            )
+        if self.offload and not self.cut:
+            raise UserError("--offload keeps one segment of several on the GPU; give --segments, or leave it out")
+
+    def check_decoder(self) -> None:
+        """Depth, width and heads."""
+        if self.decoder_depth != "auto":
+            check_ranges(self, ("decoder_depth", 0, None))
+        if self.decoder_depth == 0 and self.masking == "drop":
+            raise UserError(
+                "--decoder-depth 0 is a linear head on masked tokens, which --masking drop leaves out; "
+                "use --masking token, or at least 1 layer"
+            )
+        if self.decoder_depth and (self.decoder_width % 4 or self.decoder_width % self.decoder_heads):
+            raise UserError(
+                f"--decoder-width {self.decoder_width} must be a multiple of 4 and of "
+                f"--decoder-heads {self.decoder_heads}"
+            )
+
+    def check_phases(self) -> None:
+        """Sizes and starts (FastMIM-P)."""
+        count = len(self.phase_scales)
+        if len(self.phase_starts) != count:
+            raise UserError(
+                f"--phase-starts has {len(self.phase_starts)} numbers for {count} --phase-scales; give one each"
+            )
+        rising = all(low < high for low, high in zip(self.phase_starts, (*self.phase_starts[1:], 1.0), strict=False))
+        if count and (self.phase_starts[0] != 0 or not rising or not min(self.phase_scales) > 0):
+            raise UserError(
+                f"--phase-starts {self.phase_starts} must begin with 0, rise and stay under 1, and --phase-scales "
+                f"{self.phase_scales} be above 0"
+            )
+        for name in ("phase_batches", "phase_accums", "phase_blrs"):
+            values = getattr(self, name)
+            if values and (len(values) != count or not min(values) > 0):
+                raise UserError(f"{flag(name)} {values} must be {count} numbers above 0, one for each phase")
+
+    def check_batches(self) -> None:
+        """Batches, accumulation, warm-up."""
+        if self.batch_size == "auto":
+            if self.phase_batches or self.phase_accums:
+                raise UserError(
+                    "--batch-size auto chooses batch and accumulation itself; leave those of the phases out"
+                )
+            parse_bytes(self.memory)
+            if self.accum != 1:
+                raise UserError("--batch-size auto chooses --accum itself; leave --accum out, set --effective-batch")
+        else:
+            check_ranges(self, ("batch_size", 1, None))
+        if not 0 <= self.warmup <= self.epochs:
+            raise UserError(f"--warmup-epochs {self.warmup_epochs} is not between 0 and the {self.epochs} epochs")
+
+    def check_images(self) -> None:
+        """Crops and statistics."""
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if value is not None and len(value) != self.channels:
+                raise UserError(f"--{name} has {len(value)} numbers for {self.channels} channels; give one for each")
+        if (self.mean is None) != (self.std is None):
+            raise UserError("give --mean and --std together, or neither")
+        if not all(map(math.isfinite, self.mean or ())):
+            raise UserError(f"--mean {self.mean} must be finite")
+        if not all(0 < value < math.inf for value in self.std or ()):
+            raise UserError(f"--std {self.std} must be positive and finite")
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            most, limits = (1.0, "0 < low <= high <= 1") if name == "crop_scale" else (math.inf, "0 < low <= high")
+            if not 0 < low <= high <= most:
+                raise UserError(f"{flag(name)} {low} {high} must be {limits}")

@@ -1,0 +1,114 @@
+"""The configurations of the commands that look at a run, and of those that look ahead."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tyro.conf import Positional
+
+from leanmim.config.base import Config, Machine, Model, Precision, check_ranges, check_size, flag, parse_bytes
+from leanmim.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Show(Config):
+    """Draw original, masked image and reconstruction side by side."""
+
+    run: Positional[str]
+    """Run folder of `leanmim pretrain`."""
+    images: tuple[str, ...] = ()
+    """Image files or folders; empty takes the run's own data."""
+    count: int = 8
+    """Rows at most."""
+    out: str | None = None
+    """Picture to write; None is reconstructions.png in the run folder, or reconstructions-segment0.png with --segment 0."""
+    segment: int | None = None
+    """Of a run with --segments: the segment whose reconstruction is drawn, 0 is the first; None is the last."""
+    seed: int = 0
+    """Seed of the masks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(Config):
+    """Write a run's encoder for other libraries."""
+
+    run: Positional[str]
+    """Run folder of `leanmim pretrain`."""
+    format: Literal["timm", "transformers"] = "timm"
+    """timm: the backbone. transformers: ViTMAEForPreTraining, decoder included (MAE only)."""
+    depth: int | None = None
+    """Of a run with --segments: the first blocks or stages only, up to the end of a segment. ViT and Swin become shorter
+    models closed by the segment's own norm; of other families the whole model is written, its later stages untrained."""
+    all_depths: bool = False
+    """A model for the end of each segment, in folders depth3, depth6, ... of --out, or export/timm-depth3, ... in the run
+    folder."""
+    out: str | None = None
+    """Folder to write; None is export/FORMAT in the run folder, or export/timm-depth3 for a --depth of 3."""
+    overwrite: bool = False
+    """Replace files that are already in --out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Config):
+    """One self-contained HTML page about one or several runs."""
+
+    runs: Positional[tuple[str, ...]]
+    """Run folders of `leanmim pretrain`."""
+    out: str | None = None
+    """Page to write; None is report.html in the first run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost(Model):
+    """What one training step of a recipe costs: FLOPs, parameters, memory. Counted, without running it."""
+
+    recipes: Positional[tuple[str, ...]] = ()
+    """Recipes; the first is what the others are compared with. None is all. Any option of `pretrain` may follow a name, for
+    that column only: mae pr-mim:throw=0.7 "bim:segments=3 6 12,decoder-depth=2"."""
+    model: str = "vit_base_patch16_224"
+    """timm model name."""
+    batch_size: int = 256
+    """Images of one forward pass."""
+    accum: int = 1
+    """Forward passes whose gradients are averaged into one step."""
+    precision: Precision = "auto"
+    """Of the forward pass; auto is bf16 on cuda, fp32 on cpu."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Count as on this device; it need not be there. auto is cuda if there is one."""
+    json: bool = False
+    """Print JSON, a list with one object for each recipe, instead of a table."""
+
+    def check(self) -> None:
+        """Raise UserError for an impossible value."""
+        check_size(self.input_size or (1,))
+        check_ranges(self, ("batch_size", 1, None), ("accum", 1, None))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Machine, Model):
+    """Which recipes fit the memory, at which batch, how long they take on this machine, and the commands."""
+
+    recipes: Positional[tuple[str, ...]] = ()
+    """Recipes to look at; none is all. Any option of `pretrain` may follow a name: mae pr-mim:throw=0.7."""
+    data: str
+    """Folder of images."""
+    memory: str = "auto"
+    """Memory to stay within, for example 8GiB; auto is what the device has free."""
+    hours: float | None = None
+    """Time there is; the plan says how many epochs fit into it."""
+    epochs: int | None = None
+    """Passes over the data; None is each recipe's own."""
+    effective_batch: int = 256
+    """Images per step, over several forward passes where they do not fit at once."""
+    images_per_second: float | None = None
+    """Throughput of the first recipe; the others' follow from their FLOPs. None measures a few real steps of each."""
+    precision: Precision = "auto"
+    """Of the forward pass; auto is bf16 on GPUs that have it, fp32 elsewhere."""
+
+    def check(self) -> None:
+        """Raise UserError for an impossible value."""
+        check_size(self.input_size or (1,))
+        parse_bytes(self.memory)
+        check_ranges(self, ("effective_batch", 1, None), ("workers", -1, None))
+        for name in ("hours", "epochs", "images_per_second"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise UserError(f"{flag(name)} {getattr(self, name)} must be above 0")

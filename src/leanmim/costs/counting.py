@@ -1,0 +1,201 @@
+"""The cost of a training step: the real `update` on fake tensors."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.optim import AdamW
+from torch.utils._pytree import tree_leaves
+
+from leanmim.caches import empty_caches
+from leanmim.config import Pretrain
+from leanmim.costs.flops import Flops, NoneUncounted, Stopwatch, flop_counter
+from leanmim.costs.kernels import AsOnCuda, cuda_workspace
+from leanmim.costs.storages import Held, Storages
+from leanmim.data import Normalise
+from leanmim.decoder import Decoder
+from leanmim.device import resolve_precision
+from leanmim.encoders.backbone import backbone_of
+from leanmim.errors import UserError
+from leanmim.factory import build
+from leanmim.mim import MIM
+from leanmim.offload import Offload
+from leanmim.recipes import titles
+from leanmim.schedule import phases
+from leanmim.step import make_optimizers, update
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one training step of a recipe costs. Bytes are peaks over the step, each kind's own."""
+
+    title: str
+    """The recipe's name and what is changed in it, for example "pr-mim throw=0.7"."""
+    recipe: str
+    model: str
+    batch_size: int
+    """Images of one forward pass."""
+    forward_flops_per_image: int
+    train_flops_per_image: int
+    """Forward and backward."""
+    encoder_parameters: int
+    decoder_parameters: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    saved_bytes: int
+    """Kept by autograd for the backward pass, weights aside."""
+    transient_bytes: int
+    """All that is none of the above: inputs, intermediate results, copies in another precision."""
+    peak_bytes: int
+    """Of everything at once; not the sum of the kinds, whose peaks fall at different times."""
+    encoder_tokens: int
+    """Tokens that the encoder returns for an image."""
+    decoder_tokens: int
+    """Tokens that the decoder's layers see."""
+
+
+def count(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[str, Flops]]:
+    """The cost of a recipe: with phases, the bytes and tokens of the one with the highest peak, and the FLOPs of an
+    image on average over the epochs. Arguments, result and errors as for `count_phase`.
+    """
+    table = phases(config)
+    counted = [count_phase(phase.config, device) for phase in table]
+    shares = [(phase.stop - phase.start) / config.epochs for phase in table]
+    flops = {
+        name: {part: round(sum(share * f[name][part] for share, (_, f) in zip(shares, counted, strict=True)))
+               for part in parts}
+        for name, parts in counted[0][1].items()
+    }  # fmt: skip
+    largest = max((cost for cost, _ in counted), key=lambda cost: cost.peak_bytes)
+    cost = replace(
+        largest,
+        title=titles([config])[0],
+        forward_flops_per_image=sum(flops["forward"].values()),
+        train_flops_per_image=sum(flops["training"].values()),
+    )
+    return cost, flops
+
+
+def count_phase(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[str, Flops]]:
+    """Count one training step as `update` does it, accumulation included.
+
+    Args:
+        config: the recipe, of one phase; its batch size, accumulation and precision count too.
+        device: ``cpu`` or ``cuda``; the machine need not have it.
+
+    Returns:
+        The cost, and FLOPs of an image: ``forward`` or ``training``, then by part.
+
+    Raises:
+        UserError: the recipe cannot be built or counted, or its batch size is ``auto``.
+    """
+    if config.batch_size == "auto":
+        raise UserError("a step cannot be counted with --batch-size auto; give a number")
+    cuda = device == "cuda"
+    if cuda and config.precision == "auto" and not torch.cuda.is_available():
+        config = replace(config, precision="bf16")
+    backbone = backbone_of(config, config.depth, device="meta")
+    with empty_caches(), FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
+        model = build(config, backbone.to_empty(device="cpu")).train()
+        model.autocast = resolve_precision(config.precision, torch.device(device))
+        parameters, of_decoders = (sum(p.numel() for p in part.parameters()) for part in (model, model.decoders))
+        storages, flops, tokens = count_step(model, optimizers_with_state(model, config), config, cuda)
+    peak = storages.peak
+    cost = StepCost(
+        title=titles([config])[0],
+        recipe=config.recipe,
+        model=config.model,
+        batch_size=int(config.batch_size),
+        forward_flops_per_image=sum(flops["forward"].values()),
+        train_flops_per_image=sum(flops["training"].values()),
+        encoder_parameters=parameters - of_decoders,
+        decoder_parameters=of_decoders,
+        weight_bytes=peak["weights"],
+        gradient_bytes=peak["gradients"],
+        optimizer_bytes=peak["optimizer"],
+        saved_bytes=peak["saved"],
+        transient_bytes=peak["transient"],
+        peak_bytes=peak["all"] + (cuda_workspace() if cuda else 0),
+        encoder_tokens=tokens["encoder"],
+        decoder_tokens=tokens["decoder"],
+    )
+    return cost, flops
+
+
+def optimizers_with_state(model: MIM, config: Pretrain) -> list[AdamW]:
+    """Optimizers whose state is there, as before any step but the first."""
+    optimizers = make_optimizers(model, config)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizers
+
+
+def follow_all(model: MIM, optimizers: list[AdamW], cuda: bool) -> Storages:
+    """Storages that know the weights and the optimizers' state."""
+    storages = Storages(round_to=512 if cuda else 1)
+    for tensor in (*model.parameters(), *model.buffers()):
+        storages.follow(tensor, "weights")
+    for optimizer in optimizers:
+        for tensor in tree_leaves([list(state.values()) for state in optimizer.state.values()]):
+            storages.follow(tensor, "optimizer")
+    return storages
+
+
+def count_step(
+    model: MIM, optimizers: list[AdamW], config: Pretrain, cuda: bool
+) -> tuple[Storages, dict[str, Flops], dict[str, int]]:
+    """Run a step, with all who watch it.
+
+    Args:
+        model: on fake tensors.
+        optimizers: one for each segment, their state is there.
+        config: the recipe.
+        cuda: whether to do as CUDA does, offloading included.
+
+    Returns:
+        The storages, the FLOPs of an image, and the tokens of encoder and decoder.
+    """
+    batch = int(config.batch_size)
+    normalise = Normalise([0.5] * config.channels, [0.5] * config.channels, torch.device("cpu"))
+    images = torch.empty(batch, config.channels, *config.size, dtype=torch.uint8)
+    storages = follow_all(model, optimizers, cuda)
+    trained: MIM | Offload = model
+    if config.offload and cuda:
+        with storages:
+            trained = Offload(model, optimizers, images.device, storages.fetch, storages.store)
+        storages.peak = storages.now.copy()
+    with flop_counter() as of_target:
+        model.target(normalise(images))
+    counter = flop_counter()
+    watch = Stopwatch(counter, trained, cast(list[Decoder], model.decoders))
+
+    def follow_gradient(parameter: Tensor) -> None:
+        storages.follow(cast(Tensor, parameter.grad), "gradients")
+
+    with ExitStack() as stack:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                stack.callback(parameter.register_post_accumulate_grad_hook(follow_gradient).remove)
+        modes: list[Any] = [saved_tensors_hooks(lambda tensor: Held(tensor, storages), lambda held: held.tensor)]
+        modes += [AsOnCuda()] if cuda else []
+        for mode in (*modes, storages, NoneUncounted(counter), counter):  # the last one sees an operator first
+            stack.enter_context(mode)
+        accum = min(config.accum, 2)  # a third batch finds what the second found
+        update(watch.losses, optimizers, batches(images, normalise, accum), accum, config.clip_grad)
+    return storages, watch.per_image(batch * accum, of_target.get_total_flops() // batch), watch.tokens
+
+
+def batches(images: Tensor, normalise: Normalise, accum: int) -> Iterator[Tensor]:
+    """Batches as the training loop makes them: the bytes live as long as the batch is worked on."""
+    for _ in range(accum):
+        read = images.clone()
+        yield normalise(read)

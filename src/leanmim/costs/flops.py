@@ -1,0 +1,144 @@
+"""FLOPs: formulas that torch lacks, operators that must have one, and how they divide among the parts of the model."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from leanmim.decoder import Decoder
+from leanmim.errors import UserError
+
+Flops = dict[str, int]  # part (encoder, decoder, target) -> FLOPs
+Shape = tuple[int, ...]  # b batch, h heads, t tokens, d width of a head
+
+
+def attention_flops(q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
+    """FLOPs of fused attention: queries times keys, weights times values.
+
+    Args:
+        q: queries, b h t d.
+        k: keys, b h t d.
+        v: values, b h t d.
+    """
+    (b, heads, queries, d), keys = q, k[2]
+    return 2 * b * heads * queries * keys * (d + v[3])
+
+
+def attention_backward_flops(_: Any, q: Shape, k: Shape, v: Shape, *__: Any, **___: Any) -> int:
+    """FLOPs of its backward pass: the weights once more, then the gradients of values, weights, queries and keys, as
+    torch counts the kernels of GPUs.
+    """
+    (b, heads, queries, d), keys = q, k[2]
+    return 2 * b * heads * queries * keys * (3 * d + 2 * v[3])
+
+
+ON_CPU = {  # torch 2.14 has formulas for the attention kernels of GPUs only
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+}
+MATRIX_PRODUCTS = frozenset([
+    "mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "bilinear", "trilinear", "conv", "conv1d", "conv2d", "conv3d",
+    "convolution", "depthwise2d", "attention", "lstm", "gru", "rnn",
+])  # fmt: skip
+"""Words in an operator's name each of which says that it multiplies matrices."""
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter with our formulas for attention on the CPU, so that all versions of torch count the same."""
+    return FlopCounterMode(display=False, custom_mapping=ON_CPU)
+
+
+class NoneUncounted(TorchDispatchMode):
+    """Refuses an operator that multiplies matrices, by its name, and has no formula: it would count as zero.
+
+    Args:
+        counter: the counter that is in use; enter it after this mode, which then sees what the counter has decomposed.
+
+    Raises:
+        UserError: on such an operator.
+    """
+
+    def __init__(self, counter: FlopCounterMode) -> None:
+        super().__init__()
+        self.counter = counter
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator if its FLOPs are known."""
+        packet = getattr(func, "_overloadpacket", func)
+        name = str(packet).rpartition(".")[2]
+        if MATRIX_PRODUCTS & set(name.split("_")) and packet not in self.counter.flop_registry:
+            raise UserError(
+                f"torch {torch.__version__} has no FLOP count for {packet}, which multiplies matrices, so this model "
+                "cannot be counted; please report it with the model's name"
+            )
+        return func(*args, **kwargs or {})
+
+
+class Stopwatch:
+    """FLOPs of a step by pass (forward, backward) and part (encoder, decoder), read off one counter during the step.
+
+    Args:
+        counter: the counter that is in use.
+        model: images in, losses out, as `MIM`.
+        decoders: of the model; the hooks on them stay.
+    """
+
+    def __init__(
+        self, counter: FlopCounterMode, model: Callable[[Tensor], Iterable[Tensor]], decoders: Iterable[Decoder]
+    ) -> None:
+        self.counter, self.model = counter, model
+        self.flops: Counter[tuple[str, str]] = Counter()
+        self.tokens: Counter[str] = Counter()
+        self.seen, self.direction, self.part = 0, "forward", "encoder"
+        for decoder in decoders:
+            decoder.register_forward_pre_hook(self.into_decoder)
+            decoder.layers.register_forward_pre_hook(self.into_layers)
+
+    def turn(self, *, direction: str | None = None, part: str | None = None) -> None:
+        """Count what was done since the last turn; what follows is of another pass or part."""
+        total = self.counter.get_total_flops()
+        self.flops[self.direction, self.part] += total - self.seen
+        self.seen = total
+        self.direction, self.part = direction or self.direction, part or self.part
+
+    def into_decoder(self, _: nn.Module, arguments: tuple[Any, ...]) -> None:
+        """Before a decoder's forward pass; its backward pass ends when the gradient reaches the encoder's tokens."""
+        self.turn(part="decoder")
+        tokens = arguments[0]
+        self.tokens["encoder"] = max(self.tokens["encoder"], tokens.shape[1])
+        tokens.register_hook(lambda gradient: self.turn(part="encoder"))
+
+    def into_layers(self, _: nn.Module, arguments: tuple[Any, ...]) -> None:
+        """Before a decoder's layers."""
+        self.tokens["decoder"] = max(self.tokens["decoder"], arguments[0].shape[1])
+
+    def losses(self, images: Tensor) -> Iterator[Tensor]:
+        """The model's losses; the caller goes backward from each before it asks for the next."""
+        for loss in self.model(images):
+            self.turn(direction="backward")
+            yield loss
+            self.turn(direction="forward", part="encoder")
+
+    def per_image(self, images: int, target: int) -> dict[str, Flops]:
+        """FLOPs of an image, of the forward pass alone and of training (forward and backward).
+
+        Args:
+            images: of the step, over all batches.
+            target: FLOPs of the target of an image, which were counted as the encoder's.
+        """
+        self.turn()
+        passes = {"forward": ("forward",), "training": ("forward", "backward")}
+        flops = {
+            name: {
+                part: sum(self.flops[direction, part] for direction in directions) // images
+                for part in ("encoder", "decoder")
+            }
+            for name, directions in passes.items()
+        }
+        return {
+            name: {**parts, "encoder": parts["encoder"] - target, "target": target} for name, parts in flops.items()
+        }

@@ -1,0 +1,18 @@
+"""Images on disk -> batches.
+
+Order and crops are pure functions of (seed, epoch, index), whatever the number of workers, so a run can be
+continued at any step.
+"""
+
+from leanmim.data.batches import batches, collate, effective_batch, loader, resolve_workers
+from leanmim.data.crops import IMAGENET, Crops, Normalise, centre_crop, cut_centre, statistics
+from leanmim.data.labelled import Labelled, labelled_pair
+from leanmim.data.order import Order, epoch_order, seed_of
+from leanmim.data.read import UNREADABLE, Bad, read_image
+from leanmim.data.source import SOURCES, SUFFIXES, Folder, Source, list_images, open_source
+
+__all__ = [
+    "IMAGENET", "SOURCES", "SUFFIXES", "UNREADABLE", "Bad", "Crops", "Folder", "Labelled", "Normalise", "Order", "Source",
+    "batches", "centre_crop", "collate", "cut_centre", "effective_batch", "epoch_order", "labelled_pair", "list_images",
+    "loader", "open_source", "read_image", "resolve_workers", "seed_of", "statistics",
+]  # fmt: skip

@@ -1,0 +1,125 @@
+"""From a picture to the model's input: random crops, centre crops, normalisation.
+
+Workers hand over uint8; normalisation happens on the device. b batch, c channels, H W pixels.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from leanmim.data.order import epoch_order, seed_of
+from leanmim.data.read import UNREADABLE, Bad
+from leanmim.data.source import Source
+from leanmim.errors import UserError
+
+IMAGENET = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.449,), (0.226,))}
+
+
+class Crops(Dataset):
+    """Random crops for training. The item (epoch, index) is a pure function of (seed, epoch, index).
+
+    An unreadable image is replaced by the next readable one of the source, and reported.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        size: tuple[int, int],
+        scale: tuple[float, float],
+        ratio: tuple[float, float],
+        flip: float,
+        seed: int,
+        interpolation: str = "bicubic",
+    ) -> None:
+        self.source = source
+        self.seed = seed
+        self.crop = v2.Compose(
+            [
+                v2.RandomResizedCrop(size, scale, ratio, v2.InterpolationMode(interpolation), antialias=True),
+                v2.RandomHorizontalFlip(flip),
+                v2.PILToTensor(),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[UInt8[Tensor, "c H W"], list[Bad]]:
+        epoch, index = item
+        bad: list[Bad] = []
+        for step in range(len(self)):
+            place = (index + step) % len(self)
+            try:
+                image = self.source.read(place)
+            except UNREADABLE as error:
+                bad.append(Bad(self.source.where(place), f"{type(error).__name__}: {error}"))
+                continue
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))  # torch's also reseeds the GPU
+                return self.crop(image), bad
+        raise UserError(f"none of the {len(self)} image files can be read; the first: {bad[0].path} ({bad[0].reason})")
+
+
+class Normalise:
+    """uint8 images in memory -> normalised float32 images on the device."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
+        self.device = device
+        self.mean = torch.tensor(mean, device=device)[:, None, None] * 255
+        self.std = torch.tensor(std, device=device)[:, None, None] * 255
+
+    def __call__(self, images: UInt8[Tensor, "b c H W"]) -> Float[Tensor, "b c H W"]:
+        """Move, then normalise."""
+        return (images.to(self.device, non_blocking=True).float() - self.mean) / self.std
+
+    def invert(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b c H W"]:
+        """Back to the scale 0 to 1, clipped, for people to look at."""
+        return ((images * self.std + self.mean) / 255).clamp(0, 1)
+
+
+def statistics(source: Source, channels: int, seed: int, sample: int = 2048) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of every channel, on the scale 0 to 1, from a random sample of the images.
+
+    Every image counts the same, whatever its size. Unreadable ones are left out.
+    """
+    order = epoch_order(len(source), seed, 0)[:sample].tolist()
+    moments = []
+    for index in order:
+        try:
+            image = source.read(index)
+        except UNREADABLE:
+            continue
+        pixels = np.asarray(image, dtype=np.float64).reshape(-1, channels) / 255
+        moments.append((pixels.mean(0), (pixels**2).mean(0)))
+    if not moments:
+        raise UserError(f"none of {len(order)} sampled image files can be read, the first: {source.where(order[0])}")
+    mean, square = np.mean(moments, axis=0)
+    std = np.sqrt(np.maximum(square - mean**2, 1e-6))
+    return mean.tolist(), std.tolist()
+
+
+def cut_centre(image: Image.Image, size: tuple[int, int], crop: float) -> UInt8[Tensor, "c H W"]:
+    """Resize until the share ``crop`` of the image covers ``size``, and cut that out of its centre."""
+    zoom = max(size[0] / image.height, size[1] / image.width) / crop
+    # Truncated, as in torchvision, whatever the rounding of the product.
+    shape = (max(size[1], int(image.width * zoom + 1e-6)), max(size[0], int(image.height * zoom + 1e-6)))
+    image = image.resize(shape, Image.Resampling.BICUBIC)
+    return v2.functional.pil_to_tensor(v2.functional.center_crop(image, list(size)))
+
+
+def centre_crop(size: tuple[int, int], crop: float | None = None) -> Callable:
+    """Resize and cut the centre, the evaluation transform of MAE: 256 px then 224 is a crop of 0.875.
+
+    Args:
+        size: height and width, px.
+        crop: share of the resized side that is kept; None is 0.875 from 128 px on, and 1 for thumbnails.
+    """
+    crop = (0.875 if min(size) >= 128 else 1.0) if crop is None else crop
+    return partial(cut_centre, size=size, crop=crop)  # not a closure: workers that do not fork need to pickle it

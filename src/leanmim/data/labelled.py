@@ -1,0 +1,74 @@
+"""Labelled folders, for evaluation.
+
+c channels, H W pixels.
+"""
+
+from collections.abc import Callable
+from copy import copy
+from pathlib import Path
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from leanmim.data.read import UNREADABLE
+from leanmim.data.source import Folder
+from leanmim.errors import UserError
+
+
+class Labelled(Dataset):
+    """Images of a folder with one sub-folder per class, transformed, with their labels.
+
+    Raises:
+        UserError: there are no classes, or (when read) a file is unreadable.
+    """
+
+    def __init__(self, folder: Path, channels: int, transform: Callable, classes: list[str] | None = None) -> None:
+        self.source = Folder(folder, channels)
+        names = [Path(name).parts[0] for name in self.source.names if len(Path(name).parts) > 1]
+        if len(names) < len(self.source):
+            raise UserError(f"{str(folder)!r} holds images outside of class folders; put each into {folder}/CLASS/")
+        self.classes = sorted(set(names)) if classes is None else classes
+        if unknown := set(names) - set(self.classes):
+            raise UserError(f"{str(folder)!r} has classes that training has not: {', '.join(sorted(unknown)[:5])}")
+        self.labels = [self.classes.index(name) for name in names]
+        self.transform = transform
+
+    def transformed(self, transform: Callable) -> "Labelled":
+        """The same images, transformed in another way."""
+        other = copy(self)
+        other.transform = transform
+        return other
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, item: int | tuple[int, int]) -> tuple[UInt8[Tensor, "c H W"], int]:
+        """Image and label; an item (seed, index) fixes the transform's random choices."""
+        seed, index = (0, item) if isinstance(item, int) else item
+        try:
+            image = self.source.read(index)
+        except UNREADABLE as error:
+            raise UserError(
+                f"{self.source.where(index)} cannot be read ({error}); remove it from the labelled folder"
+            ) from error
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return self.transform(image), self.labels[index]
+
+
+def labelled_pair(folder: str | Path, channels: int, transform: Callable) -> tuple[Labelled, Labelled]:
+    """The sets train/CLASS and val/CLASS of a labelled folder.
+
+    Raises:
+        UserError: one of the two is missing, or there are fewer than two classes.
+    """
+    root = Path(folder)
+    for part in ("train", "val"):
+        if not (root / part).is_dir():
+            raise UserError(f"{str(root)!r} has no folder {part!r}; a labelled folder holds train/CLASS and val/CLASS")
+    train = Labelled(root / "train", channels, transform)
+    if len(train.classes) < 2:
+        raise UserError(f"{str(root / 'train')!r} holds one class only; accuracy needs two or more")
+    return train, Labelled(root / "val", channels, transform, train.classes)

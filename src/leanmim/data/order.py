@@ -1,0 +1,42 @@
+"""The order of the images: a pure function of (seed, epoch), so that a run can be continued at any step."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def seed_of(*numbers: int) -> int:
+    """One seed from several numbers, without collisions between, say, (0, 1), (1, 0) and (0, 1, 0)."""
+    return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)[0] >> 1)
+
+
+@lru_cache(maxsize=2)
+def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
+    """The order of the files in an epoch."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
+
+
+class Order(torch.utils.data.Sampler):
+    """The batches of forward passes ``start`` to ``stop`` for one of several processes, as lists of (epoch, index).
+
+    Every epoch is a fresh permutation; what does not fill a whole step is left to later epochs.
+    """
+
+    def __init__(
+        self, count: int, batch: int, per_epoch: int, start: int, stop: int, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
+        self.count, self.batch, self.per_epoch = count, batch, per_epoch
+        self.start, self.stop, self.seed, self.rank, self.world = start, stop, seed, rank, world
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for micro in range(self.start, self.stop):
+            epoch, k = divmod(micro, self.per_epoch)
+            first = (k * self.world + self.rank) * self.batch
+            order = epoch_order(self.count, self.seed, epoch)
+            yield [(epoch, index) for index in order[first : first + self.batch].tolist()]

@@ -1,0 +1,132 @@
+"""timm's models: made for a size, cut after some blocks or stages, their features as tokens."""
+
+import difflib
+from typing import Any
+
+import timm
+from jaxtyping import Float
+from timm.models import SwinTransformer, SwinTransformerV2, VisionTransformer
+from torch import Tensor, nn
+
+from leanmim.config.base import Model
+from leanmim.errors import UserError
+
+SWIN = (SwinTransformer, SwinTransformerV2)
+Backbone = Any  # a timm model: an nn.Module whose attributes differ from family to family
+
+
+OPTIONAL = ("img_size", "drop_path_rate")  # arguments that not every timm model takes
+
+
+def backbone_arguments(config: Model) -> dict[str, Any]:
+    """What `backbone_of` gives to timm.create_model, as far as the model takes it."""
+    arguments = _arguments(config.model, config.size, config.channels, **config.model_kwargs)
+    return _create(config.model, arguments | {"device": "meta"})[1]
+
+
+def backbone_of(config: Model, keep: int | None = None, /, **arguments: Any) -> Backbone:
+    """The backbone of a configuration; ``arguments`` go before its own. Errors as for `create_backbone`."""
+    return create_backbone(config.model, config.size, config.channels, keep, **{**config.model_kwargs, **arguments})
+
+
+def _arguments(name: str, input_size: tuple[int, int], channels: int, **kwargs: Any) -> dict[str, Any]:
+    """Arguments that a model may take or not."""
+    arguments: dict[str, Any] = dict(num_classes=0, in_chans=channels, img_size=input_size, drop_path_rate=0.0)
+    if name.startswith("swin_"):
+        patch = kwargs.get("patch_size", 4)
+        arguments["window_size"] = tuple(max(1, size // patch // 8) for size in input_size)
+    return {**arguments, **kwargs}
+
+
+def create_backbone(
+    name: str, input_size: tuple[int, int], channels: int, keep: int | None = None, /, **kwargs: Any
+) -> Backbone:
+    """A timm model without its head, built for ``input_size`` (height, width in px).
+
+    ``keep`` leaves only so many blocks of a ViT, or stages of a hierarchical model.
+
+    Swin's window is 1/8 of its stem's grid (7 at 224 px, 6 at 192, 4 at 128) as in SimMIM and FastMIM, so that
+    windows tile every size.
+
+    Raises:
+        UserError: timm does not know the model, or refuses the size or an argument.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.4)
+        raise UserError(
+            f"timm has no model {name!r}; nearest: {', '.join(near) or 'none'} (timm.list_models() has all)"
+        )
+    backbone, _ = _create(name, _arguments(name, input_size, channels, **kwargs))
+    if keep is None:
+        return backbone
+    most = full_depth(backbone)
+    if not 0 < keep <= most:
+        what = "blocks" if isinstance(backbone, VisionTransformer) else "stages"
+        raise UserError(f"--depth {keep} is out of range; {name} has {most} {what}")
+    if keep < most:
+        if not hasattr(backbone, "prune_intermediate_layers"):
+            raise UserError(f"timm's {name} cannot be cut at --depth {keep}; leave --depth out")
+        backbone.prune_intermediate_layers([keep - 1], prune_norm=not isinstance(backbone, VisionTransformer))
+    return backbone
+
+
+def full_depth(backbone: Backbone) -> int:
+    """Blocks of a ViT, stages of a hierarchical model."""
+    return len(backbone.blocks if isinstance(backbone, VisionTransformer) else backbone.feature_info)
+
+
+def _create(name: str, arguments: dict[str, Any]) -> tuple[Backbone, dict[str, Any]]:
+    """The model and the arguments that it took."""
+    try:
+        return timm.create_model(name, **arguments), arguments
+    except TypeError as error:
+        unknown = [key for key in OPTIONAL if f"'{key}'" in str(error) and key in arguments]
+        if not unknown:
+            raise UserError(f"timm's {name} does not take these --model-kwargs: {error}") from error
+        return _create(name, {key: value for key, value in arguments.items() if key != unknown[0]})
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise UserError(f"timm's {name} cannot be built with {arguments}: {error}") from error
+
+
+def shallower(backbone: Backbone, depth: int) -> dict[str, Any]:
+    """timm's arguments for the same model with only the first ``depth`` blocks (ViT) or stages (Swin); empty where timm
+    has none.
+    """
+    if isinstance(backbone, VisionTransformer):
+        return {"depth": depth}
+    if isinstance(backbone, SWIN):
+        stages: list[Any] = [stage.blocks for stage in backbone.layers[:depth]]
+        return {"depths": [len(s) for s in stages], "num_heads": [s[0].attn.num_heads for s in stages]}
+    return {}
+
+
+def as_tokens(backbone: Backbone, features: Tensor) -> Float[Tensor, "b n d"]:
+    """The features of a timm model as one token for each patch, row by row: from tokens, channels first or last."""
+    if hasattr(backbone, "reroll"):  # Hiera's tokens lie in the order of its mask units until the last stage
+        return backbone.reroll(features, len(backbone.blocks) - 1).flatten(1, 2)
+    if features.ndim == 3:
+        return features[:, getattr(backbone, "num_prefix_tokens", None) or 0 :]
+    if getattr(backbone, "output_fmt", "NCHW") == "NHWC":
+        return features.flatten(1, 2)
+    return features.flatten(2).transpose(1, 2)
+
+
+class Truncated(nn.Module):
+    """The first stages of a hierarchical backbone, closed by a norm. For families that timm cannot build shallower.
+
+    Args:
+        backbone: a timm model cut after a stage.
+        norm: of its channels.
+    """
+
+    def __init__(self, backbone: Backbone, norm: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.norm = backbone, norm
+
+    def forward_features(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b n d"]:
+        """Normalised tokens, row by row."""
+        return self.norm(as_tokens(self.backbone, self.backbone.forward_features(images)))
+
+    def forward(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b d"]:
+        """Their mean."""
+        return self.forward_features(images).mean(1)

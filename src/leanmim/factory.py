@@ -1,0 +1,79 @@
+"""A recipe becomes a model."""
+
+import torch
+
+from leanmim.config import Pretrain
+from leanmim.decoder import Decoder
+from leanmim.encoders import Backbone, ViTEncoder, encoder_of
+from leanmim.errors import UserError
+from leanmim.mim import MIM
+from leanmim.targets import make_target
+
+
+def build(config: Pretrain, backbone: Backbone | None = None) -> MIM:
+    """The model of a recipe, freshly initialised from torch's global generator.
+
+    Args:
+        config: the recipe.
+        backbone: a timm model for the configuration's input size; None creates it by its name.
+
+    Raises:
+        UserError: the model is unknown, or model, masking, input size and mask unit do not go together.
+    """
+    config.check()
+    encoder = encoder_of(config, backbone)
+    target = make_target(config.target, encoder.stride, config.channels, config.hog_cell)
+    unit, finer = units_of(config, encoder.stride, target.cell)
+    depth = config.decoder_depth
+    if depth == "auto":
+        depth = 1 if isinstance(encoder, ViTEncoder) else 4
+    decoders = [
+        Decoder(
+            width,
+            target.width,
+            prefix_tokens=encoder.prefix_tokens,
+            full_grid=encoder.full_grid,
+            depth=depth,
+            width=config.decoder_width,
+            heads=config.decoder_heads,
+            fill=config.fill if config.throw else 0,
+        )
+        for width in encoder.widths
+    ]
+    model = MIM(
+        encoder,
+        decoders,
+        target,
+        mask_ratios=config.segment_ratios,
+        mask_unit=unit,
+        finer=finer,
+        throw=config.throw,
+        select=config.select,
+        start=config.select_start,
+        loss=config.loss,
+    )
+    for mask in model.draw_masks(torch.zeros(1, config.channels, *config.size)):
+        model.draw_split(mask)  # an impossible ratio is an error now, not in the first step
+    return model
+
+
+def units_of(config: Pretrain, stride: int, cell: int) -> tuple[int, int]:
+    """Side of a mask unit in patches, and mask units along a patch's side: one of them is 1.
+
+    Raises:
+        UserError: the unit is no whole number of patches, or of parts of a patch that can be masked.
+    """
+    side = config.mask_unit or stride
+    if side < stride and config.masking == "pixel":
+        if stride % side or side % cell:
+            raise UserError(
+                f"--mask-unit {side} must divide the model's patch of {stride} px and be a multiple of the target's "
+                f"cells of {cell} px; possible: {[size for size in range(cell, stride + 1, cell) if stride % size == 0]}"
+            )
+        return 1, stride // side
+    if side % stride:
+        raise UserError(
+            f"--mask-unit {side} is not a multiple of the model's patch of {stride} px; "
+            f"try {-(-side // stride) * stride}, or 0 for one patch"
+        )
+    return side // stride, 1

@@ -1,0 +1,57 @@
+"""One self-contained HTML page about one or several runs: no scripts, nothing loaded from elsewhere."""
+
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from html import escape
+from importlib.resources import files
+from itertools import cycle
+from pathlib import Path
+
+import leanmim
+from leanmim.config import Report
+from leanmim.errors import UserError
+from leanmim.page import sections
+from leanmim.page.charts import COLOURS
+from leanmim.page.load import Loaded, load
+from leanmim.run import write_atomically
+
+
+def report(config: Report) -> Path:
+    """Write one HTML page about one or several runs, finished or not.
+
+    Returns:
+        The page.
+
+    Raises:
+        UserError: a folder is not a run, its configuration cannot be read, or the page cannot be written.
+    """
+    if not config.runs:
+        raise UserError("--runs needs a run folder of `leanmim pretrain`, or several")
+    names = [Path(folder).resolve().name for folder in config.runs]
+    if len(set(names)) < len(names):  # a/run and b/run
+        names = list(config.runs)
+    runs = [load(Path(folder), *rest) for folder, *rest in zip(config.runs, names, cycle(COLOURS), strict=False)]
+    path = Path(config.out) if config.out else Path(config.runs[0]) / "report.html"
+    if path.is_dir():
+        raise UserError(f"{str(path)!r} is a folder; give the name of a page with --out")
+    try:
+        write_atomically(path, lambda file: file.write_text(render(runs), encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be written ({error}); choose another --out") from error
+    return path
+
+
+def render(runs: Sequence[Loaded]) -> str:
+    """The page's HTML."""
+    title = escape(", ".join(run.name for run in runs))
+    now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    style = files("leanmim.page").joinpath("style.css").read_text(encoding="utf-8")
+    bodies = {heading: section(runs) for heading, section in sections.SECTIONS.items()}
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title} - leanmim</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+        f'<h1>{title}</h1>\n<p class="soft">leanmim {leanmim.__version__}, page written {now}</p>\n'
+        + "\n".join(f"<section>\n<h2>{heading}</h2>\n{body}\n</section>" for heading, body in bodies.items() if body)
+        + "\n</body>\n</html>\n"
+    )

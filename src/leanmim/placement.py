@@ -1,0 +1,73 @@
+"""Where a model trains: on one device, in several processes, or one segment at a time on the device."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
+
+from leanmim.config import Pretrain
+from leanmim.mim import MIM
+from leanmim.offload import Offload
+from leanmim.processes import ALONE, Process
+
+
+@runtime_checkable
+class Placement(Protocol):
+    """A model, its optimizers, and where they are."""
+
+    @property
+    def losses(self) -> Callable[[Tensor], Iterator[Tensor]]:
+        """What `update` calls."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until all weights and optimizer state may be read."""
+        ...
+
+    def whole(self) -> Any:
+        """A context in which all weights are on the device, to evaluate the model."""
+        ...
+
+
+class OnDevice:
+    """The model as a whole on the device. Among several processes the gradients are averaged by DistributedDataParallel, or,
+    where segments step one by one, by `update`.
+    """
+
+    def __init__(self, model: MIM, device: torch.device, process: Process = ALONE) -> None:
+        self.losses: Callable[[Tensor], Iterator[Tensor]] = model.to(device)
+        if process.world > 1 and len(model.decoders) == 1:
+            ids = [device.index] if device.type == "cuda" else None
+            self.losses = DistributedDataParallel(model, device_ids=ids)
+
+    def settle(self) -> None:
+        """Nothing is on its way."""
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """All of it is there always."""
+        yield
+
+
+def offloads(config: Pretrain, device: torch.device) -> bool:
+    """Whether segments wait in host memory: where a device has memory of its own."""
+    return config.offload and device.type == "cuda"
+
+
+def place(
+    model: MIM, optimizers: list[AdamW], config: Pretrain, device: torch.device, process: Process = ALONE
+) -> Placement:
+    """The model, compiled as asked, where it is to train; its optimizers exist already."""
+    model.train()
+    if config.compile:
+        torch._dynamo.config.recompile_limit = max(8, 2 * len(optimizers))  # one version for each segment
+        model.encoder.segment = torch.compile(model.encoder.segment)  # type: ignore[method-assign]
+        for decoder in model.decoders:
+            decoder.compile()
+    if offloads(config, device):
+        return Offload(model, optimizers, device)
+    return OnDevice(model, device, process)

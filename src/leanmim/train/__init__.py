@@ -1,0 +1,1 @@
+"""Training: one resumable loop, and the commands that use it."""

@@ -1,0 +1,165 @@
+"""Model, optimizers and where they are, from one phase to the next."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+
+from leanmim.config import Pretrain
+from leanmim.data import (
+    IMAGENET,
+    Labelled,
+    Normalise,
+    Source,
+    centre_crop,
+    resolve_workers,
+    seed_of,
+    statistics,
+)
+from leanmim.device import resolve_precision
+from leanmim.evaluate.features import embedding, extract
+from leanmim.evaluate.knn import knn_accuracy
+from leanmim.factory import build
+from leanmim.mim import MIM
+from leanmim.placement import offloads, place
+from leanmim.processes import Process
+from leanmim.schedule import learning_rate
+from leanmim.step import load_state, make_optimizers, update
+from leanmim.train.phases import PhaseSteps
+from leanmim.weights import carry_over, carry_over_moments, initialise, truncated
+
+
+class Training:
+    """Model, optimizers and where they are; replaced by larger ones at a phase's start.
+
+    Args:
+        config: of the run.
+        phase: to begin with.
+        model: of that phase.
+        mean, std: of the images, one number per channel.
+        device: where to train.
+        process: this one among all.
+    """
+
+    def __init__(
+        self,
+        config: Pretrain,
+        phase: PhaseSteps,
+        model: MIM,
+        mean: list[float],
+        std: list[float],
+        device: torch.device,
+        process: Process,
+    ) -> None:
+        self.config, self.phase, self.model, self.device, self.process = config, phase, model, device, process
+        self.mean, self.std = mean, std
+        self.normalise = Normalise(mean, std, device)
+        if not offloads(config, device):
+            model.to(device)
+        model.autocast = resolve_precision(config.precision, device)
+        self.optimizers = make_optimizers(model, config)
+        self.placement = place(model, self.optimizers, config, device, process)
+
+    def enter(self, phase: PhaseSteps) -> None:
+        """Go on with the same model and optimizers at the phase's input size: nothing that was learned is lost."""
+        if phase.number == self.phase.number:
+            return
+        self.placement.settle()
+        self.model, self.optimizers = at_next_size(self.model, self.optimizers, phase.config, self.device)
+        self.placement = place(self.model, self.optimizers, self.config, self.device, self.process)
+        self.phase = phase
+
+    def set_learning_rate(self, step: int) -> float:
+        """Set and return that of a step."""
+        peak = self.phase.config.blr * self.phase.images / 256
+        epoch = self.phase.own(step) / self.phase.per_epoch
+        lr = learning_rate(epoch, self.config.epochs, self.config.warmup, peak, self.config.schedule)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        return lr
+
+    def step(self, step: int, feed: Iterator[Tensor]) -> Tensor:
+        """One update from so many batches of uint8 images; masks and drop path depend on seed, process and step only."""
+        accum = self.phase.config.accum
+        seeds = [seed_of(self.config.seed, self.process.rank, step, micro) for micro in range(accum)]
+        images = map(self.normalise, feed)
+        return update(self.placement.losses, self.optimizers, images, accum, self.config.clip_grad, seeds)
+
+    def knn(self, train: Labelled, val: Labelled) -> float:
+        """Online accuracy of the encoder."""
+        own = self.phase.config
+        self.model.eval()
+        embed = embedding(truncated(self.model.encoder, own, None), "avg")
+        with self.placement.whole():
+            voters, queries = (
+                extract(
+                    embed,
+                    part.transformed(centre_crop(own.size)),
+                    self.normalise,
+                    int(own.batch_size),
+                    resolve_workers(own.workers),
+                )
+                for part in (train, val)
+            )
+        self.model.train()
+        return knn_accuracy(voters, queries)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the step."""
+        self.placement.settle()
+        return {
+            "config": self.config.to_json(),
+            "phase": self.phase.number,
+            "mean": self.mean,
+            "std": self.std,
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+
+
+def begin(
+    config: Pretrain,
+    plan: list[PhaseSteps],
+    source: Source,
+    state: dict[str, Any] | None,
+    device: torch.device,
+    process: Process,
+) -> tuple[Training, str]:
+    """A new training, or the one of a checkpoint; and where its weights come from, for people to read."""
+    phase = plan[state["phase"] if state else 0]
+    torch.manual_seed(config.seed)
+    model = build(phase.config)
+    origin = initialise(model, config.init) if config.init and state is None else ""
+    if state:
+        mean, std = state["mean"], state["std"]
+    elif config.mean and config.std:
+        mean, std = list(config.mean), list(config.std)
+    elif config.statistics == "data":
+        mean, std = statistics(source, config.channels, config.seed)
+    else:
+        mean, std = map(list, IMAGENET[config.channels])
+    if state:
+        model.load_state_dict(state["model"])
+    training = Training(config, phase, model, mean, std, device, process)
+    if state:
+        training.placement.settle()
+        load_state(training.optimizers, state["optimizers"])
+    return training, origin
+
+
+def at_next_size(
+    model: MIM, optimizers: list[AdamW], config: Pretrain, device: torch.device
+) -> tuple[MIM, list[AdamW]]:
+    """The same model and optimizers for another input size."""
+    larger = build(config)
+    larger = larger if offloads(config, device) else larger.to(device)
+    larger.autocast = model.autocast
+    carry_over(model.encoder, larger.encoder)
+    backbone = {f"encoder.backbone.{key}" for key in model.encoder.backbone.state_dict()}
+    larger.load_state_dict({k: v for k, v in model.state_dict().items() if k not in backbone}, strict=False)
+    fresh = make_optimizers(larger, config)
+    carry_over_moments(model, optimizers, larger, fresh)
+    return larger, fresh

@@ -1,0 +1,65 @@
+"""What block-wise training and offloading save."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from leanmim.cli import main
+from leanmim.config import Cost
+from leanmim.costs import StepCost, cost, count
+from leanmim.errors import UserError
+from leanmim.recipes import BIM, MAE
+
+
+def counted(device: str = "cpu", depth: int = 8, **changes: Any) -> tuple[StepCost, Any]:
+    arguments = {"patch_size": 8, "embed_dim": 64, "depth": depth, "num_heads": 2}
+    config = replace(
+        MAE, model="vit_tiny_patch16_224", model_kwargs=arguments, input_size=(64,), decoder_width=64, decoder_heads=2,
+        batch_size=8, **changes,
+    )  # fmt: skip
+    return count(config, device)
+
+
+def test_four_segments_hold_a_quarter_of_what_mae_holds() -> None:
+    mae, _ = counted()
+    bim, _ = counted(segments=4, decoder_depth=2)
+    assert bim.saved_bytes < 0.31 * mae.saved_bytes
+    assert bim.gradient_bytes < 0.3 * mae.gradient_bytes
+    assert bim.encoder_parameters == mae.encoder_parameters + 3 * 2 * 64  # a norm at each border
+    recipe, _ = counted(segments=BIM.segments, mask_ratio=BIM.mask_ratio, decoder_depth=BIM.decoder_depth)
+    assert recipe.saved_bytes < 0.25 * mae.saved_bytes and recipe.train_flops_per_image < mae.train_flops_per_image
+
+
+def test_offloading_leaves_two_segments_of_all_on_the_device() -> None:
+    all_here, flops = counted("cuda", 4, segments=4, decoder_depth=1)
+    four, same = counted("cuda", 4, segments=4, decoder_depth=1, offload=True)
+    eight, _ = counted("cuda", 8, segments=8, decoder_depth=1, offload=True)
+    for found, low, high in ((all_here, 0.99, 1.03), (four, 0.5, 0.53), (eight, 0.25, 0.28)):
+        parameters = 4 * (found.encoder_parameters + found.decoder_parameters)  # bytes
+        assert low < found.weight_bytes / parameters < high
+        assert low < found.optimizer_bytes / (2 * parameters) < high
+    assert four.peak_bytes < all_here.peak_bytes
+    assert four.gradient_bytes == all_here.gradient_bytes
+    assert same == flops
+
+
+def test_offloading_is_a_switch_and_says_where_it_does_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("cost", "bim:offload=True", "--model", "vit_tiny_patch16_224", "--model-kwargs", "depth", "4",
+             "--input-size", "64", "--batch-size", "2")  # fmt: skip
+    nothing = "nothing to offload: cpu has no memory of its own"
+    main([*words, "--device", "cpu"])
+    assert nothing in capsys.readouterr().out
+    main([*words, "--device", "cuda"])
+    assert nothing not in capsys.readouterr().out
+
+
+def test_beside_a_recipe_in_segments_one_without_is_not_offloaded() -> None:
+    two = Cost(recipes=("mae", "bim:offload=True"), model="vit_tiny_patch16_224", model_kwargs={"depth": 4},
+               input_size=(64,), batch_size=2, device="cuda", json=True)  # fmt: skip
+    mae, bim = json.loads(cost(two))
+    alone = json.loads(cost(replace(two, recipes=("mae",))))[0]
+    assert mae == alone and bim["weight_bytes"] < mae["weight_bytes"]
+    with pytest.raises(UserError, match="mae:offload=True: --offload keeps one segment of several"):
+        cost(replace(two, recipes=("mae:offload=True",)))

@@ -1,0 +1,24 @@
+"""Line charts."""
+
+import re
+from pathlib import Path
+
+from leanmim.config import Report
+from leanmim.page import report
+from leanmim.page.charts import thin
+from tests.page.pages import Page, lines, make, metric
+
+
+def test_points_stay_inside_the_chart_and_a_single_one_is_drawn(tmp_path: Path) -> None:
+    page = Page(report(Report(runs=(make(tmp_path / "run", metrics=lines(metric(5), {"step": 5, "knn": 0.0})),))))
+    assert all(tags.count("circle") == 1 for tags in page.charts.values())
+    for x, y in re.findall(r'cx="([\d.-]+)" cy="([\d.-]+)"', page.source):
+        assert float(x) == 466 and 36 <= float(y) <= 216
+
+
+def test_long_runs_are_thinned_without_losing_a_spike() -> None:
+    points = [(float(i), 0.0) for i in range(100_000)]
+    points[54_321] = (54_321.0, 9.0)
+    few = thin(points)
+    assert len(few) < 1000 and few == sorted(few)
+    assert {points[0], points[54_321], points[-1]} <= set(few)

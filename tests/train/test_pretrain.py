@@ -1,0 +1,212 @@
+"""Pre-training: what a step is, and what the run folder holds."""
+
+import json
+import math
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import leanmim
+from leanmim.cli import main
+from leanmim.config import Pretrain
+from leanmim.data import IMAGENET, Crops, Folder, Normalise, collate, epoch_order, seed_of
+from leanmim.errors import UserError
+from leanmim.factory import build
+from leanmim.run import Run, load
+from leanmim.schedule import learning_rate
+from leanmim.train import training as module
+from leanmim.train.pretrain import pretrain
+from leanmim.weights import restore
+from tests.helpers import equal
+from tests.runs import ENVIRONMENT, arguments, command, lines, weights
+
+
+def test_the_loop_is_this_loop(tiny: Pretrain) -> None:
+    """Written out by hand: order, crops, masks, learning rate, accumulation, weight decay. Bit for bit."""
+    config = replace(tiny, accum=2, blr=0.01, seed=5, epochs=2)
+    pretrain(config)
+
+    torch.manual_seed(5)
+    model = build(config).train()
+    decay = [p for n, p in model.named_parameters() if p.requires_grad and p.ndim > 1 and "token" not in n]
+    plain = [p for n, p in model.named_parameters() if p.requires_grad and not (p.ndim > 1 and "token" not in n)]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=0.0,
+        betas=(0.9, 0.95),
+        weight_decay=0.05,
+        fused=True,
+    )
+    data = Crops(Folder(config.data, 3), (32, 32), (0.2, 1.0), (3 / 4, 4 / 3), 0.5, seed=5)
+    normalise = Normalise(*IMAGENET[3], torch.device("cpu"))
+    for step in range(4):
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = learning_rate(step, 4, 0.2, 0.01 * 8 / 256)
+        optimizer.zero_grad()
+        for micro in range(2):
+            epoch, batch = divmod(2 * step + micro, 4)
+            indices = epoch_order(16, 5, epoch)[4 * batch : 4 * batch + 4].tolist()
+            images, _ = collate([data[epoch, index] for index in indices])
+            torch.manual_seed(seed_of(5, 0, step, micro))
+            (loss,) = model.losses(normalise(images))
+            (loss / 2).backward()
+        optimizer.step()
+    assert equal(weights(config), model.state_dict())
+
+
+def test_the_run_folder_holds_everything(tiny: Pretrain, capsys: pytest.CaptureFixture) -> None:
+    folder = leanmim.pretrain(replace(tiny, epochs=3))
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "config.json", "cost.json", "environment.json", "metrics.jsonl", "names.json", "tensorboard", "checkpoints", "export",
+        "reconstructions.png", "report.html",
+    }  # fmt: skip
+    assert Pretrain.from_json(json.loads((folder / "config.json").read_text())) == replace(tiny, epochs=3)
+    assert json.loads((folder / "environment.json").read_text())["torch"] == torch.__version__
+    assert list((folder / "tensorboard").glob("events*"))
+    written = lines(tiny)
+    assert [line["step"] for line in written] == list(range(1, 13))
+    assert written[3]["epoch"] == 1.0
+    for line in written:
+        assert 0 < line["loss"] < 10 and line["images_per_second"] > 0
+        assert 0 <= line["data_wait"] <= 1 and line["memory_bytes"] > 1e6
+    peak = 1.5e-4 * 4 / 256
+    assert [line["lr"] for line in written] == [learning_rate(step, 12, 0.6, peak) for step in range(12)]
+    said = capsys.readouterr().out
+    assert "effective batch 4 = 4 x accum 1 x 1 processes; lr 2.34e-06 = blr 0.00015 x 4 / 256" in said
+
+
+def test_training_lowers_the_loss(tiny: Pretrain) -> None:
+    pretrain(replace(tiny, epochs=15, blr=0.1, crop_scale=(0.9, 1.0)))
+    losses = [line["loss"] for line in lines(tiny)]
+    assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
+
+
+def test_checkpoints_hold_plain_values_only(tiny: Pretrain) -> None:
+    pretrain(tiny)
+    state = torch.load(Run(Path(tiny.out)).last, weights_only=True)
+    assert set(state) == {
+        "format", "config", "phase", "step", "losses", "mean", "std", "model", "optimizers",
+    }  # fmt: skip
+
+
+def test_statistics_given_and_computed(tiny: Pretrain, tmp_path: Path) -> None:
+    pretrain(replace(tiny, mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 0.5)))
+    state = load(Run(Path(tiny.out)).last)
+    assert (state["mean"], state["std"]) == ([0.1, 0.2, 0.3], [1.0, 1.0, 0.5])
+    computed = replace(tiny, out=str(tmp_path / "computed"), statistics="data", channels=1)
+    pretrain(computed)
+    state = load(Run(Path(computed.out)).last)
+    assert 0.3 < state["mean"][0] < 0.6 and 0.1 < state["std"][0] < 0.4
+    _, model, _ = restore(computed.out)
+    assert model.encoder.backbone.patch_embed.proj.weight.shape[1] == 1
+
+
+def test_divergence_ends_the_run_and_keeps_the_checkpoint(tiny: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = leanmim.MIM.losses
+    calls = []
+
+    def losses(self: leanmim.MIM, images: torch.Tensor, mask: object = None) -> object:
+        calls.append(1)
+        for loss in broken(self, images, mask):
+            yield loss * (math.nan if len(calls) > 6 else 1)  # the first call counts the cost
+
+    monkeypatch.setattr(leanmim.MIM, "forward", losses)
+    with pytest.raises(UserError, match=r"diverged; lower --blr"):
+        pretrain(replace(tiny, checkpoint_minutes=0.0))
+    assert load(Run(Path(tiny.out)).last)["step"] == 5
+
+
+def test_a_run_folder_that_cannot_be_made(tiny: Pretrain, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--out '.*file/run' cannot be made .*choose another folder"):
+        pretrain(replace(tiny, out=str(tmp_path / "file" / "run")))
+
+
+def test_online_knn_is_logged_and_takes_no_time_of_training(
+    tiny: Pretrain, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a clock on which a step takes 1e4 s and a kNN 1e6 s, beside which real time is nothing."""
+    clock, passed = time.perf_counter, [0.0]
+
+    def slowly(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            passed[0] += seconds
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr("time.perf_counter", lambda: clock() + passed[0])
+    monkeypatch.setattr("leanmim.train.training.update", slowly(module.update, 1e4))
+    monkeypatch.setattr("leanmim.train.training.knn_accuracy", slowly(module.knn_accuracy, 1e6))
+    for part in ("train", "val"):
+        for name in ("cat", "sheep", "macaw"):
+            (tmp_path / "labelled" / part / name).mkdir(parents=True)
+            (tmp_path / "labelled" / part / name / "1.jpg").symlink_to(photos / f"{name}.jpg")
+    pretrain(replace(tiny, knn_data=str(tmp_path / "labelled"), knn_every=1, log_every=3))
+    seconds = [line["seconds"] for line in lines(tiny) if "seconds" in line]
+    assert [round(value / 1e4) for value in seconds] == [3, 3, 2]  # steps 1-3, 4-6, 7-8; kNN after 4 and 8
+    said = capsys.readouterr().out
+    assert "step 4/8  epoch 1  kNN 100.0%" in said and "step 8/8  epoch 2  kNN 100.0%" in said
+    accuracies = [(line["step"], line["knn"]) for line in lines(tiny) if "knn" in line]
+    assert accuracies == [(4, 1.0), (8, 1.0)]  # each image finds itself
+
+
+def test_compiled_training_is_the_same_training(tiny: Pretrain, tmp_path: Path) -> None:
+    config = replace(tiny, epochs=1, blr=0.1, segments=2, mask_ratio=(0.5, 0.7), throw=0.25)
+    pretrain(config)
+    compiled = replace(config, out=str(tmp_path / "compiled"), compile=True)
+    done = subprocess.run(command(compiled), env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "lru_cache" not in done.stderr  # the decoder's positions are a constant, not computed in every step
+    assert weights(compiled).keys() == weights(config).keys()
+    for a, b in zip(lines(config), lines(compiled), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_bf16_trains(tiny: Pretrain) -> None:
+    pretrain(replace(tiny, precision="bf16"))
+    assert all(value.dtype != torch.bfloat16 for value in weights(tiny).values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_it_trains_on_a_gpu(tiny: Pretrain) -> None:
+    pretrain(replace(tiny, device="cuda", epochs=20, blr=0.05, workers=2))
+    losses = [line["loss"] for line in lines(tiny)]
+    assert sum(losses[-8:]) < sum(losses[:8])
+
+
+def test_a_source_of_a_third_party_trains(tiny: Pretrain, tmp_path: Path) -> None:
+    """Stripes that no file holds; --data names it, from the command line too."""
+
+    class Stripes:
+        names = tuple("01234567")
+
+        def __len__(self) -> int:
+            return 8
+
+        def where(self, index: int) -> str:
+            return f"stripes {index}"
+
+        def read(self, index: int) -> Image.Image:
+            return Image.fromarray(np.tile(np.uint8([0, 30 * index]), (40, 20))).convert("RGB")
+
+    def opener(data: str, channels: int) -> Stripes | None:
+        return Stripes() if data == "stripes:8" else None
+
+    leanmim.SOURCES.append(opener)
+    try:
+        main(arguments(replace(tiny, data="stripes:8", epochs=3)))
+    finally:
+        leanmim.SOURCES.remove(opener)
+    assert [line["step"] for line in lines(tiny)] == [1, 2, 3, 4, 5, 6]
+    assert json.loads(Run(Path(tiny.out)).names.read_text()) == list("01234567")
+    assert (Path(tiny.out) / "reconstructions.png").is_file()
