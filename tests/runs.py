@@ -15,10 +15,10 @@ from PIL import Image
 
 from leanmim.config import Pretrain
 from leanmim.factory import build
+from leanmim.loop import Stopped
 from leanmim.recipes import RECIPES
 from leanmim.run import Run, load, save, write_json
 from leanmim.train import training
-from leanmim.train.loop import Stopped
 from leanmim.train.pretrain import pretrain
 
 

@@ -179,6 +179,7 @@ def test_what_cannot_be_parsed(line: str, named: list[str], capsys: pytest.Captu
         ("pretrain fastmim-p --data d --out o --stage-scales 1 1.25", "--stage-scales", "--phase-scales"),
         ("pretrain fastmim-p --data d --out o --stage_blrs=1", "--stage-blrs", "--phase-blrs"),
         ("show run --block 0", "--block", "--segment"),
+        ("cost mae bim --segments 4", "--segments", "RECIPE:segments=VALUE"),
     ],
 )
 def test_an_option_of_an_earlier_version_names_the_new_one(line: str, old: str, new: str, refused: Refused) -> None:

@@ -10,7 +10,7 @@ For a loop of one's own: ``model = leanmim.build(leanmim.MAE)``, then ``for loss
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from leanmim.version import __version__
 
 if TYPE_CHECKING:  # for type checkers and editors; when run, a name is imported when it is first asked for
     from leanmim.config import Cost, Export, Knn, Plan, Pretrain, Probe, Report, Show

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from leanmim import __version__
 from leanmim.config import Cost, Export, Knn, Plan, Pretrain, Probe, Report, Show
 from leanmim.errors import UserError
 from leanmim.recipes import RECIPES
+from leanmim.version import __version__
 
 
 class Command(NamedTuple):
@@ -53,6 +53,22 @@ RESUMABLE = {"pretrain", "probe"}
 RENAMED = {  # options of earlier versions
     "pretrain": {f"--stage-{name}": f"--phase-{name}" for name in ("scales", "starts", "batches", "accums", "blrs")},
     "show": {"--block": "--segment"},
+    "cost": {
+        f"--{name}": f"RECIPE:{name}=VALUE"
+        for name in (
+            "masking",
+            "mask-ratio",
+            "segments",
+            "offload",
+            "depth",
+            "target",
+            "decoder-depth",
+            "decoder-width",
+            "decoder-heads",
+            "throw",
+            "fill",
+        )
+    },
 }
 HELP = "usage: leanmim COMMAND ... (each has --help)\n\n" + "\n".join(
     f"  {name:10}{command.help}" for name, command in COMMANDS.items()

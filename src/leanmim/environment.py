@@ -12,15 +12,15 @@ import timm
 import torch
 import torchvision
 
-import leanmim
 from leanmim.device import device_name
+from leanmim.version import __version__
 
 
 def environment(device: torch.device, processes: int) -> dict[str, Any]:
     """What environment.json holds."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "leanmim": leanmim.__version__,
+        "leanmim": __version__,
         "python": platform.python_version(),
         **{module.__name__: module.__version__ for module in (torch, torchvision, timm, numpy, PIL)},
         "platform": platform.platform(),

@@ -36,13 +36,6 @@ class Process(NamedTuple):
             values = values / self.world
         return values
 
-    def least(self, value: int | float, device: torch.device) -> float:
-        """The smallest value of any process."""
-        found = torch.tensor(float(value), device=device)
-        if self.world > 1:
-            dist.all_reduce(found, dist.ReduceOp.MIN)
-        return float(found)
-
     def gather(self, value: Any) -> list[Any]:
         """The objects of all processes."""
         found: list[Any] = [value] * self.world

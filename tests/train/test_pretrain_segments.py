@@ -112,7 +112,7 @@ def test_depths_are_evaluated_and_compared_in_the_report(
 
 TWO_PROCESSES = """
 import os, socket, sys, time, types
-import leanmim.train.loop, leanmim.train.pretrain
+import leanmim.loop, leanmim.train.pretrain
 from leanmim.cli import main
 for name in ("export", "show", "report"):
     setattr(leanmim.train.pretrain, name, str)  # what comes after training takes its time
@@ -123,7 +123,7 @@ os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE
 child = os.fork()
 os.environ["RANK"] = os.environ["LOCAL_RANK"] = "1" if child else "0"
 if child:  # whose clock says that a checkpoint is due, every time
-    leanmim.train.loop.time = types.SimpleNamespace(perf_counter=lambda: 1e6 * time.perf_counter())
+    leanmim.loop.time = types.SimpleNamespace(perf_counter=lambda: 1e6 * time.perf_counter())
 main(sys.argv[1:])
 if child:
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

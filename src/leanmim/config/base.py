@@ -7,6 +7,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
 from leanmim.errors import UserError
+from leanmim.version import __version__
 
 Number = int | float | bool | str
 Masking = Literal["drop", "token", "pixel"]
@@ -89,7 +90,7 @@ class Config:
         renamed = {cls.RENAMED.get(k, k): tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         if unknown := renamed.keys() - {own.name for own in fields(cls)}:
             raise UserError(
-                f"the configuration has fields that leanmim {version()} does not know ({', '.join(sorted(unknown))}); "
+                f"the configuration has fields that leanmim {__version__} does not know ({', '.join(sorted(unknown))}); "
                 "another version wrote it"
             )
         return cls(**renamed)
@@ -108,13 +109,6 @@ class Config:
             for key in sorted(own.keys() | stored.keys() - self.RENAMED.keys())
             if key not in self.FREE and there.get(key) != own.get(key)
         ]
-
-
-def version() -> str:
-    """Of leanmim."""
-    from leanmim import __version__  # the package imports this module
-
-    return __version__
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 def seed_of(*numbers: int) -> int:
     """One seed from several numbers, without collisions between, say, (0, 1), (1, 0) and (0, 1, 0)."""
-    return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)[0]) >> 1
 
 
 @lru_cache(maxsize=2)

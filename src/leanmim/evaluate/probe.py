@@ -18,10 +18,10 @@ from torchvision.transforms import v2
 from leanmim.config import Probe
 from leanmim.data import epoch_order, loader, seed_of
 from leanmim.evaluate.features import Features, Subject, extract, record, subjects
+from leanmim.loop import Loop
 from leanmim.processes import ALONE
 from leanmim.run import Run
 from leanmim.schedule import learning_rate
-from leanmim.train.loop import Loop
 
 
 def fast_probe(train: Features, val: Features, c: float = 1.0) -> float:

@@ -7,13 +7,13 @@ from importlib.resources import files
 from itertools import cycle
 from pathlib import Path
 
-import leanmim
 from leanmim.config import Report
 from leanmim.errors import UserError
 from leanmim.page import sections
 from leanmim.page.charts import COLOURS
 from leanmim.page.load import Loaded, load
 from leanmim.run import write_atomically
+from leanmim.version import __version__
 
 
 def report(config: Report) -> Path:
@@ -51,7 +51,7 @@ def render(runs: Sequence[Loaded]) -> str:
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{title} - leanmim</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        f'<h1>{title}</h1>\n<p class="soft">leanmim {leanmim.__version__}, page written {now}</p>\n'
+        f'<h1>{title}</h1>\n<p class="soft">leanmim {__version__}, page written {now}</p>\n'
         + "\n".join(f"<section>\n<h2>{heading}</h2>\n{body}\n</section>" for heading, body in bodies.items() if body)
         + "\n</body>\n</html>\n"
     )

@@ -89,8 +89,8 @@ def choose_batch(
     ):
         config = replace(config, batch_size=batch, accum=accum)
         return config, f"batch size auto: {batch} x accum {accum}, as this run began"
-    free = process.least(parse_bytes(config.memory) or available(device), device)  # all must choose alike
-    memory = int(free) // (1 if device.type == "cuda" else world)
+    free = min(process.gather(parse_bytes(config.memory) or available(device)))  # all must choose alike
+    memory = free // (1 if device.type == "cuda" else world)
     found = fit(replace(config, batch_size=1), effective // world, memory, device)
     if found is None:
         raise UserError(

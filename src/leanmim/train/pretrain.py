@@ -15,13 +15,13 @@ from leanmim.device import peak_memory
 from leanmim.environment import environment
 from leanmim.errors import UserError
 from leanmim.formats import export
+from leanmim.loop import Loop
 from leanmim.page import report
 from leanmim.pictures import show
 from leanmim.placement import offloads
 from leanmim.processes import Process, processes
 from leanmim.run import Run, write_json
 from leanmim.train.bad_files import BadFiles
-from leanmim.train.loop import Loop
 from leanmim.train.phases import PhaseSteps, choose_batch, plan_phases
 from leanmim.train.training import Training, begin
 

@@ -14,9 +14,9 @@ import torch
 
 from leanmim.config import Logging
 from leanmim.errors import UserError
+from leanmim.loop import SIGNALS, Loop, Stopped
 from leanmim.processes import ALONE
 from leanmim.run import Run, load
-from leanmim.train.loop import SIGNALS, Loop, Stopped
 
 CPU = torch.device("cpu")
 STEPS = 8
