@@ -74,7 +74,7 @@ def test_a_methods_option_is_not_one_of_the_command(option: str, capsys: pytest.
     with pytest.raises(SystemExit) as end:
         main(["cost", "mae", "bim", option, "1"])
     assert end.value.code == 2
-    assert "Unrecognized" in capsys.readouterr().err
+    assert f"{option} is called RECIPE:{option[2:]}=VALUE now" in capsys.readouterr().err
 
 
 def test_the_device_is_the_commands() -> None:

@@ -16,7 +16,7 @@ tokens: 16 px for ViT/16, 32 px for Swin.
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from timm.layers import PatchEmbed
@@ -39,7 +39,8 @@ from leanmim.masking import Grid, Mask
 class Encoder(Protocol):
     """A backbone cut into segments, and the way a mask reaches it."""
 
-    backbone: Backbone
+    if TYPE_CHECKING:  # a submodule, which isinstance does not find since Python 3.12
+        backbone: Backbone
     stride: int
     grid: Grid
     widths: tuple[int, ...]  # one per segment
