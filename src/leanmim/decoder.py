@@ -1,4 +1,4 @@
-"""The decoder: put the encoder's tokens on the grid, take those to be decoded, predict, fill in the thrown ones.
+"""The decoder: places the encoder's tokens on the grid, decodes visible and kept patches, fills in thrown ones.
 
 b batch, n patches, v visible, k kept, t thrown, r predicted, s tokens of the encoder, q prefix tokens (class,
 registers), d encoder width, e decoder width, p target width.
@@ -23,7 +23,7 @@ def sincos(grid: Grid, width: int, device: torch.device | None = None) -> Float[
 
 @cached
 def cached_sincos(grid: Grid, width: int, device: torch.device | None) -> Float[Tensor, "n e"]:
-    """What `sincos` computes, once."""
+    """The table of `sincos`, computed once for each grid, width and device."""
     omega = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     rows, columns = torch.meshgrid(torch.arange(grid.height), torch.arange(grid.width), indexing="ij")
     angles = [axis.flatten()[:, None] * omega for axis in (columns, rows)]
@@ -41,13 +41,13 @@ def init_linear(module: nn.Module) -> None:
 class Filling(nn.Module):
     """Reconstructs the thrown patches from the others (PR-MIM's progressive reconstruction; in detail ours).
 
-    Cross-attention from thrown to known patches, in an eighth of the width: the queries are mask token plus position, and
-    the result is added to them. Four thin linear layers are all it costs. In further rounds the queries are the patches as
-    filled in before, which then also serve as keys and values.
+    Cross-attention from thrown to known patches, in an eighth of the decoder's width. The queries are mask token plus
+    position; the output is added to them. The cost is four narrow linear layers. From the second round on, the queries are
+    the results of the round before, which are keys and values as well.
 
     Args:
         width: e.
-        rounds: at least 1.
+        rounds: how often attention is applied, at least 1.
     """
 
     def __init__(self, width: int, rounds: int) -> None:
@@ -59,11 +59,11 @@ class Filling(nn.Module):
         self.out = nn.Linear(thin, width)
 
     def forward(self, tokens: Float[Tensor, "b s e"], empty: Float[Tensor, "b t e"]) -> Float[Tensor, "b t e"]:
-        """Fill in the thrown tokens.
+        """Reconstruct the thrown tokens.
 
         Args:
-            tokens: all that is known: visible and decoded patches, and prefix tokens.
-            empty: what is at the thrown places so far.
+            tokens: visible and decoded patches, and prefix tokens, after the decoder's layers.
+            empty: mask token plus position of each thrown patch.
         """
         known, filled = tokens, empty
         for _ in range(self.rounds):
@@ -78,18 +78,18 @@ class Filling(nn.Module):
 class Decoder(nn.Module):
     """Reconstructs masked patches from the encoder's tokens.
 
-    ``depth`` transformer layers of ``width``, as in MAE (section 3). Depth 0 is SimMIM's head: one linear layer
-    on the encoder's own token at the masked place, so it needs an encoder that returns the full grid.
+    ``depth`` transformer layers of ``width``, as in MAE (section 3). Depth 0 is SimMIM's head: one linear layer applied to
+    the encoder's output at the masked patches, so the encoder must return the full grid.
 
     Args:
         encoder_width: d.
         target_width: p.
-        prefix_tokens: q, tokens of the encoder without a place on the grid (class, registers); they are attended to.
-        full_grid: the encoder returns a token for every patch, so neither mask token nor new positions are needed.
+        prefix_tokens: q, tokens of the encoder without a position on the grid (class, registers); the layers attend to them.
+        full_grid: the encoder returns a token for every patch, so the decoder adds neither mask tokens nor positions.
         depth: transformer layers.
         width: e, a multiple of 4 and of ``heads``; not used at depth 0.
         heads: attention heads.
-        fill: rounds in which thrown patches are filled in from the others; 0 does not predict them.
+        fill: rounds of `Filling`; with 0, thrown patches are not predicted.
     """
 
     def __init__(
@@ -124,12 +124,12 @@ class Decoder(nn.Module):
 
         Args:
             tokens: the encoder's output.
-            ids: where each token sits on the grid; prefix tokens sit past its end, at n, n + 1, ...
+            ids: index of each token on the grid, row by row; prefix tokens have n, n + 1, ...
             split: which patches are visible, kept, thrown.
             grid: the patch grid.
 
         Returns:
-            The places of the predictions, and the predictions.
+            The grid indices of the predicted patches, and the predictions.
         """
         x = self.embed(tokens)
         b, _, e = x.shape

@@ -1,4 +1,4 @@
-"""What the decoder has to predict: pure functions of the images, computed in float32 without gradient.
+"""Reconstruction targets: pure functions of the images, computed in float32 without gradient.
 
 b batch, c channels, H W pixels, n patches, p target width.
 """
@@ -27,7 +27,7 @@ class Target(Protocol):
 
     @property
     def cell(self) -> int:
-        """Side of the finest squares that have values of their own, px."""
+        """Side of the smallest square that has its own values, px: a pixel, or a cell of HOG."""
         ...
 
     @property
@@ -63,7 +63,7 @@ def patch_statistics(patches: Float[Tensor, "b n p"]) -> tuple[Float[Tensor, "b 
 
 @dataclass(frozen=True)
 class Pixels:
-    """Pixels of the normalised image; with ``per_patch``, each patch by its own mean and variance (MAE)."""
+    """Pixels of the normalised image; with ``per_patch``, each patch is standardised by its mean and variance (MAE)."""
 
     patch: int
     channels: int = 3
@@ -86,7 +86,7 @@ class Pixels:
 
     @torch.no_grad()
     def paint(self, prediction: Float[Tensor, "b n p"], images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b c H W"]:
-        """The predicted pixels; under ``per_patch`` brought back with the true patch's own mean and deviation."""
+        """The predicted image; under ``per_patch`` rescaled by mean and standard deviation of the true patches."""
         if self.per_patch:
             mean, std = patch_statistics(patchify(images.float(), self.patch))
             prediction = prediction * std + mean
@@ -94,8 +94,8 @@ class Pixels:
 
 
 BINS = 9  # of 20 degrees
-FLAT = 0.02  # a cell's norm; an edge of one grey level out of 255 makes more, rounding makes less
-CHUNK = {"cpu": 2**16}  # values worked on at a time: what the caches hold
+FLAT = 0.02  # smallest norm of a cell; an edge of one grey level in 255 exceeds it, rounding noise does not
+CHUNK = {"cpu": 2**16}  # values processed at a time: they fit into the cache
 CHUNK_ELSEWHERE = 2**23
 
 
@@ -105,19 +105,19 @@ def hog(images: Float[Tensor, "b c H W"], cell: int = 8) -> Float[Tensor, "b k y
 
     Per channel: 3x3 Sobel on the reflected border, unsigned orientation ``atan2(gx, gy)`` in nine bins by hard
     assignment, weighted by the magnitude, summed over cells, each cell's nine bins divided by their L2 norm.
-    Cells whose norm is under ``FLAT`` are divided by that instead (ours): rounding noise stays small.
+    Cells whose norm is below ``FLAT`` are divided by ``FLAT`` (ours), so that rounding noise stays small.
 
     Args:
         images: normalised images of any number of channels.
-        cell: side of a cell, px. Pixels that do not fill a cell, right and below, are left out.
+        cell: side of a cell, px. Pixels on the right and bottom border that do not fill a cell are ignored.
 
     Returns:
-        k = 9 c values a cell, number ``channel * 9 + bin``; float32.
+        k = 9 c values for each cell, at index ``channel * 9 + bin``; float32.
     """
     b, c, height, width = images.shape
     rows, columns = height // cell, width // cell
     device = images.device
-    # A quarter turn both ways, -5 to 4, has places of its own at first; folding -5 to -1 onto 4 to 8 comes at the end.
+    # atan gives bins -5 to 4. They are counted separately; at the end -5 to -1 are added to the unsigned bins 4 to 8.
     turns = BINS + 1
     down, across = (torch.arange(count * cell, device=device) // cell for count in (rows, columns))
     place = ((down[:, None] * columns + across) * turns + 5).flatten()
@@ -125,13 +125,13 @@ def hog(images: Float[Tensor, "b c H W"], cell: int = 8) -> Float[Tensor, "b k y
     chunk = max(1, CHUNK.get(device.type, CHUNK_ELSEWHERE) // (height * width))
     histogram = torch.zeros(b * c, rows * columns * turns, device=device)
     for some, out in zip(planes.split(chunk), histogram.split(chunk), strict=True):
-        # Sums of float32 are exact in float64, so that no rounding decides on which side of 0 a gradient lies.
+        # Sums of float32 are exact in float64, so rounding cannot change the sign of a gradient.
         x = nn.functional.pad(some, (1, 1, 1, 1), mode="reflect").double()
         smooth = (x[:, :-2] + x[:, 2:]).add_(x[:, 1:-1], alpha=2)
         gx = (smooth[..., 2:] - smooth[..., :-2])[:, : rows * cell, : columns * cell].flatten(1).float()
         smooth = (x[..., :-2] + x[..., 2:]).add_(x[..., 1:-1], alpha=2)
         gy = (smooth[:, 2:] - smooth[:, :-2])[:, : rows * cell, : columns * cell].flatten(1).float()
-        # atan(gx / gy) is atan2(gx, gy) up to half turns, and exact where that one rounds to a half turn
+        # atan(gx / gy) is atan2(gx, gy) modulo pi, and exact where atan2 would be rounded to pi
         turn = (gx / gy).atan_().nan_to_num_(0).mul_(BINS / math.pi).floor_().long().add_(place)
         out.scatter_add_(1, turn, gx.square_().addcmul_(gy, gy).sqrt_())
     histogram = histogram.view(b, c, rows, columns, turns)
@@ -176,7 +176,7 @@ TARGETS: dict[str, Callable[[int, int, int], Target]] = {
     "raw-pixels": lambda patch, channels, cell: Pixels(patch, channels, per_patch=False),
     "hog": make_hog,
 }
-"""Each target from the patch's side, the channels and the side of HOG's cells. Third parties may add to it."""
+"""Name of each target: its constructor from patch side, channels and HOG's cell side. Third parties may add to it."""
 
 
 def make_target(name: str, patch: int, channels: int, cell: int) -> Target:
