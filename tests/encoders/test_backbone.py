@@ -1,6 +1,7 @@
 """timm's models are made for a size, and cut after some blocks or stages."""
 
 import pytest
+import torch
 
 from leanmim.encoders.backbone import create_backbone
 from leanmim.errors import UserError
@@ -31,3 +32,14 @@ def test_a_depth_out_of_range_says_what_there_is(name: str, has: str, depth: int
 @pytest.mark.parametrize(("name", "layers"), [("vit_tiny_patch16_224", 2), ("swin_tiny_patch4_window7_224", 4)])
 def test_all_layers_are_the_whole_model(name: str, layers: int) -> None:
     assert fastmim(name, depth=layers).state_dict().keys() == fastmim(name).state_dict().keys()
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_a_cut_vit_still_pools_its_features(pool: str) -> None:
+    shape = {"patch_size": 8, "embed_dim": 32, "num_heads": 2, "global_pool": pool, "class_token": pool == "token"}
+    whole = create_backbone("vit_tiny_patch16_224", (32, 32), 3, depth=2, **shape)
+    cut = create_backbone("vit_tiny_patch16_224", (32, 32), 3, 2, depth=4, **shape)
+    cut.load_state_dict(whole.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    assert whole(images).shape == (2, 32)
+    assert torch.equal(cut(images), whole(images))

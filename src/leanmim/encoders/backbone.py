@@ -66,7 +66,8 @@ def create_backbone(
     if keep < most:
         if not hasattr(backbone, "prune_intermediate_layers"):
             raise UserError(f"timm's {name} cannot be cut at --depth {keep}; leave --depth out")
-        backbone.prune_intermediate_layers([keep - 1], prune_norm=not isinstance(backbone, VisionTransformer))
+        whole = isinstance(backbone, VisionTransformer)  # a ViT keeps its norm and its pooling
+        backbone.prune_intermediate_layers([keep - 1], prune_norm=not whole, prune_head=not whole)
     return backbone
 
 
