@@ -59,7 +59,7 @@ class Trial:
         if self.hours:
             changes |= dict(hours=self.hours)
         config = replace(
-            leanmim.MAE, data=str(work / "data" / str(self.images) / "train"), out="", model=self.model, input_size=(self.size,),
+            leanmim.MAE, data=str(work / str(self.images) / "data" / "train"), out="", model=self.model, input_size=(self.size,),
             device="cpu", workers=0, seed=self.seed, **changes,
         )  # fmt: skip
         if self.batch:
@@ -87,17 +87,17 @@ SMALL = "vit_small_patch16_224"
 FEW = Trial(seen=48_000)
 THOUSANDS = replace(FEW, images=2000)
 ALL = replace(FEW, images=9469)
-DECODERS = ((1, 64), (1, 192), (2, 128), (4, 128), (4, 256), (8, 512))
+DECODERS = ((1, 192), (2, 128), (4, 128), (8, 128), (4, 256), (8, 512))
 EXPERIMENTS: dict[str, list[Trial]] = {
     "rate": [
         *(replace(FEW, lr=lr) for lr in (1.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)),
-        *(replace(FEW, batch=batch, lr=lr) for batch, lr in ((16, 5e-4), (32, 1e-3), (256, 1e-3), (256, 2e-3))),
-        *(replace(THOUSANDS, lr=lr) for lr in (5e-4, 1e-3, 2e-3)),
-        *(replace(ALL, lr=lr) for lr in (5e-4, 1e-3, 2e-3)),
-        *(replace(THOUSANDS, model=SMALL, seen=24_000, lr=lr) for lr in (2.5e-4, 5e-4, 1e-3)),
+        *(replace(FEW, batch=batch, lr=lr) for batch, lr in ((32, 7e-4), (256, 2e-3))),
+        *(replace(THOUSANDS, lr=lr) for lr in (1e-3, 2e-3)),
+        *(replace(ALL, lr=lr) for lr in (1e-3, 2e-3)),
+        *(replace(THOUSANDS, model=SMALL, seen=24_000, lr=lr) for lr in (5e-4, 1e-3)),
     ],
     "decoder": [
-        replace(THOUSANDS, size=128, decoder=decoder, like=(2, 128), seen=40_000) for decoder in DECODERS
+        replace(THOUSANDS, size=128, decoder=decoder, like=(2, 128), seen=24_000) for decoder in DECODERS
     ],
 }  # fmt: skip
 
@@ -110,7 +110,7 @@ def run_trial(trial: Trial, work: Path, file: Path) -> None:
     leanmim.pretrain(config)
     seconds = time.perf_counter() - before
     stored = json.loads((Path(config.out) / "config.json").read_text())
-    labelled = str(work / "data" / str(trial.images))
+    labelled = str(work / str(trial.images) / "data")
     probed = Probe(run=config.out, data=labelled, device="cpu", workers=0, baselines=True, input_size=(trial.size,))
     lines = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -131,8 +131,6 @@ def result(trial: Trial, arguments: argparse.Namespace) -> dict[str, Any]:
     """The result of a trial, which is run if there is none."""
     file = arguments.work / "trials" / f"{trial.name}.json"
     if not file.exists():
-        most = 0 if trial.images == ALL.images else trial.images // CLASSES
-        link_subset(arguments.data, arguments.work / "data" / str(trial.images), most, arguments.val)
         command = [
             sys.executable,
             __file__,
@@ -191,6 +189,9 @@ def main() -> None:
         run_trial(Trial(**values), arguments.work, Path(arguments.trial[1]))
         return
     for name in arguments.names or EXPERIMENTS:
+        for images in {trial.images for trial in EXPERIMENTS[name]}:
+            most = 0 if images == ALL.images else images // CLASSES
+            link_subset(arguments.data, arguments.work / str(images), most, arguments.val)
         with ThreadPoolExecutor(arguments.jobs) as pool:
             found = list(pool.map(lambda trial: result(trial, arguments), EXPERIMENTS[name]))
         configuration = {"data": arguments.data.name, "test images": CLASSES * arguments.val, "seeds": "one",
