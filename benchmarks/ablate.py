@@ -34,6 +34,7 @@ from leanmim.encoders.segments import cuts
 from leanmim.evaluate.features import extract, subjects
 from leanmim.evaluate.knn import knn_accuracy
 from leanmim.evaluate.probe import fast_probe
+from leanmim.recipes import published
 
 BASELINES = {"pixels": "raw pixels", "random": "random initialisation"}
 
@@ -48,8 +49,8 @@ class Cell(NamedTuple):
 def configure(cell: Cell, arguments: argparse.Namespace) -> Pretrain:
     """The configuration of a cell; that of ``mae`` for a baseline."""
     scale = SCALES[arguments.scale]
-    recipe, changes = VARIANTS["mae" if cell.variant in BASELINES else cell.variant]
-    changes = dict(changes)
+    named, changes = VARIANTS["mae" if cell.variant in BASELINES else cell.variant]
+    recipe, changes = published(named), dict(changes)
     shrink, longer = changes.pop("shrink", 1.0), changes.pop("longer", 1.0)
     patch = arguments.input_size // 8
     depth, width, heads = scale["decoder"]
@@ -69,7 +70,7 @@ def configure(cell: Cell, arguments: argparse.Namespace) -> Pretrain:
         decoder_heads=heads,
         epochs=round(longer * (arguments.epochs or scale["epochs"])),
         batch_size=arguments.batch_size,
-        blr=arguments.blr or 10 * recipe.blr,  # a few epochs need larger steps than the 800 of the paper do
+        blr=arguments.blr or 10 * float(recipe.blr),  # a few epochs need larger steps than the 800 of the paper do
         workers=0 if arguments.device == "cpu" else 3,
         device=arguments.device,
         seed=cell.seed,

@@ -18,7 +18,9 @@ from steps import in_turns, measure_each, side_by_side
 
 from leanmim.config import Pretrain
 from leanmim.costs import StepCost, count
-from leanmim.recipes import BIM, MAE
+from leanmim.recipes import BIM, MAE, published
+
+MAE, BIM = published(MAE), published(BIM)
 
 RECIPES: dict[str, Pretrain] = {
     "mae": MAE,

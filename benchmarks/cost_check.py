@@ -14,7 +14,7 @@ import record
 import torch
 from steps import measure_each
 
-from leanmim.recipes import RECIPES
+from leanmim.recipes import RECIPES, published
 
 MODELS = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224", "swin_tiny_patch4_window7_224")
 
@@ -32,7 +32,7 @@ def main() -> None:
     axes = (arguments.models, arguments.recipes, arguments.batches, arguments.accums, ("fp32", "bf16"))
     cells = [cell for cell in product(*axes) if not (cell[0].startswith("swin") and cell[1] == "mae")]  # cannot drop
     configs = [
-        replace(RECIPES[recipe], model=name, batch_size=batch, accum=accum, precision=precision)
+        replace(published(RECIPES[recipe]), model=name, batch_size=batch, accum=accum, precision=precision)
         for name, recipe, batch, accum, precision in cells
     ]
     for cell, found in zip(cells, measure_each(configs, torch.device(arguments.device)), strict=True):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from leanmim.device import resolve_precision
 from leanmim.factory import build
-from leanmim.recipes import FASTMIM
+from leanmim.recipes import FASTMIM, published
 from leanmim.step import make_optimizers, update
 from leanmim.targets import BINS, hog
 
@@ -79,7 +79,7 @@ def main() -> None:
         raw.append({"size": size, "pairs": pairs, "memory": memory})
         print(rows[-1], flush=True)
 
-    config = replace(FASTMIM, model="vit_base_patch16_224", batch_size=arguments.step_batch_size)
+    config = replace(published(FASTMIM), model="vit_base_patch16_224", batch_size=arguments.step_batch_size)
     model = build(config).to(device).train()
     model.autocast = resolve_precision("auto", device)
     optimizers = make_optimizers(model, config)

@@ -25,7 +25,7 @@ found = {}
 for name, recipe in RECIPES.items():
     torch.manual_seed(0)
     config = replace(recipe, model="vit_tiny_patch16_224", model_kwargs={"embed_dim": 32, "depth": 4, "num_heads": 2},
-                     input_size=(96,), decoder_width=32, decoder_heads=2)
+                     input_size=(96,), decoder_depth=recipe.decoder_depth and 2, decoder_width=32, decoder_heads=2)
     model = build(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     found[name] = []

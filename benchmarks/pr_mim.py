@@ -20,7 +20,9 @@ from steps import Timed, seconds, side_by_side
 from leanmim.config import Pretrain
 from leanmim.costs import StepCost, count
 from leanmim.masking import Grid, Split, distances, random_mask, select_furthest, select_random
-from leanmim.recipes import MAE, PR_MIM
+from leanmim.recipes import MAE, PR_MIM, published
+
+MAE, PR_MIM = published(MAE), published(PR_MIM)
 
 MODELS = ("vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224")
 RATIOS = (0.25, 0.5, 0.6, 0.7)

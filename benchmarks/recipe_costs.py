@@ -17,7 +17,7 @@ from steps import in_turns
 
 from leanmim.costs import count
 from leanmim.errors import UserError
-from leanmim.recipes import RECIPES
+from leanmim.recipes import RECIPES, published
 from leanmim.schedule import phases
 
 
@@ -41,7 +41,7 @@ def main() -> None:
         batch = arguments.time_batch_size if timed else arguments.batch_size
         entries = []
         for recipe in arguments.recipes:
-            config = replace(RECIPES[recipe], model=name, batch_size=batch, epochs=100)
+            config = replace(published(RECIPES[recipe]), model=name, batch_size=batch, epochs=100)
             try:
                 cost, _ = count(replace(config, precision="bf16"), "cuda") if not timed else count(config, device.type)
             except UserError:

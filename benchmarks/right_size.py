@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -62,7 +61,7 @@ class Trial:
             leanmim.MAE, data=str(work / str(self.images) / "data" / "train"), out="", model=self.model, input_size=(self.size,),
             device="cpu", workers=0, seed=self.seed, **changes,
         )  # fmt: skip
-        if self.batch:
+        if not self.hours:
             config = replace(config, epochs=max(1, round(self.seen * self.share(config) / self.images)))
         return config
 
@@ -85,20 +84,23 @@ class Trial:
 
 SMALL = "vit_small_patch16_224"
 FEW = Trial(seen=48_000)
-THOUSANDS = replace(FEW, images=2000)
-ALL = replace(FEW, images=9469)
-DECODERS = ((1, 192), (2, 128), (4, 128), (8, 128), (4, 256), (8, 512))
+THOUSANDS = replace(FEW, images=2000, seen=36_000)
+ALL = replace(THOUSANDS, images=9469)
+LARGER = replace(THOUSANDS, model=SMALL, size=128, seen=12_000, decoder=(4, 256))
+DECODERS = ((1, 128), (1, 192), (2, 128), (4, 128), (8, 128), (4, 256), (8, 512))
+BY_RULE = dict(batch=None, lr=None, decoder=None)
 EXPERIMENTS: dict[str, list[Trial]] = {
     "rate": [
         *(replace(FEW, lr=lr) for lr in (1.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)),
-        *(replace(FEW, batch=batch, lr=lr) for batch, lr in ((32, 7e-4), (256, 2e-3))),
+        replace(FEW, batch=256, lr=2e-3),
         *(replace(THOUSANDS, lr=lr) for lr in (1e-3, 2e-3)),
         *(replace(ALL, lr=lr) for lr in (1e-3, 2e-3)),
-        *(replace(THOUSANDS, model=SMALL, seen=24_000, lr=lr) for lr in (5e-4, 1e-3)),
+        *(replace(LARGER, lr=lr) for lr in (5e-4, 1e-3)),
     ],
     "decoder": [
-        replace(THOUSANDS, size=128, decoder=decoder, like=(2, 128), seen=24_000) for decoder in DECODERS
+        replace(THOUSANDS, size=128, decoder=decoder, like=(2, 128), seen=16_000) for decoder in DECODERS
     ],
+    "auto": [replace(trial, **BY_RULE) for trial in (FEW, THOUSANDS, ALL, LARGER)],
 }  # fmt: skip
 
 
@@ -106,9 +108,7 @@ def run_trial(trial: Trial, work: Path, file: Path) -> None:
     """Train and probe; random initialisation too."""
     torch.set_num_threads(1)
     config = replace(trial.config(work), out=str(work / "runs" / trial.name))
-    before = time.perf_counter()
     leanmim.pretrain(config)
-    seconds = time.perf_counter() - before
     stored = json.loads((Path(config.out) / "config.json").read_text())
     labelled = str(work / str(trial.images) / "data")
     probed = Probe(run=config.out, data=labelled, device="cpu", workers=0, baselines=True, input_size=(trial.size,))
@@ -118,7 +118,7 @@ def run_trial(trial: Trial, work: Path, file: Path) -> None:
         "trial": asdict(trial),
         **evaluate(probed),
         "random": evaluate(probed, "random"),
-        "seconds": seconds,
+        "seconds": sum(line.get("seconds", 0) for line in lines),
         "steps": lines[-1]["step"],
         "loss": [line["loss"] for line in lines if "loss" in line][-1],
         "config": stored,

@@ -81,7 +81,7 @@ class Timed:
         for phase in phases(config):
             placed, optimizers = ready(phase.config, device)
             images = torch.randn(int(config.batch_size), config.channels, *phase.config.size, device=device)
-            share = (phase.stop - phase.start) / config.epochs
+            share = (phase.stop - phase.start) / phases(config)[-1].stop
             self.parts.append((share, placed.losses, optimizers, images, phase.config.clip_grad))
 
     def step(self) -> float:

@@ -19,6 +19,7 @@ import torch
 from transformers import ViTMAEForPreTraining
 
 from leanmim import MAE, MIM, Export, build, export
+from leanmim.recipes import published
 from leanmim.run import save
 
 
@@ -61,7 +62,7 @@ def main() -> None:
     cuda = device.type == "cuda"
     rows, raw = [], []
     for name in arguments.models:
-        config = replace(MAE, model=name, data="-", out="-")
+        config = replace(published(MAE), model=name, data="-", out="-")
         ours = build(config).to(device)
         theirs = theirs_from(ours.cpu(), config).to(device)
         ours.to(device)

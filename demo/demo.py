@@ -1,12 +1,13 @@
-"""The demo: pre-train on tiles of the photos beside this file, and measure what the encoder has learned.
+"""The demo: pre-train on crops of the photos beside this file, draw reconstructions, measure the encoder, write a report.
 
-Each photo's left 70 % gives training tiles, its right 30 % validation tiles: the two never overlap. The label of a
-tile is the photo that it comes from. Pre-training sees the training tiles only, without labels.
+Each photo's left 70 % gives training crops, its right 30 % validation crops: the two never overlap. Pre-training sees
+large crops of the left part, without labels. kNN and linear probe see small crops; the label of a crop is the photo that
+it comes from.
 """
 
 import argparse
 import shutil
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,58 +17,81 @@ import leanmim
 from leanmim.formats import timm_lines
 
 PHOTOS = Path(__file__).parent / "photos"
-TILE = 32  # px
+SHOWN = ("astronaut", "bridge", "castle", "coffee", "kingfisher", "lemur", "macaw", "sheep")
+SIZE = 96  # px, of what the model sees
 
 
-def cut_tiles(folder: Path) -> None:
-    """Write train/PHOTO/*.png and val/PHOTO/*.png."""
-    shutil.rmtree(folder, ignore_errors=True)
+def squares(photo: Image.Image, left: int, right: int, share: float, stride: float) -> Iterator[Image.Image]:
+    """Square crops between two columns of a photo; side and stride are shares of the photo's height."""
+    side, step = min(int(share * photo.height), right - left), int(stride * photo.height)
+    for y in range(0, photo.height - side + 1, step):
+        for x in range(left, right - side + 1, step):
+            yield photo.crop((x, y, x + side, y + side))
+
+
+def cut(photos: Path, labelled: Path) -> None:
+    """Write unlabelled crops to ``photos``, and small ones to ``labelled``/train/PHOTO and ``labelled``/val/PHOTO."""
+    for folder in (photos, labelled):
+        shutil.rmtree(folder, ignore_errors=True)
     for path in sorted(PHOTOS.glob("*.jpg")):
         with Image.open(path) as photo:
             border = int(0.7 * photo.width)
-            for part, left, right in (("train", 0, border), ("val", border, photo.width)):
-                (folder / part / path.stem).mkdir(parents=True)
-                for y in range(0, photo.height - TILE + 1, TILE):
-                    for x in range(left, right - TILE + 1, TILE):
-                        photo.crop((x, y, x + TILE, y + TILE)).save(folder / part / path.stem / f"{y}-{x}.png")
+            parts = {
+                photos: [crop for share in (1, 0.75) for crop in squares(photo, 0, border, share, 1 / 8)],
+                labelled / "train" / path.stem: squares(photo, 0, border, 1 / 4, 1 / 8),
+                labelled / "val" / path.stem: squares(photo, border, photo.width, 1 / 4, 1 / 8),
+            }
+        for folder, crops in parts.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            for i, crop in enumerate(crops):
+                crop.thumbnail((2 * SIZE, 2 * SIZE), Image.Resampling.BICUBIC)
+                crop.save(folder / f"{path.stem}-{i:02}.png")
 
 
 def main() -> None:
-    """Cut the tiles, pre-train, evaluate, print."""
+    """Cut crops, pre-train, draw, evaluate, report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="runs/demo", help="run folder")
-    parser.add_argument("--epochs", type=int, default=16, help="passes over the tiles")
+    parser.add_argument("--epochs", type=int, default=200, help="passes over the crops")
     options = parser.parse_args()
     out = Path(options.out)
-    tiles = out.with_name(out.name + "-tiles")
-    cut_tiles(tiles)
+    crops, labelled = out.with_name(out.name + "-crops"), out.with_name(out.name + "-labelled")
+    cut(crops, labelled)
 
-    config = replace(
+    leanmim.pretrain(
         leanmim.MAE,
-        data=str(tiles / "train"),
+        data=str(crops),
         out=str(out),
         model="vit_tiny_patch16_224",
-        model_kwargs={"patch_size": 4, "embed_dim": 96, "num_heads": 3, "depth": 6},
-        input_size=(TILE,),
-        target="raw-pixels",  # colour says much about a photo; patches normalised one by one lose it
+        model_kwargs={"patch_size": 8, "embed_dim": 192, "num_heads": 6, "depth": 4},
+        input_size=(SIZE,),
+        target="raw-pixels",  # what is drawn is then what was predicted, colour included
         statistics="data",
         decoder_depth=1,
-        decoder_width=64,
+        decoder_width=128,
         decoder_heads=4,
+        crop_scale=(0.5, 1.0),
         epochs=options.epochs,
-        batch_size=64,
-        blr=4e-3,
-        knn_data=str(tiles),
-        knn_every=4,
+        batch_size=16,
+        blr=0.016,
+        log_every=100,
+        knn_data=str(labelled),
+        knn_every=50,
         overwrite=True,
     )
-    leanmim.pretrain(config)
+    leanmim.show(run=str(out), images=tuple(str(PHOTOS / f"{name}.jpg") for name in SHOWN))
 
     names = {"random": "random encoder", "pixels": "raw pixels", "pretrained": "pre-trained encoder"}
-    print("\nkNN accuracy on held-out tiles, which photo does a tile come from:")
-    for name, accuracy in leanmim.knn(leanmim.Knn(run=str(out), data=str(tiles), baselines=True)):
-        print(f"  {names[name]:20} {accuracy:6.1%}")
-    print(f"\nSee {out / 'reconstructions.png'} and {out / 'report.html'}. The encoder loads in timm:\n")
+    print("\nWhich photo does a held-out crop come from?")
+    results = {
+        "kNN": leanmim.knn(run=str(out), data=str(labelled), baselines=True),
+        "linear probe": leanmim.probe(run=str(out), data=str(labelled), baselines=True, solver="fast"),
+    }
+    for measure, accuracies in results.items():
+        for name, accuracy in accuracies:
+            print(f"  {measure:12}  {names[name]:20}{accuracy}")
+    page = leanmim.report(runs=(str(out),))
+    print(f"\nSee {out / 'reconstructions.png'} and {page}. The encoder loads in timm:\n")
     trained, model, _ = leanmim.restore(out)
     lines = timm_lines(out / "export" / "timm", trained, model)
     print(lines)

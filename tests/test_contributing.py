@@ -85,7 +85,7 @@ def test_a_masking(place: Path) -> None:
 def test_a_source(place: Path) -> None:
     run("source", place)
     config, model, state = leanmim.restore("run")
-    assert config.data == "photos.npy" and state["step"] == 2  # 8 images in batches of 4
+    assert config.data == str(place / "photos.npy") and state["step"] == 2  # 8 images in batches of 4
     assert all(torch.isfinite(loss) for loss in model.losses(torch.zeros(1, 3, 32, 32)))
 
 

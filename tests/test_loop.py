@@ -1,17 +1,20 @@
 """The one resumable loop, with a step of its own: a number that grows."""
 
+import io
 import json
 import math
 import os
+import re
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from leanmim.config import Logging
 from leanmim.errors import UserError
@@ -175,6 +178,24 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint(
     assert all(math.isfinite(line["loss"]) for line in lines(tmp_path))
 
 
+@pytest.fixture(autouse=True)
+def heeded() -> Iterator[None]:
+    """Signals as in a terminal: a shell's background job ignores SIGINT, and so do its children."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    """As SIGHUP is under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert toy(tmp_path, Logging(), {4: lambda: os.kill(os.getpid(), signal.SIGHUP)}) == [8]
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_finishes_the_step_and_writes_a_checkpoint(number: signal.Signals, tmp_path: Path) -> None:
     before = [signal.getsignal(each) for each in SIGNALS]
@@ -227,12 +248,60 @@ def test_outside_of_the_main_thread_it_leaves_signals_alone(tmp_path: Path) -> N
     assert saved == [8]
 
 
-def test_a_long_run_says_twenty_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_long_run_says_twenty_lines_with_the_time_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], clock: Clock
+) -> None:
     with Loop(Run(tmp_path), Logging(log_every=1), 100, None, ALONE, CPU, "toy") as loop:
         for _ in loop.until(100):
+            clock.wait(60)
             loop.record(torch.ones(1), images=4, epoch=loop.done / 10, lr=0.1)
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in said] == [f"{step}/100" for step in range(5, 101, 5)]
+    assert said[0].endswith("GiB  left 1.6 h") and said[-2].endswith("left 5.0 min") and said[-1].endswith("took 1.7 h")
+
+
+def terminal() -> Console:
+    """A terminal of 80 columns."""
+    return Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+
+
+def test_the_bar_moves_every_step_and_asks_nothing_of_the_device(tmp_path: Path, clock: Clock) -> None:
+    """Losses on the meta device cannot be read."""
+    with Loop(Run(tmp_path), Logging(log_every=50), 40, None, ALONE, CPU, "toy", terminal()) as loop:
+        (task,) = loop.progress.tasks
+        for step in loop.until(3):
+            clock.wait(20)
+            loop.record(torch.ones(1, device="meta"), images=4, epoch=0.1, lr=0.1)
+            assert task.completed == step + 1
+            assert task.fields["text"].strip() == f"left {20 * (39 - step) / 60:.0f} min"
+
+
+def test_of_a_continued_run_the_speed_is_that_of_this_call(tmp_path: Path, clock: Clock) -> None:
+    with Loop(Run(tmp_path), Logging(log_every=50), 40, {"step": 30}, ALONE, CPU, "toy", terminal()) as loop:
+        for _ in loop.until(31):
+            clock.wait(20)
+            loop.record(torch.ones(1), images=4, epoch=0.1, lr=0.1)
+        assert loop.time_left == "left 3.0 min"
+
+
+def test_the_bar_stays_with_the_final_loss_and_the_time_and_fits_80_columns(tmp_path: Path, clock: Clock) -> None:
+    console = terminal()
+    with Loop(Run(tmp_path), Logging(log_every=1), 20, None, ALONE, CPU, "fastmim-p", console) as loop:
+        for _ in loop.until(20):
+            clock.wait(200)
+            loop.record(torch.tensor([0.12344]), images=1_000_000, epoch=0.1, lr=0.1)
+    drawn = console.file.getvalue()  # type: ignore[attr-defined]
+    last = re.findall(r"fastmim-p [^\r\n]*", drawn)[-1]
+    assert re.fullmatch(r"fastmim-p ━{8} 100% took 1.1 h loss 0.1234 5000 images/s wait 0% \d+\.\d GiB", last)
+    assert len(last) <= 80
+    assert not drawn.endswith("\x1b[1A\x1b[2K")  # which would clear it
+
+
+def test_a_finished_run_draws_no_bar(tmp_path: Path) -> None:
+    console = terminal()
+    with Loop(Run(tmp_path), Logging(), 8, {"step": 8}, ALONE, CPU, "toy", console) as loop:
+        assert not list(loop.until(8))
+    assert console.file.getvalue() == ""  # type: ignore[attr-defined]
 
 
 def test_a_signal_keeps_no_diverged_weights(tmp_path: Path) -> None:

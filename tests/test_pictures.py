@@ -5,13 +5,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -22,13 +19,7 @@ from leanmim.masking import Mask, take
 from leanmim.mim import MIM
 from leanmim.pictures import reconstruct, show, spread_out
 from leanmim.targets import TARGETS, patchify
-from tests.helpers import fake_run
-
-
-def run_of(config: Pretrain) -> Path:
-    """A run folder in the place that the configuration names."""
-    return Path(fake_run(config, Path(config.out)).out)
-
+from tests.drawn import Drawn, names, run_of
 
 KINDS = ("mae", "raw mae", "grey", "wide", "simmim", "swin", "l1 tokens")
 
@@ -114,34 +105,6 @@ def test_per_patch_predictions_take_the_true_patchs_mean_and_deviation(
 # The picture
 
 
-class Drawn:
-    """What was put on the figure."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.pictures: list[np.ndarray] = []
-        self.texts: list[str] = []
-        imshow = Axes.imshow
-
-        def keep(axes: Axes, picture: np.ndarray, **options: Any) -> Any:
-            self.pictures.append(np.asarray(picture))
-            return imshow(axes, picture, **options)
-
-        monkeypatch.setattr(Axes, "imshow", keep)
-        for kind, name in ((Axes, "set_title"), (Axes, "set_ylabel"), (Figure, "supxlabel")):
-            monkeypatch.setattr(kind, name, self.noting(getattr(kind, name)))
-
-    def noting(self, method: Any) -> Any:
-        def note(what: Any, text: str, **options: Any) -> Any:
-            self.texts.append(text)
-            return method(what, text, **options)
-
-        return note
-
-    @property
-    def rows(self) -> list[list[np.ndarray]]:
-        return [self.pictures[i : i + 3] for i in range(0, len(self.pictures), 3)]
-
-
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
     return Drawn(monkeypatch)
@@ -196,10 +159,6 @@ def test_a_picture_elsewhere(tiny: Pretrain, tmp_path: Path) -> None:
 
 
 # Which images
-
-
-def names(drawn: Drawn) -> list[str]:
-    return [text for text in drawn.texts if text.endswith((".jpg", ".png", "..."))]
 
 
 def test_a_file_and_a_folder(tiny: Pretrain, photos: Path, tmp_path: Path, drawn: Drawn) -> None:

@@ -4,16 +4,19 @@ import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import leanmim.planner
+from leanmim.auto import epochs_within, images_a_step
 from leanmim.cli import main
 from leanmim.config import Plan, Pretrain, parse_bytes
 from leanmim.costs import count
+from leanmim.data import open_source
 from leanmim.errors import UserError
-from leanmim.planner import SHARE, command, fit, plan
+from leanmim.planner import SHARE, WARM_UP, average_throughput, command, fit, plan, throughput
 from leanmim.recipes import BIM, MAE, SIMMIM
 from leanmim.train.pretrain import pretrain
 
@@ -56,12 +59,12 @@ def test_auto_accumulates_to_the_effective_batch_and_resumes(
     memory = int(count(replace(tiny, batch_size=4, accum=2))[0].peak_bytes / SHARE) + 1
     auto = replace(tiny, batch_size="auto", effective_batch=8, memory=str(memory), epochs=1)
     pretrain(auto)
-    assert "batch size auto: 4 x accum 2" in capsys.readouterr().out
+    assert "batch 4 x accum 2, " in capsys.readouterr().out
     written = json.loads((Path(tiny.out) / "config.json").read_text())
     assert (written["batch_size"], written["accum"]) == (4, 2)
     # the same command again continues as the run began, whatever memory there is now
     pretrain(replace(auto, memory="64GiB"))
-    assert "4 x accum 2, as this run began" in capsys.readouterr().out
+    assert "as this run began: batch-size 4, accum 2" in capsys.readouterr().out
 
 
 def test_auto_with_too_little_memory_says_so(tiny: Pretrain) -> None:
@@ -86,55 +89,127 @@ def test_every_run_records_prediction_and_measurement(tiny: Pretrain) -> None:
     assert "Cost, predicted and measured" in (Path(tiny.out) / "report.html").read_text()
 
 
-def test_the_plan_measures_and_its_commands_run(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = plan(Plan(data=str(photos), recipes=("mae", "simmim"), epochs=1, effective_batch=8, memory="4GiB", **SMALL))
-    commands = [line.strip() for line in text.splitlines() if line.strip().startswith("leanmim pretrain")]
-    assert len(commands) == 2
-    assert text.count("measured in 3 steps here") == 2
+def planned(**options: Any) -> dict[str, str]:
+    """The plan of each recipe, by its title."""
+    (_, first), *recipes = plan(Plan(**SMALL, **({"memory": "4GiB", "effective_batch": 8} | options)))
+    assert first.startswith("vit_tiny_patch16_224, ")
+    return dict(recipes)
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are measured for an instant."""
+    monkeypatch.setattr(leanmim.planner, "SECONDS", 0.0)
+
+
+def test_the_plan_measures_and_its_commands_run(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: None
+) -> None:
+    texts = planned(data=str(photos), recipes=("mae", "simmim"), epochs=1)
+    commands = [text.splitlines()[-1].strip() for text in texts.values()]
+    assert all(line.startswith("leanmim pretrain ") for line in commands)
     monkeypatch.chdir(tmp_path)
     for line in commands:
         main(shlex.split(line)[1:])
     assert (tmp_path / "runs" / "mae" / "export" / "timm" / "model.safetensors").is_file()
 
 
+def test_a_recipe_is_told_of_before_the_next_is_measured(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+    monkeypatch.setattr(
+        leanmim.planner, "average_throughput", lambda config, *_: measured.append(config.recipe) or 10.0
+    )
+    found = plan(Plan(data=str(photos), recipes=("mae", "simmim"), effective_batch=8, memory="4GiB", **SMALL))
+    assert next(found)[0] == "16 images"
+    assert (next(found)[0], measured) == ("mae", ["mae"])
+    assert (next(found)[0], measured) == ("simmim", ["mae", "simmim"])
+
+
+def test_the_command_prints_what_the_plan_yields(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(leanmim.planner, "average_throughput", lambda *_: 10.0)
+    words = "--model vit_tiny_patch16_224 --input-size 32 --model-kwargs depth 1 --device cpu --memory 4GiB --epochs 1"
+    main(["plan", "mae", "--data", str(photos), *words.split()])
+    out, err = capsys.readouterr()
+    assert not err  # the bar is for terminals
+    assert out.startswith("16 images: vit_tiny_patch16_224, 4.00 GiB on cpu (10% of it stay free)\nmae: 1 epochs in ")
+    assert "\n  leanmim pretrain mae --data " in out
+
+
+@pytest.mark.parametrize(("seconds", "counted"), [(0.0, 5), (60.0, 20), (0.1, 7)])
+def test_steps_are_measured_for_a_while(
+    tiny: Pretrain, seconds: float, counted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step takes 15 ms by the clock; the first two do not count."""
+    done = []
+    monkeypatch.setattr(leanmim.planner, "SECONDS", seconds)
+    monkeypatch.setattr(leanmim.planner, "update", lambda *_: done.append(0))
+    monkeypatch.setattr(leanmim.planner.time, "perf_counter", lambda: 0.015 * len(done))
+    assert throughput(tiny, open_source(tiny.data, 3), CPU) == pytest.approx(4 / 0.015)
+    assert len(done) == WARM_UP + counted
+
+
+def test_the_throughput_of_phases_is_that_of_their_shares(tiny: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(tiny, epochs="auto", phase_scales=(1.0, 2.0), phase_starts=(0.0, 0.25))
+    monkeypatch.setattr(leanmim.planner, "throughput", lambda config, *_: {32: 10.0, 64: 2.0}[config.size[0]])
+    assert average_throughput(config, open_source(tiny.data, 3), CPU) == pytest.approx(1 / (0.25 / 10 + 0.75 / 2))
+
+
+def test_what_is_auto_follows_the_rules_of_a_run(photos: Path) -> None:
+    own = planned(data=str(photos), recipes=("mae",), effective_batch="auto", images_per_second=100.0, hours=2.0)["mae"]
+    epochs = epochs_within(2.0, 100.0, 16)
+    step = images_a_step(16 * epochs, 16)
+    assert f"{epochs} epochs in 2.0 h, at 100.0 images/s; {epochs} steps of {step} images: batch {step} x" in own
+    assert f" --epochs {epochs} --batch-size {step}" in own
+    assert "--hours" not in own and "optimizer steps" not in own
+    assert "225 epochs in 1.0 h" in planned(data=str(photos), recipes=("mae",), images_per_second=1.0)["mae"]
+
+
+def test_a_thousand_photos_in_twelve_hours_are_trained_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `plan --hours 12` made of a photo collection: 129 steps."""
+    monkeypatch.setattr(leanmim.planner, "open_source", lambda *_: range(1000))
+    text = planned(data="photos", recipes=("mae",), effective_batch="auto", images_per_second=10.0, hours=12.0)["mae"]
+    assert "432 epochs" in text and "6480 steps of 64 images" in text
+
+
+def test_too_few_steps_are_warned_of(photos: Path) -> None:
+    text = planned(data=str(photos), recipes=("mae",), epochs=9, images_per_second=10.0)["mae"]
+    assert "only 18 optimizer steps: too few to learn much" in text.splitlines()[1]
+
+
 def test_given_throughput_is_scaled_by_flops(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leanmim.planner, "throughput", None)  # nothing is measured
-    text = plan(
-        Plan(
-            data=str(photos),
-            recipes=("mae", "simmim"),
-            epochs=9,
-            hours=0.5,
-            effective_batch=8,
-            images_per_second=10.0,
-            memory="4GiB",
-            **SMALL,
-        )
-    )
+    texts = planned(data=str(photos), recipes=("mae", "simmim"), epochs=9, hours=0.5, images_per_second=10.0)
     flops = [
         count(replace(recipe, model=SMALL["model"], model_kwargs=KWARGS, input_size=(64,), batch_size=8))[0]
         for recipe in (MAE, SIMMIM)
     ]
     other = 10.0 * flops[0].train_flops_per_image / flops[1].train_flops_per_image
-    assert "; 10.0 images/s" in text
-    assert f"; {other:.1f} images/s" in text
-    assert f"9 epochs take {9 * 16 / 10 / 3600:.3g} hours" in text
-    assert "0.5 hours are enough for 1125 epochs" in text
+    assert "9 epochs in 14 s, at 10.0 images/s" in texts["mae"]
+    assert f", at {other:.1f} images/s" in texts["simmim"]
+    assert "0.5 hours are enough for 1125 epochs" in texts["mae"]
 
 
 def test_what_does_not_fit_is_said(photos: Path) -> None:
-    assert "does not fit: even one image at a time needs" in plan(
-        Plan(data=str(photos), recipes=("mae",), memory="1MB", images_per_second=1.0, effective_batch=8, **SMALL)
-    )
+    text = planned(data=str(photos), recipes=("mae",), memory="1MB", images_per_second=1.0)["mae"]
+    assert text.startswith("does not fit: even one image at a time needs")
 
 
-def test_without_names_a_recipe_that_does_not_go_with_the_model_is_a_line(photos: Path) -> None:
+def test_a_recipe_that_does_not_go_with_the_model_is_a_line(photos: Path) -> None:
     swin = dict(model="swin_tiny_patch4_window7_224", model_kwargs={"embed_dim": 24}, input_size=(64,), device="cpu")
-    text = plan(Plan(data=str(photos), memory="4GiB", images_per_second=1.0, effective_batch=4, **swin))
-    assert "mae: --masking drop does not work with SwinTransformer" in text
-    assert "leanmim pretrain simmim" in text
-    with pytest.raises(UserError, match="does not work with SwinTransformer"):
-        plan(Plan(data=str(photos), recipes=("mae",), memory="4GiB", images_per_second=1.0, **swin))
+    options = dict(data=str(photos), memory="4GiB", images_per_second=1.0, effective_batch=4, **swin)
+    _, *texts = plan(Plan(recipes=("mae", "simmim"), **options))
+    assert texts[0][1].startswith("cannot be trained at 64 px: --masking drop does not work with SwinTransformer")
+    assert "leanmim pretrain simmim" in texts[1][1]
+    with pytest.raises(UserError, match="mae cannot be trained at 64 px: --masking drop does not work"):
+        list(plan(Plan(recipes=("mae",), **options)))
+
+
+def test_a_phase_that_does_not_take_its_size_is_named(photos: Path) -> None:
+    options = dict(data=str(photos), images_per_second=1.0, **{**SMALL, "model_kwargs": {}, "input_size": (96,)})
+    with pytest.raises(UserError, match=r"phase 2 of 3, 120 x 120 px \(--phase-scales 1.25\): --input-size 120 120 is"):
+        list(plan(Plan(recipes=("fastmim-p",), **options)))
 
 
 def test_the_command_is_what_differs_from_the_recipe() -> None:
@@ -152,31 +227,38 @@ def test_a_switch_is_one_word_of_the_command() -> None:
 
 
 def test_an_option_changes_its_own_recipe_and_stands_in_its_command(photos: Path) -> None:
-    fast = dict(data=str(photos), memory="4GiB", images_per_second=1.0, effective_batch=8, **SMALL)
-    text = plan(Plan(recipes=("mae", "pr-mim:throw=0.7", "bim:segments=2,offload=True"), **fast))
-    mae, pr_mim, bim = text.split("\n\n")[1:]
-    assert mae == plan(Plan(recipes=("mae",), **fast)).split("\n\n")[1]
-    assert pr_mim.startswith("pr-mim throw=0.7: batch 8")
+    recipes = ("mae", "pr-mim:throw=0.7", "bim:segments=2,offload=True")
+    texts = planned(data=str(photos), recipes=recipes, images_per_second=1.0)
+    assert list(texts) == ["mae", "pr-mim throw=0.7", "bim segments=2, offload=True"]
+    mae, pr_mim, bim = texts.values()
+    assert mae == planned(data=str(photos), recipes=("mae",), images_per_second=1.0)["mae"]
     assert "leanmim pretrain pr-mim " in pr_mim
     assert " --throw 0.7" in pr_mim and "--out runs/pr-mim-throw-0.7" in pr_mim
-    assert bim.startswith("bim segments=2, offload=True: batch 8")
     assert " --segments 2 --offload" in bim and "--out runs/bim-segments-2-offload-True" in bim
 
 
 @pytest.mark.parametrize("option", ["batch-size=4", "accum=2", "device=cpu", "data=photos", "out=run", "memory=1GiB"])
 def test_what_the_plan_chooses_is_not_a_recipes(photos: Path, option: str) -> None:
     with pytest.raises(UserError, match=f"mae:{option}: the command itself sets {option.partition('=')[0]}"):
-        plan(Plan(data=str(photos), recipes=(f"mae:{option}",), memory="4GiB", **SMALL))
+        planned(data=str(photos), recipes=(f"mae:{option}",))
 
 
 def test_hours_leave_epochs_that_were_asked_for(photos: Path) -> None:
-    fast = dict(data=str(photos), memory="4GiB", images_per_second=1.0, effective_batch=8, hours=1.0, **SMALL)
-    own, given = plan(Plan(recipes=("mae", "mae:epochs=300"), **fast)).split("\n\n")[1:]
-    assert "1 hours are enough for 225 epochs" in own and " --epochs 225" in own
+    options = dict(data=str(photos), images_per_second=1.0, hours=1.0)
+    own, given = planned(recipes=("mae", "mae:epochs=300"), **options).values()
+    assert own.startswith("225 epochs in 1.0 h") and " --epochs 225" in own
     assert "1 hours are enough for 225 epochs" in given and " --epochs 300" in given
 
 
-@pytest.mark.parametrize("wrong", [{"hours": 0.0}, {"epochs": -1}, {"images_per_second": float("nan")}])
-def test_numbers_that_cannot_be(photos: Path, wrong: dict) -> None:
-    with pytest.raises(UserError, match="must be above 0"):
-        plan(Plan(data=str(photos), **wrong))
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"hours": 0.0}, "--hours 0.0 must be above 0"),
+        ({"epochs": -1}, "--epochs -1 is out of range"),
+        ({"images_per_second": float("nan")}, "must be above 0"),
+        ({"model": "vit_tiny"}, "timm has no model 'vit_tiny'"),
+    ],
+)
+def test_values_that_cannot_be(photos: Path, wrong: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        list(plan(Plan(data=str(photos), **wrong)))

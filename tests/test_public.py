@@ -53,11 +53,14 @@ from leanmim import MAE, Knn, Pretrain, UserError
 
 config: Pretrain = replace(MAE, data="photos", out="run")
 run: Path = leanmim.pretrain(config)
+run = leanmim.pretrain(MAE, data=Path("photos"), out=Path("run"), input_size=96)
+run = leanmim.pretrain(data="photos", out="run")
 found: Iterator[tuple[str, float]] = leanmim.knn(Knn(run=str(run), data="labelled"))
 for value in (leanmim.probe(leanmim.Probe(run="run", data="labelled")), found):
     accuracies: dict[str, float] = dict(value)
 pages: list[Path] = [
     leanmim.show(leanmim.Show(run="run")),
+    leanmim.show(run="run", count=3),
     leanmim.export(leanmim.Export(run="run")),
     leanmim.report(leanmim.Report(runs=("run",))),
 ]
@@ -70,11 +73,14 @@ except UserError as error:
     print(error)
 """
 WRONG = """
-import leanmim
+from dataclasses import replace; import leanmim
 leanmim.nonsense
 leanmim.pretrain("photos")
 leanmim.Knn(run="run", data="labelled", neighbours=3)
 folder: int = leanmim.pretrain(leanmim.MAE)
+leanmim.Pretrain(data="a", out="b", epochs="ten")
+replace(leanmim.MAE, epochs="ten")
+leanmim.nonsense(1)
 """
 SETTINGS = """
 [mypy]
@@ -90,12 +96,12 @@ def test_a_type_checker_knows_the_public_names(tmp_path: Path) -> None:
     for name, text in (("right.py", RIGHT), ("wrong.py", WRONG), ("mypy.ini", SETTINGS)):
         (tmp_path / name).write_text(text.lstrip())
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "right.py", "wrong.py"],
+        [sys.executable, "-m", "mypy", "--strict", "--config-file", "mypy.ini", "right.py", "wrong.py"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
     *errors, _ = done.stdout.splitlines()
-    assert [line.partition(" error:")[0] for line in errors] == [f"wrong.py:{n}:" for n in (2, 3, 4, 5)], done.stdout
+    assert [line.partition(" error:")[0] for line in errors] == [f"wrong.py:{n}:" for n in range(2, 9)], done.stdout
     assert '"nonsense"' in errors[0]
     assert 'expected "Pretrain"' in errors[1]

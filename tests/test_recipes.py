@@ -7,10 +7,24 @@ import pytest
 import torch
 
 import leanmim
-from leanmim.config import Cost, Pretrain
+from leanmim.config import Cost, Plan, Pretrain
 from leanmim.errors import UserError
 from leanmim.factory import build
-from leanmim.recipes import BIM, FASTMIM, MAE, PR_MIM, RECIPES, SIMMIM, differences, hyphens, titles, variant, words
+from leanmim.recipes import (
+    BIM,
+    FASTMIM,
+    FASTMIM_P,
+    MAE,
+    PR_MIM,
+    RECIPES,
+    SIMMIM,
+    differences,
+    hyphens,
+    published,
+    titles,
+    variant,
+    words,
+)  # fmt: skip
 from leanmim.step import parameter_groups
 
 MODELS = {
@@ -33,7 +47,7 @@ def combined(recipe: Pretrain, masking: str, backbone: str, size: str) -> Pretra
         input_size=SIZES[size],
         mask_unit=32 if recipe.mask_unit else 0,
         mask_ratio=(0.25, 0.5, 0.5, 0.75) if isinstance(recipe.mask_ratio, tuple) else recipe.mask_ratio,
-        decoder_depth=max(recipe.decoder_depth and 1, int(masking == "drop")),
+        decoder_depth=1 if masking == "drop" or recipe.decoder_depth else 0,
         decoder_width=32,
         decoder_heads=2,
     )
@@ -89,6 +103,13 @@ def test_what_a_command_gives_reaches_every_recipe_and_nothing_else() -> None:
         assert replace(recipe, model="vit_tiny_patch16_224", batch_size=8, device="auto") == got
 
 
+def test_what_a_command_leaves_to_auto_is_the_recipes_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RECIPES, "mine", replace(MAE, recipe="mine", epochs=30, precision="fp32"))
+    got = variant("mine", Plan(data="photos"))
+    assert (got.epochs, got.precision) == (30, "fp32")
+    assert variant("mine", Plan(data="photos", epochs=3)).epochs == 3
+
+
 @pytest.mark.parametrize(
     ("spec", "changes"),
     [
@@ -126,10 +147,10 @@ def test_every_field_of_pretrain_is_an_option(field: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("maee", "there is no recipe 'maee'; nearest: mae"),
+        ("maee", "there is no recipe 'maee'; did you mean mae?"),
         ("qqq", "there is no recipe 'qqq'; there are: mae, simmim, fastmim, fastmim-p, pr-mim, bim"),
-        ("mae:trow=0.5", "mae:trow=0.5: there is no option 'trow'; nearest: throw"),
-        ("mae:decoder-dept=1", "nearest: decoder-depth"),
+        ("mae:trow=0.5", "mae:trow=0.5: there is no option 'trow'; did you mean throw?"),
+        ("mae:decoder-dept=1", "did you mean decoder-depth"),
         ("mae:throw", "mae:throw: 'throw' cannot be read; it is option=value"),
         ("mae:throw=much", "mae:throw=much: 'throw=much' cannot be read"),
         ("mae:throw=0.1 0.2", "cannot be read"),
@@ -160,3 +181,19 @@ def test_titles_name_a_shared_option_only_where_it_is_not_the_same_for_all() -> 
         "mae model=vit_small_patch16_224", "mae model=vit_base_patch16_224",
     ]  # fmt: skip
     assert titles([replace(MAE, throw=0.5), replace(SIMMIM, throw=0.5)]) == ["mae throw=0.5", "simmim throw=0.5"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "decoder", "blr"),
+    [
+        (MAE, (8, 512, 16), 1.5e-4),
+        (PR_MIM, (8, 512, 16), 1.5e-4),
+        (BIM, (1, 512, 16), 1.5e-4),
+        (FASTMIM_P, ("auto", 256, 8), 1.5e-4),
+        (SIMMIM, (0, 512, 16), 5e-5),
+    ],
+)
+def test_the_numbers_of_the_papers(recipe: Pretrain, decoder: tuple[int | str, int, int], blr: float) -> None:
+    found = published(recipe)
+    assert (found.decoder_depth, found.decoder_width, found.decoder_heads) == decoder
+    assert (found.epochs, found.blr) == (800, blr)

@@ -1,35 +1,45 @@
 """leanmim: masked image modelling that fits the hardware people have.
 
-    from dataclasses import replace
     import leanmim
-    leanmim.pretrain(replace(leanmim.MAE, data="photos", out="run", model="vit_tiny_patch16_224"))
+    leanmim.pretrain(leanmim.MAE, data="photos", out="run", model="vit_tiny_patch16_224")
 
-For a loop of one's own: ``model = leanmim.build(leanmim.MAE)``, then ``for loss in model.losses(images): ...``.
+A command takes a configuration (``dataclasses.replace(leanmim.MAE, data="photos", out="run")``), its fields by name, or
+both. For a loop of one's own: ``model = leanmim.build(leanmim.MAE)``, then ``for loss in model.losses(images): ...``.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from leanmim.by_name import by_name
 from leanmim.version import __version__
 
 if TYPE_CHECKING:  # for type checkers and editors; when run, a name is imported when it is first asked for
     from leanmim.config import Cost, Export, Knn, Plan, Pretrain, Probe, Report, Show
-    from leanmim.costs import cost
+    from leanmim.costs import cost as _cost
     from leanmim.data import SOURCES
     from leanmim.encoders import MASKINGS
     from leanmim.errors import UserError
-    from leanmim.evaluate.knn import knn
-    from leanmim.evaluate.probe import probe
+    from leanmim.evaluate.knn import knn as _knn
+    from leanmim.evaluate.probe import probe as _probe
     from leanmim.factory import build
-    from leanmim.formats import export
+    from leanmim.formats import export as _export
     from leanmim.mim import MIM
-    from leanmim.page import report
-    from leanmim.pictures import show
-    from leanmim.planner import plan
+    from leanmim.page import report as _report
+    from leanmim.pictures import show as _show
+    from leanmim.planner import plan as _plan
     from leanmim.recipes import BIM, FASTMIM, FASTMIM_P, MAE, PR_MIM, RECIPES, SIMMIM
     from leanmim.targets import TARGETS
-    from leanmim.train.pretrain import pretrain
+    from leanmim.train.pretrain import pretrain as _pretrain
     from leanmim.weights import load_backbone, restore
+
+    cost = by_name(_cost)
+    export = by_name(_export)
+    knn = by_name(_knn)
+    plan = by_name(_plan)
+    pretrain = by_name(_pretrain)
+    probe = by_name(_probe)
+    report = by_name(_report)
+    show = by_name(_show)
 
 _NAMES = {
     "config": "Cost Export Knn Plan Pretrain Probe Report Show",
@@ -50,6 +60,7 @@ _NAMES = {
     "train.pretrain": "pretrain",
     "weights": "load_backbone restore",
 }
+_COMMANDS = {"cost", "export", "knn", "plan", "pretrain", "probe", "report", "show"}
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = [
     "BIM", "FASTMIM", "FASTMIM_P", "MAE", "MASKINGS", "MIM", "PR_MIM", "RECIPES", "SIMMIM", "SOURCES", "TARGETS", "Cost",
@@ -67,4 +78,6 @@ if not TYPE_CHECKING:  # a type checker knows the names above and no others
     def __getattr__(name: str) -> Any:
         if name not in _MODULE_OF:
             raise AttributeError(f"module 'leanmim' has no attribute {name!r}")
-        return getattr(import_module(f"leanmim.{_MODULE_OF[name]}"), name)
+        found = getattr(import_module(f"leanmim.{_MODULE_OF[name]}"), name)
+        globals()[name] = by_name(found) if name in _COMMANDS else found
+        return globals()[name]

@@ -1,16 +1,17 @@
 """The command line: a table, command -> (help, configuration, function)."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import copy
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import tyro
 
+from leanmim.completion import print_completion
 from leanmim.config import Cost, Export, Knn, Plan, Pretrain, Probe, Report, Show
 from leanmim.errors import UserError
-from leanmim.recipes import RECIPES
+from leanmim.recipes import RECIPES, nearest
 from leanmim.version import __version__
 
 
@@ -20,15 +21,8 @@ class Command(NamedTuple):
     help: str
     config: Any
     function: str
-
-
-def recipes() -> Any:
-    """One subcommand for each recipe, its values as defaults; data and out must be given."""
-    ask = {name: copy(recipe) for name, recipe in RECIPES.items()}
-    for recipe in ask.values():
-        for name in ("data", "out"):
-            object.__setattr__(recipe, name, tyro.MISSING)  # replace() would pass it to __init__, which wants a str
-    return tyro.extras.subcommand_type_from_defaults(ask, DESCRIPTIONS, prefix_names=False)
+    recipes: Mapping[str, Pretrain] = {}
+    """By name, if the name of one must follow the command; its values are the defaults."""
 
 
 DESCRIPTIONS = {
@@ -40,7 +34,7 @@ DESCRIPTIONS = {
     "simmim": "SimMIM: a learned token in masked squares, one linear layer (ViT, Swin).",
 }
 COMMANDS = {
-    "pretrain": Command("pre-train a backbone on a folder of images", Pretrain, "train.pretrain.pretrain"),
+    "pretrain": Command("pre-train a backbone on a folder of images", Pretrain, "train.pretrain.pretrain", RECIPES),
     "cost": Command("what a training step of a recipe costs, counted beforehand", Cost, "costs.cost"),
     "plan": Command("what fits the memory, how long it takes, the command to run", Plan, "planner.plan"),
     "knn": Command("k-nearest-neighbour accuracy of a run on labelled images", Knn, "evaluate.knn.knn"),
@@ -70,39 +64,59 @@ RENAMED = {  # options of earlier versions
         )
     },
 }
-HELP = "usage: leanmim COMMAND ... (each has --help)\n\n" + "\n".join(
-    f"  {name:10}{command.help}" for name, command in COMMANDS.items()
-)
+
+
+def choose(words: list[str], usage: str, what: str, table: Mapping[str, str]) -> str:
+    """The first word, a name in the table; or print the table and exit."""
+    lines = [f"  {name:10}{text}" for name, text in table.items()]
+    help = "\n".join([f"usage: {usage} ... (each has --help)", "", *lines])
+    if words[:1] in (["-h"], ["--help"]):
+        print(help)
+        raise SystemExit(0)
+    if words and words[0] in table:
+        return words[0]
+    wrong = f"there is no {what} {words[0]!r}; {nearest(words[0], table)}" if words else f"give a {what}"
+    if words and words[0].startswith("-"):
+        wrong = f"give a {what} before {words[0]}"
+    print(f"leanmim: {wrong}\n\n{help}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse(arguments: list[str]) -> tuple[str, Any]:
+    """The name of the command, and its configuration. Exit with a message if there is something wrong."""
+    name = choose(arguments, "leanmim COMMAND", "command", {name: command.help for name, command in COMMANDS.items()})
+    command, rest, prog = COMMANDS[name], arguments[1:], f"leanmim {name}"
+    for word in rest:
+        option = word.partition("=")[0].replace("_", "-")
+        if new := RENAMED.get(name, {}).get(option):
+            raise UserError(f"{option} is called {new} now")
+    settings: dict[str, Any] = {}
+    if command.recipes:
+        table = {name: DESCRIPTIONS.get(name, "") for name in command.recipes}
+        recipe = choose(rest, f"{prog} RECIPE", "recipe", table)
+        prog, rest = f"{prog} {recipe}", rest[1:]
+        settings = {"description": table[recipe], "default": copy(command.recipes[recipe])}
+        for needed in ("data", "out"):  # replace() would pass MISSING to __init__, which wants strings
+            object.__setattr__(settings["default"], needed, tyro.MISSING)
+    return name, tyro.cli(command.config, args=rest, prog=prog, config=(tyro.conf.OmitArgPrefixes,), **settings)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse, call, print. A mistake of the user's ends with one message and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] in (["-h"], ["--help"]):
-        print(HELP)
-        return
     if arguments[:1] == ["--version"]:
         print(__version__)
         return
-    if not arguments or arguments[0] not in COMMANDS:
-        wrong = f"there is no command {arguments[0]!r}" if arguments else "give a command"
-        print(f"leanmim: {wrong}\n\n{HELP}", file=sys.stderr)
-        raise SystemExit(2)
-    name, *rest = arguments
-    for word in rest:
-        option = word.partition("=")[0].replace("_", "-")
-        if new := RENAMED.get(name, {}).get(option):
-            print(f"leanmim: {option} is called {new} now", file=sys.stderr)
-            raise SystemExit(2)
-    command = COMMANDS[name]
-    kind = recipes() if command.config is Pretrain else command.config
-    config = tyro.cli(kind, args=rest, prog=f"leanmim {name}", config=(tyro.conf.OmitArgPrefixes,))
-    module, _, function = command.function.rpartition(".")
+    name = ""
     try:
+        if arguments[:1] == ["--print-completion"]:
+            print_completion(arguments[1:], COMMANDS)
+        name, config = parse(arguments)
+        module, _, function = COMMANDS[name].function.rpartition(".")
         result = getattr(import_module(f"leanmim.{module}"), function)(config)
         if isinstance(result, Iterator):
             for what, value in result:
-                print(f"{what}: {100 * value:.2f} %")
+                print(f"{what}: {value}", flush=True)
         elif name != "pretrain":
             print(result)
     except UserError as error:

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import torch
 from jaxtyping import Float
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -24,6 +23,7 @@ from leanmim.config import Logging
 from leanmim.device import peak_memory
 from leanmim.errors import UserError
 from leanmim.processes import Process
+from leanmim.progress import progress_bar, time_left
 from leanmim.run import Run
 
 T = TypeVar("T")
@@ -81,11 +81,8 @@ class Loop:
             self.losses = [losses.to(device) for losses in state["losses"]]
         self.logged -= len(self.losses)
         self.console = console or Console(quiet=not process.first, highlight=False, soft_wrap=True)
-        self.progress = Progress(  # narrow enough for 80 columns
-            TextColumn("{task.description}"), BarColumn(bar_width=8), TextColumn("{task.percentage:.0f} %"),
-            TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[text]}"), console=self.console,
-            disable=not (process.first and self.console.is_terminal), transient=True,
-        )  # fmt: skip
+        self.progress = progress_bar(self.console, transient=False, disable=not process.first or self.done == steps)
+        self.text = ""  # of the bar, as of the last line
         self.task = self.progress.add_task(title, total=steps, completed=self.start, text="")
         self.signal = 0  # the first one that came here
         self.stop = 0  # the one that all processes know of
@@ -100,9 +97,10 @@ class Loop:
             self.board = SummaryWriter(self.run.folder / "tensorboard", purge_step=self.start)
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self.heard) for number in SIGNALS}
+            heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores some
+            self.handlers = {number: signal.signal(number, self.heard) for number in heeded}
         self.progress.start()
-        self.since = self.saved = time.perf_counter()
+        self.began = self.since = self.saved = time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -160,6 +158,7 @@ class Loop:
             UserError: a loss is not finite.
         """
         self.done += 1
+        self.move()
         self.losses.append(losses)
         self.images += images
         every = self.config.log_every
@@ -195,16 +194,24 @@ class Loop:
         self.since = time.perf_counter()
         self.stop = max(self.process.gather(self.signal))
 
+    @property
+    def time_left(self) -> str:
+        """Time that is left at the mean speed of this call, or that it took; evaluations are part of it."""
+        return time_left(time.perf_counter() - self.began, self.done - self.start, self.steps - self.done)
+
+    def move(self) -> None:
+        """Move the bar to the step at hand; nothing is asked of the device."""
+        self.progress.update(self.task, completed=self.done, text=f"{self.time_left} {self.text}")
+
     def tell(self, found: dict[str, float]) -> None:
-        """Move the bar, or twenty times in a run print a line."""
-        text = (
-            f"loss {found['loss']:.4f} {found['images_per_second']:.0f} images/s "
-            f"data wait {found['data_wait']:.0%} {found['memory_bytes'] / 2**30:.1f} GiB"
-        )
-        self.progress.update(self.task, completed=self.done, text=text)
+        """Renew the bar's text, or where there is no terminal print a line twenty times in a run."""
+        speed = f"loss {found['loss']:.4f} {found['images_per_second']:.0f} images/s"
+        wait, memory = f"wait {found['data_wait']:.0%}", f"{found['memory_bytes'] / 2**30:.1f} GiB"
+        self.text = f"{speed} {wait} {memory}"  # narrow enough for 80 columns
+        self.move()
         part = max(self.config.log_every, self.steps // 20)
         if not self.console.is_terminal and (self.done // part > self.logged // part or self.done == self.steps):
-            self.say(f"epoch {found['epoch']:.1f}  {text}")
+            self.say(f"epoch {found['epoch']:.1f}  {speed} data {wait} {memory}  {self.time_left}")
 
     def say(self, text: str) -> None:
         """Print a line, the step before it."""

@@ -13,11 +13,10 @@ from jaxtyping import Bool, Float, UInt8
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
 from leanmim.config import Pretrain, Show
-from leanmim.data import UNREADABLE, Normalise, Source, centre_crop, list_images, open_source, read_image
+from leanmim.data import UNREADABLE, Files, Normalise, Source, centre_crop, list_images, open_source
 from leanmim.errors import UserError
 from leanmim.masking import Mask, Split, hidden_squares, magnify, squares
 from leanmim.mim import MIM
@@ -25,24 +24,6 @@ from leanmim.targets import BINS, FLAT, HOG, Pixels, hog, unpatchify
 from leanmim.weights import restore
 
 ORANGE = torch.tensor([0.95, 0.6, 0.2])  # of thrown patches
-
-
-class Files:
-    """Image files as a source; they are converted to ``channels``, 1 or 3."""
-
-    def __init__(self, paths: Sequence[Path], channels: int) -> None:
-        self.names, self.channels = [str(path) for path in paths], channels
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def where(self, index: int) -> str:
-        """The file's path."""
-        return self.names[index]
-
-    def read(self, index: int) -> Image.Image:
-        """The file as a picture."""
-        return read_image(self.names[index], self.channels)
 
 
 class Column(NamedTuple):
@@ -139,7 +120,7 @@ def open_images(images: Sequence[str], trained: Pretrain) -> Source:
         if not path.exists():
             raise UserError(f"--images {image!r}: there is no such file or folder")
         paths += list_images(path) if path.is_dir() else [path]
-    return Files(paths, trained.channels)
+    return Files("", paths, trained.channels)
 
 
 def spread_out(total: int, count: int) -> list[int]:
@@ -246,17 +227,25 @@ def in_orange(pictures: Float[Tensor, "b c H W"], thrown: Bool[Tensor, "b H W"])
 
 
 def compose(columns: Sequence[Column], names: Sequence[str], trained: Pretrain, note: str) -> Figure:
-    """The figure: a row for each image, its name at the left, titles above and a note below."""
+    """The figure: the columns of an image side by side, its name at their left, titles above and a note below.
+
+    From four images on, where each has three columns at most, two images share a row.
+    """
+    abreast = 2 if len(names) > 3 and len(columns) < 4 else 1
+    rows = math.ceil(len(names) / abreast)
     height = 2.0 * trained.size[0] / trained.size[1]
-    figure = Figure(figsize=(2.1 * len(columns), len(names) * height + 0.8), dpi=130, layout="constrained")
-    axes = figure.subplots(len(names), len(columns), squeeze=False)
+    figure = Figure(figsize=(2.1 * len(columns) * abreast, rows * height + 0.8), dpi=130, layout="constrained")
+    axes = figure.subplots(rows, len(columns) * abreast, squeeze=False).reshape(rows * abreast, len(columns))
     for row, name in enumerate(names):
         for axis, (_, pictures, thrown) in zip(axes[row], columns, strict=True):
             draw(axis, pictures[row], trained.size, None if thrown is None else thrown[row])
-        axes[row][0].set_ylabel(name if len(name) < 25 else name[:22] + "...", fontsize=7)
-    for axis, column in zip(axes[0], columns, strict=True):
-        axis.set_title(column.title, fontsize=10 if len(column.title) < 20 else 7)
-    figure.supxlabel(note, fontsize=7)
+        axes[row][0].set_ylabel(name if len(name) < 25 else name[:22] + "...", fontsize=8)
+    for axis in axes[len(names) :].flat:
+        axis.set_axis_off()
+    for image in axes[:abreast]:
+        for axis, column in zip(image, columns, strict=True):
+            axis.set_title(column.title, fontsize=10 if len(column.title) < 20 else 7)
+    figure.supxlabel(note, fontsize=8)
     return figure
 
 
@@ -269,7 +258,7 @@ def draw(
     axis.spines[:].set_visible(False)
     if picture.shape[1:] == size:
         pixels = picture.permute(1, 2, 0).squeeze(-1).numpy()
-        axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
     else:
         axis.imshow(torch.zeros(size).numpy(), cmap="gray", vmin=0, vmax=1)
         axis.add_collection(strokes(picture, size[0] // picture.shape[1], thrown), autolim=False)

@@ -3,26 +3,31 @@
 import re
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import torch
+from rich.console import Console
 from torch import Tensor
 
+from leanmim.auto import EPOCHS, HOURS, MOST, epochs_within, few_steps, images_a_step
 from leanmim.config import Plan, Pretrain, parse_bytes
 from leanmim.costs import StepCost, count, readable
 from leanmim.data import IMAGENET, Normalise, Source, batches, open_source
 from leanmim.device import resolve_device, resolve_precision
+from leanmim.encoders.backbone import check_name
 from leanmim.errors import UserError
 from leanmim.factory import build
+from leanmim.progress import duration, progress_bar
 from leanmim.recipes import MAE, RECIPES, differences, hyphens, titles, variant, words
-from leanmim.schedule import phases
+from leanmim.schedule import phase_named, phases
 from leanmim.step import make_optimizers, update
 
 SHARE = 0.9  # of the memory is planned with; the rest is the allocator's and the libraries'
-STEPS = 3  # real ones, after one to warm up
+WARM_UP = 2  # steps before the measured ones
+SECONDS, LEAST_STEPS, MOST_STEPS = 5.0, 5, 20  # measured: for so long, but so many at least and at most
 CHOSEN = (
     "data", "out", "device", "batch_size", "accum", "phase_batches", "phase_accums", "effective_batch", "memory",
 )  # fmt: skip
@@ -73,13 +78,14 @@ def fit(config: Pretrain, images: int, memory: int, device: torch.device) -> tup
 
 
 def throughput(config: Pretrain, source: Source, device: torch.device) -> float:
-    """Images per second of a few real steps: reading, forward, backward, update."""
+    """Images per second of real steps, after some to warm up: reading, forward, backward, update."""
     batch = min(int(config.batch_size), IMAGES[device.type], len(source))
     with torch.random.fork_rng():
         model = build(config).to(device).train()
         model.autocast = resolve_precision(config.precision, device)
         optimizers = make_optimizers(model, config)
-        feed = iter(batches(replace(config, batch_size=batch, accum=1), source, 0, STEPS + 1, device=device))
+        trial = replace(config, batch_size=batch, accum=1)
+        feed = iter(batches(trial, source, 0, WARM_UP + MOST_STEPS, device=device))
         normalise = Normalise(*IMAGENET[config.channels], device)
 
         def one() -> Iterator[Tensor]:
@@ -88,19 +94,25 @@ def throughput(config: Pretrain, source: Source, device: torch.device) -> float:
                 raise UserError(f"{bad[0].path} cannot be read: {bad[0].reason}")
             yield normalise(images)
 
-        for step in range(STEPS + 1):
-            if step == 1:  # the first one also starts readers and chooses kernels
-                wait(device)
-                before = time.perf_counter()
+        for _ in range(WARM_UP):  # the first step also starts readers and chooses kernels
             update(model, optimizers, one())
         wait(device)
-        return STEPS * batch / (time.perf_counter() - before)
+        start, steps = time.perf_counter(), 0
+        while steps < LEAST_STEPS or (steps < MOST_STEPS and time.perf_counter() - start < SECONDS):
+            update(model, optimizers, one())
+            wait(device)
+            steps += 1
+        return steps * batch / (time.perf_counter() - start)
 
 
 def average_throughput(config: Pretrain, source: Source, device: torch.device) -> float:
-    """Images per second of a whole run, from a few real steps of each phase."""
-    shares = [(phase.stop - phase.start) / config.epochs for phase in phases(config)]
-    speeds = [throughput(phase.config, source, device) for phase in phases(config)]
+    """Images per second of a whole run, from real steps of each phase; ``auto`` epochs are as many as a run has at most."""
+    config = replace(config, epochs=EPOCHS) if config.epochs == "auto" else config
+    speeds = []
+    for number, phase in enumerate(phases(config)):
+        with phase_named(config, number, phase.config):
+            speeds.append(throughput(phase.config, source, device))
+    shares = [(phase.stop - phase.start) / int(config.epochs) for phase in phases(config)]
     return 1 / sum(share / speed for share, speed in zip(shares, speeds, strict=True))
 
 
@@ -121,53 +133,89 @@ def command(config: Pretrain) -> str:
     return shlex.join(parts)
 
 
-def plan(config: Plan) -> str:
-    """For every recipe: batch and accumulation, predicted memory, images per second, hours, and the command.
+def plan(config: Plan) -> Iterator[tuple[str, str]]:
+    """For every recipe: epochs, time, steps, batch and accumulation, predicted memory, and the command.
+
+    What is auto follows the rules of the run itself (`leanmim.auto`).
+
+    Yields:
+        First the number of images, and what is planned with. Then each recipe's title and its plan, as soon as it is
+        measured; of a recipe that does not go with the model or the size, the reason.
 
     Raises:
-        UserError: the data or a recipe is wrong, or the recipe cannot be trained with the model.
+        UserError: the data, the model, a recipe's name or an option is wrong, or not one of the recipes can be trained.
     """
     config.check()
+    check_name(config.model)
     device = resolve_device(config.device)
     source = open_source(config.data, config.channels)
     memory = parse_bytes(config.memory) or available(device)
-    effective = min(config.effective_batch, len(source))
-    lines = [
-        f"{len(source)} images, {config.model}, {readable(memory)} on {device.type} "
-        f"({1 - SHARE:.0%} of it stay free), {effective} images a step"
-    ]
+    free = f"{readable(memory)} on {device.type} ({1 - SHARE:.0%} of it stay free)"
     recipes = [variant(spec, config, without=CHOSEN) for spec in config.recipes or RECIPES]
-    reference: StepCost | None = None  # of the first recipe that fits
-    for recipe, title in zip(recipes, titles(recipes), strict=True):
+    yield f"{len(source)} images", f"{config.model}, {free}"
+    progress = progress_bar(Console(stderr=True), transient=True)
+    task = progress.add_task("", total=len(recipes), text="")
+    flops_per_second = 0.0  # of the first recipe, if its throughput is given
+
+    def speed(chosen: Pretrain, cost: StepCost) -> float:
+        nonlocal flops_per_second
+        if config.images_per_second is None:
+            progress.update(task, text="measuring steps")
+            return average_throughput(chosen, source, device)
+        flops_per_second = flops_per_second or config.images_per_second * cost.train_flops_per_image
+        return flops_per_second / cost.train_flops_per_image
+
+    refused = 0
+    for done, (recipe, title) in enumerate(zip(recipes, titles(recipes), strict=True)):
+        progress.update(task, description=title, completed=done, text="predicting memory")
         out = "runs/" + re.sub(r"[^\w.]+", "-", title)
-        start = replace(recipe, batch_size=1, memory="auto", effective_batch=256, out=out)
         try:
-            found = fit(start, effective, memory, device)
+            with progress:
+                text = plan_one(replace(recipe, out=out), len(source), memory, device, speed)
         except UserError as error:
-            if config.recipes:
-                raise
-            lines.append(f"\n{title}: {error}")
-            continue
-        if found is None:
-            least, _ = count(replace(start, accum=effective), counted_as(device))
-            lines.append(f"\n{title}: does not fit: even one image at a time needs {readable(least.peak_bytes)}")
-            continue
-        chosen, cost = found
-        reference = reference or cost
-        if config.images_per_second:
-            speed = config.images_per_second * reference.train_flops_per_image / cost.train_flops_per_image
-            how = "from --images-per-second and FLOPs"
-        else:
-            speed, how = average_throughput(chosen, source, device), f"measured in {STEPS} steps here"
-        epoch = len(source) / speed / 3600
-        lines.append(
-            f"\n{title}: batch {chosen.batch_size} x accum {chosen.accum}, {readable(cost.peak_bytes)} predicted; "
-            f"{speed:.1f} images/s ({how}); {chosen.epochs} epochs take {chosen.epochs * epoch:.3g} hours"
-        )
-        if config.hours:
-            within = int(config.hours / epoch)
-            lines[-1] += f"; {config.hours:g} hours are enough for {within} epochs"
-            if within < chosen.epochs and config.epochs is None and "epochs" not in differences(recipe):
-                chosen = replace(chosen, epochs=max(1, within))
-        lines.append(f"  {command(chosen)}")
-    return "\n".join(lines)
+            refused += 1
+            text = f"cannot be trained at {' x '.join(map(str, recipe.input_size))} px: {error}"
+            if refused == len(recipes):
+                raise UserError(f"{title} {text}") from error
+        yield title, text
+
+
+def plan_one(
+    recipe: Pretrain, images: int, memory: int, device: torch.device, speed: Callable[[Pretrain, StepCost], float]
+) -> str:
+    """The plan of a recipe.
+
+    Args:
+        recipe: effective batch and epochs may be auto.
+        images: there are.
+        memory: bytes to stay within.
+        device: where it will run.
+        speed: images per second of a configuration, whose cost is given too.
+
+    Raises:
+        UserError: the recipe cannot be built, or its phases or warm-up do not go with the epochs.
+    """
+    most = min(MOST if recipe.effective_batch == "auto" else recipe.effective_batch, images)
+    start = replace(recipe, batch_size=1, memory="auto", effective_batch="auto", hours=None)
+    found = fit(start, most, memory, device)
+    if found is None:
+        least, _ = count(replace(start, accum=most), counted_as(device))
+        return f"does not fit: even one image at a time needs {readable(least.peak_bytes)}"
+    rate = speed(*found)
+    if recipe.epochs == "auto":
+        start = replace(start, epochs=epochs_within(recipe.hours or HOURS, rate, images))
+    epochs = int(start.epochs)
+    step = images_a_step(epochs * images, images) if recipe.effective_batch == "auto" else most
+    found = fit(start, step, memory, device)
+    assert found  # fewer images a step need no more
+    chosen, cost = found
+    chosen.check()
+    phases(chosen)  # raises where there are too few epochs for them
+    steps = epochs * (images // step)
+    lines = [
+        f"{epochs} epochs in {duration(epochs * images / rate)}, at {rate:.1f} images/s; {steps} steps of {step} images: "
+        f"batch {chosen.batch_size} x accum {chosen.accum}, {readable(cost.peak_bytes)} predicted"
+    ]
+    if recipe.hours and recipe.epochs != "auto":
+        lines[0] += f"; {recipe.hours:g} hours are enough for {int(3600 * recipe.hours * rate / images)} epochs"
+    return "\n  ".join([*lines, *few_steps(steps), command(chosen)])

@@ -1,12 +1,16 @@
 """What changes during training: a table of phases, and pure functions of the step."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
 from leanmim.config import Pretrain
 from leanmim.config.base import Schedule
 from leanmim.errors import UserError
+
+NOMINAL = 800  # epochs that stand for auto before a run has its own number
 
 
 class Phase(NamedTuple):
@@ -23,11 +27,12 @@ def phases(config: Pretrain) -> list[Phase]:
     Raises:
         UserError: a phase would be shorter than an epoch.
     """
-    starts = [round(share * config.epochs) for share in config.phase_starts] or [0]
-    stops = [*starts[1:], config.epochs]
+    epochs = NOMINAL if config.epochs == "auto" else config.epochs
+    starts = [round(share * epochs) for share in config.phase_starts] or [0]
+    stops = [*starts[1:], epochs]
     if any(start >= stop for start, stop in zip(starts, stops, strict=True)):
         raise UserError(
-            f"{config.epochs} epochs are too few for phases at {config.phase_starts} of them: one would be empty; give "
+            f"{epochs} epochs are too few for phases at {config.phase_starts} of them: one would be empty; give "
             "more --epochs, or fewer phases"
         )
     plain = replace(config, phase_scales=(), phase_starts=(), phase_batches=(), phase_accums=(), phase_blrs=())
@@ -45,6 +50,26 @@ def phases(config: Pretrain) -> list[Phase]:
     return table
 
 
+@contextmanager
+def phase_named(config: Pretrain, number: int, own: Pretrain) -> Iterator[None]:
+    """A UserError raised inside names the phase and its size.
+
+    Args:
+        config: of the run.
+        number: of the phase, from 0.
+        own: the phase's configuration.
+    """
+    try:
+        yield
+    except UserError as error:
+        if not config.phase_scales:
+            raise
+        raise UserError(
+            f"phase {number + 1} of {len(config.phase_scales)}, {own.size[0]} x {own.size[1]} px (--phase-scales "
+            f"{config.phase_scales[number]:g}): {error}, or choose other --phase-scales"
+        ) from error
+
+
 def learning_rate(
     step: int | float, steps: int, warmup: int | float, peak: float, schedule: Schedule = "cosine"
 ) -> float:
@@ -56,11 +81,14 @@ def learning_rate(
         warmup: of the warm-up.
         peak: the learning rate at the end of the warm-up.
         schedule: ``cosine``, from 0 and half a cosine to 0 (MAE, appendix A.1); ``step``, from peak / 200, then constant,
-            and peak / 10 in the last eighth (SimMIM's published 800 epochs: 5e-7 to 1e-4, a tenth at epoch 700).
+            and peak / 10 in the last eighth (SimMIM's published 800 epochs: 5e-7 to 1e-4, a tenth at epoch 700);
+            ``constant``, from 0, then constant, and linear to 0 in the last fifth (arXiv 2405.18392).
     """
-    first = 0.0 if schedule == "cosine" else peak / 200
+    first = peak / 200 if schedule == "step" else 0.0
     if step < warmup:
         return first + (peak - first) * step / warmup
     if schedule == "step":
         return peak if step < 7 / 8 * steps else peak / 10
+    if schedule == "constant":
+        return peak * min(1.0, (steps - step) / (steps - max(warmup, 0.8 * steps)))
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))

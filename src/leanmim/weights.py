@@ -18,6 +18,7 @@ from leanmim.encoders.backbone import Backbone, Truncated, backbone_of, shallowe
 from leanmim.errors import UserError
 from leanmim.factory import build
 from leanmim.mim import MIM
+from leanmim.published import published
 from leanmim.run import Run, load
 from leanmim.schedule import phases
 
@@ -43,6 +44,7 @@ def rebuild(state: dict[str, Any], source: str) -> tuple[Pretrain, MIM]:
         config = Pretrain.from_json(state["config"])
     except UserError as error:
         raise UserError(f"{source!r}: {error}") from error
+    config = replace(config, model=config.model.partition(".")[0])  # version 0.1.0 ignored a tag
     config = phases(config)[state.get("phase", 0)].config
     model = build(config)
     try:
@@ -166,36 +168,48 @@ def take_over(model: MIM, other: MIM) -> set[str]:
     return fresh
 
 
-def initialise(model: MIM, source: str) -> str:
-    """Start from the weights of a timm checkpoint file, a leanmim checkpoint file, or a run folder.
+def initialise(model: MIM, source: str, channels: int = 3) -> str:
+    """Start from weights that were trained before.
 
-    Decoder, closing norm and tokens are taken too, where a segment of both ends after the same block and they have the
-    same shape.
+    Of a leanmim run, decoder, closing norms and tokens are taken too, where a segment of both ends after the same block
+    and they have the same shape.
+
+    Args:
+        model: to give the weights to.
+        source: a run folder, an export folder, a checkpoint file of timm or leanmim, or timm's name of published weights.
+        channels: of the model's images.
 
     Returns:
         What was taken, for people to read.
 
     Raises:
-        UserError: the file is missing, damaged, or of another model.
+        UserError: the weights are missing, damaged, or of another model, or cannot be downloaded.
     """
     path = Path(source)
-    path = Run(path).last if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"--init {source!r}: there is no such file or run folder")
-    if path.suffix == ".pt" and (state := load(path)):
+    if path.is_dir():
+        path = next((p for p in (Run(path).last, path / "model.safetensors") if p.is_file()), path)
+    if path.is_dir():
+        raise UserError(
+            f"--init {source!r} is neither a run folder with a checkpoint (checkpoints/last.pt) nor an export folder "
+            "(model.safetensors)"
+        )
+    if path.suffix == ".pt" and path.is_file():
         with torch.random.fork_rng(devices=[]):
-            other = rebuild(state, source)[1]
+            other = rebuild(load(path), source)[1]
         fit_backbone(model.encoder.backbone, other.encoder.backbone.state_dict(), source)
         fresh = take_over(model, other)
         if fresh >= {f"decoders.{depth}" for depth in model.encoder.depths}:
             return f"encoder (its decoder has another shape and is left) from {source}"
         return f"encoder and decoder from {source}" + (f"; new are {', '.join(sorted(fresh))}" if fresh else "")
-    try:
-        weights = timm.models.load_state_dict(os.fspath(path), use_ema=True)
-    except Exception as error:  # safetensors and torch raise many kinds for damaged files
-        raise UserError(
-            f"--init {source!r} is damaged or not a checkpoint ({type(error).__name__}: {error})"
-        ) from error
+    if not path.is_file():
+        weights, source = published(source, channels)
+    else:
+        try:
+            weights = timm.models.load_state_dict(os.fspath(path), use_ema=True)
+        except Exception as error:  # safetensors and torch raise many kinds for damaged files
+            raise UserError(
+                f"--init {source!r} is damaged or not a checkpoint ({type(error).__name__}: {error})"
+            ) from error
     fit_backbone(model.encoder.backbone, weights, source)
     return f"encoder from {source}"
 

@@ -34,6 +34,10 @@ def test_values_that_cannot_be(kind: type, wrong: dict[str, object], message: st
         list(evaluate(kind(run="r", data="d", **wrong)))
 
 
+def test_the_default_probe_reads_each_image_once() -> None:
+    assert Probe(run="r", data="d").solver == "fast"
+
+
 def test_the_probe_has_no_options_of_knn() -> None:
     for name in ("k", "temperature"):
         with pytest.raises(TypeError, match=name):

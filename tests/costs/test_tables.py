@@ -1,6 +1,7 @@
-"""Costs side by side: no column is changed by what another one was asked for."""
+"""Costs side by side: no row is changed by what another one was asked for."""
 
 import json
+import re
 from dataclasses import fields, replace
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 import leanmim
 from leanmim.cli import main
 from leanmim.config import Cost
-from leanmim.costs import StepCost, compare, cost, count, table
+from leanmim.costs import StepCost, compare, cost, count
 from leanmim.errors import UserError
 from leanmim.recipes import FASTMIM_P, MAE, PR_MIM
 from tests.costs.small import SMALL
@@ -26,10 +27,18 @@ def entries(*recipes: str) -> list[dict]:
     return json.loads(cost(Cost(recipes=recipes, json=True, **FAST)))
 
 
-def columns(text: str, name: str) -> list[str]:
-    """The cells of a row, ratios left out."""
-    (line,) = (line for line in text.splitlines() if line.strip().startswith(name))
-    return [cell for cell in line.replace(name, "").split() if "(" not in cell]
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+def cells(text: str, title: str, recipe: str) -> dict[str, str]:
+    """A recipe's row in the table of that title, by column."""
+    parts = text.split("\n\n")
+    place = next(i for i, part in enumerate(parts) if part.startswith(title))
+    heading, _, *rows = (re.split(" {2,}", line) for line in parts[place + 1].splitlines())
+    (row,) = (row for row in rows if row[0] == recipe)
+    return dict(zip(heading, row, strict=True))
 
 
 def test_json_has_one_object_for_each_recipe(capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,25 +50,69 @@ def test_json_has_one_object_for_each_recipe(capsys: pytest.CaptureFixture[str])
     assert all(entry["batch_size"] == 2 for entry in printed)
 
 
-def test_the_table_compares_with_the_first() -> None:
-    pairs = [count(replace(SMALL[name], batch_size=2, precision="fp32")) for name in ("mae-vit", "simmim-vit")]
-    text = table([cost for cost, _ in pairs], [flops for _, flops in pairs])
-    ratio = pairs[1][0].saved_bytes / pairs[0][0].saved_bytes
-    (line,) = (line for line in text.splitlines() if "saved for backward" in line)
-    assert line.rstrip().endswith(f"({ratio:4.2f})")
+def test_a_row_compares_with_the_first() -> None:
+    mae, simmim = (replace(SMALL[name], batch_size=2, precision="fp32") for name in ("mae-vit", "simmim-vit"))
+    compared = compare([mae, simmim])
+    first, second = compared.costs
+    row = cells(str(compared), "Memory", second.title)
+    assert row["ratio"] == f"{second.peak_bytes / first.peak_bytes:.2f}"
+    assert row["all"] == f"{second.peak_bytes / 2**20:,.0f}"
+    assert row["saved"] == f"{second.saved_bytes / 2**20:,.0f}"
+    assert cells(str(compared), "Memory", first.title)["ratio"] == "1.00"
+    row = cells(str(compared), "Training", second.title)
+    assert row["ratio"] == f"{second.train_flops_per_image / first.train_flops_per_image:.2f}"
+    assert row["decoder"] == f"{compared.flops[1]['training']['decoder'] / 1e9:.2f}"
+    row = cells(str(compared), "Parameters", second.title)
+    assert (row["encoder tokens"], row["encoder"]) == ("37", f"{second.encoder_parameters / 1e6:.2f}")
 
 
-def test_an_option_changes_the_column_of_its_recipe_only(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_option_changes_the_row_of_its_recipe_only(capsys: pytest.CaptureFixture[str]) -> None:
     main(["cost", "mae", *WORDS])
     alone = capsys.readouterr().out
     main(["cost", "mae", "bim", "bim:segments=2,decoder-depth=2", *WORDS])
     beside = capsys.readouterr().out
-    for name in ("training, GFLOP an image", "forward, GFLOP an image", "decoder parameters, M", "weights"):
-        mae = columns(alone, name)
-        assert columns(beside, name)[: len(mae)] == mae
-    header = " ".join(" ".join(beside.splitlines()[:5]).split())
-    assert "bim decoder-depth=2," in header and "segments=2" in header
-    assert not any("=" in line for line in alone.splitlines())
+    for title in ("Memory", "Training", "Parameters"):
+        assert cells(beside, title, "mae") == cells(alone, title, "mae")
+        assert cells(beside, title, "bim decoder-depth=2, segments=2") != cells(beside, title, "bim")
+    assert "=" not in alone
+
+
+def test_a_line_is_no_wider_than_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    main(["cost", "mae", "pr-mim:throw=0.7", "bim:segments=2,decoder-depth=2", *WORDS])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)
+    assert "recipe              all  ratio  weights  gradients  optimizer  saved  transient" in lines
+
+
+def test_a_recipe_that_does_not_take_the_size_says_why_and_the_others_are_counted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [*WORDS[: WORDS.index("--input-size")], "--input-size", "96", "--batch-size", "2", "--device", "cpu"]
+    main(["cost", "fastmim-p", "mae", "simmim", *words])
+    text = capsys.readouterr().out
+    assert text.splitlines()[-1].startswith(
+        "fastmim-p cannot be counted at 96 px: phase 2 of 3, 120 x 120 px (--phase-scales 1.25): "
+    )
+    assert cells(text, "Memory", "mae")["ratio"] == "1.00"
+    main(["cost", "fastmim-p", "mae", *words, "--json"])
+    refused, counted = json.loads(capsys.readouterr().out)
+    assert list(refused) == ["title", "recipe", "model", "input_size", "error"]
+    assert refused["title"] == "fastmim-p" and "120 x 120 px" in refused["error"]
+    assert list(counted) == KEYS.split()
+
+
+def test_nothing_that_can_be_counted_is_an_error_that_names_all() -> None:
+    with pytest.raises(UserError) as error:
+        cost(Cost(recipes=("mae", "bim"), **{**FAST, "input_size": (100,)}))
+    mae, bim = str(error.value).splitlines()
+    assert mae.startswith("mae cannot be counted at 100 px: --input-size 100 100 is not divided")
+    assert bim.startswith("bim cannot be counted at 100 px: ")
+    with pytest.raises(UserError, match=r"^timm has no model 'vit_tiny'; nearest: vit_tiny_patch16_224"):
+        cost(Cost(model="vit_tiny"))
 
 
 def test_a_changed_recipe_differs_and_its_title_says_so() -> None:
@@ -89,18 +142,26 @@ def test_who_has_nothing_to_offload_is_named() -> None:
 
 def test_configurations_are_compared_from_python() -> None:
     one, two = (replace(recipe, **{**FAST, "batch_size": 1}) for recipe in (MAE, replace(PR_MIM, throw=0.7)))
-    compared = compare([one, two])
-    assert [entry.title for entry in compared.costs] == ["mae", "pr-mim throw=0.7"]
-    assert compared.costs[0] == count(one)[0]
-    assert json.loads(compared.json())[1]["title"] == "pr-mim throw=0.7"
-    assert str(compared) == table(compared.costs, compared.flops)
-    assert "batch 1\n" in str(compared)
+    compared = compare([one, replace(one, input_size=(100,)), two])
+    titles = ["mae input-size=64", "mae input-size=100", "pr-mim input-size=64, throw=0.7"]
+    assert [entry.title for entry in compared.entries] == titles
+    assert [entry.title for entry in compared.costs] == [titles[0], titles[2]]
+    assert [entry.title for entry in compared.uncounted] == [titles[1]]
+    assert replace(compared.costs[0], title="mae") == count(one)[0]
+    assert compared.flops == [count(config)[1] for config in (one, two)]
+    assert [entry["title"] for entry in json.loads(compared.json())] == titles
+    assert str(compared).splitlines()[0] == "One training step, vit_tiny_patch16_224, batch 1"
+
+
+def test_a_batch_of_auto_is_counted_as_the_commands_own() -> None:
+    config = replace(MAE, **{**FAST, "batch_size": "auto"})
+    assert compare([config]).costs[0].batch_size == Cost.batch_size == 256
 
 
 def test_different_models_are_all_in_the_first_line() -> None:
-    entry, flops = count(replace(SMALL["simmim-vit"], batch_size=1))
-    text = table([entry, replace(entry, model="swin_tiny_patch4_window7_224")], [flops, flops])
-    assert text.splitlines()[0] == ("One training step, vit_tiny_patch16_224 / swin_tiny_patch4_window7_224, batch 1")
+    config = replace(SMALL["simmim-vit"], batch_size=1)
+    text = str(compare([config, replace(config, model="deit_tiny_patch16_224")]))
+    assert text.splitlines()[0] == "One training step, vit_tiny_patch16_224 / deit_tiny_patch16_224, batch 1"
 
 
 def test_a_recipe_in_phases_has_its_own_name() -> None:
@@ -111,4 +172,4 @@ def test_a_recipe_in_phases_has_its_own_name() -> None:
 
 
 def test_cost_is_the_function_of_the_package() -> None:
-    assert leanmim.cost is cost
+    assert leanmim.cost(recipes=("mae",), **FAST) == cost(Cost(recipes=("mae",), **FAST))

@@ -133,6 +133,13 @@ def test_statistics_of_a_sample_are_those_of_some_of_the_files(tmp_path: Path) -
     assert statistics(Files(files, 1), 1, seed=0, sample=2) == ([mean], [std])
 
 
+@pytest.mark.usefixtures("terminal")
+def test_statistics_draw_a_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [write(tmp_path / f"{i}.png") for i in range(3)]
+    statistics(Files(files), 3, seed=0, sample=2)
+    assert "mean and deviation of 2 images" in capsys.readouterr().err
+
+
 def test_the_deviation_of_a_single_colour_is_not_zero(tmp_path: Path) -> None:
     Image.new("RGB", (5, 5), (51, 0, 255)).save(tmp_path / "a.png")
     mean, std = statistics(Folder(tmp_path, 3), 3, seed=0)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
-from leanmim.data import UNREADABLE, list_images, read_image
+from leanmim.data import SUFFIXES, UNREADABLE, list_images, read_image
+from leanmim.data.read import CODECS
 from tests.data.pictures import blocks, crops, grey, noise, pixels, write
 
 
@@ -25,15 +26,33 @@ from tests.data.pictures import blocks, crops, grey, noise, pixels, write
         (".tiff", {}, 0),
         (".tif", {"compression": "tiff_lzw"}, 0),
         (".gif", {}, 0),
+        (".avif", {"quality": 100, "subsampling": "4:4:4"}, 3),
+        (".jp2", {}, 0),
+        (".j2k", {}, 0),
+        (".jpx", {}, 0),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_every_format_is_read(tmp_path: Path, suffix: str, options: dict, tolerance: int, channels: int) -> None:
+    if suffix in CODECS and CODECS[suffix] not in features.get_supported():
+        pytest.skip(f"this Pillow reads no {suffix}")
+    assert suffix in SUFFIXES
     image = Image.fromarray(blocks())
     image = image.quantize(64) if suffix == ".gif" else image
     image.save(tmp_path / ("a" + suffix), **options)
     want = blocks().astype(int) if channels == 3 else grey(blocks())
     assert np.abs(pixels(tmp_path / ("a" + suffix), channels) - want).max() <= tolerance + (channels == 1)
+
+
+@pytest.mark.parametrize("suffix", sorted(CODECS))
+def test_a_codec_that_pillow_lacks_is_named(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / f"a{suffix}").write_bytes(b"what this Pillow cannot identify")
+    monkeypatch.setattr(features, "get_supported", lambda: list(CODECS.values()))
+    with pytest.raises(UNREADABLE, match="cannot identify image file"):
+        read_image(tmp_path / f"a{suffix}", 3)
+    monkeypatch.setattr(features, "get_supported", lambda: ["jpg", "webp"])
+    with pytest.raises(UNREADABLE, match=rf"Pillow [\d.]+ here reads no \{suffix}; update it: pip install -U pillow"):
+        read_image(tmp_path / f"a{suffix}", 3)
 
 
 def test_the_photos_of_the_project_are_read(photos: Path) -> None:
@@ -267,7 +286,7 @@ def test_broken_files_raise_what_is_caught(tmp_path: Path, content: bytes) -> No
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF"])
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "JPEG2000"])
 def test_damaged_bytes_raise_what_is_caught_or_nothing(
     tmp_path: Path, file_format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,7 +297,9 @@ def test_damaged_bytes_raise_what_is_caught_or_nothing(
     exif = Image.Exif()
     exif[0x0112], exif[0x011A], exif[0x010E] = 6, 72.0, "a picture"
     buffer = io.BytesIO()
-    Image.fromarray(noise(6, 9)).save(buffer, file_format, **({} if file_format in ("BMP", "GIF") else {"exif": exif}))
+    Image.fromarray(noise(6, 9)).save(
+        buffer, file_format, **({} if file_format in ("BMP", "GIF", "JPEG2000") else {"exif": exif})
+    )
     dice, readable = random.Random(0), 0
     for _ in range(80):
         data = bytearray(buffer.getvalue())

@@ -1,81 +1,17 @@
-"""Every image file below a folder is found, in a fixed order; other sources may be opened instead."""
+"""What --data names is opened: a folder, a pattern, a list, several of them, a third party's source."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
-from leanmim.data import SUFFIXES, UNREADABLE, Folder, Source, list_images, open_source, source
+from leanmim.cli import parse
+from leanmim.config import Pretrain
+from leanmim.data import UNREADABLE, Files, Folder, Source, absolute, open_source, source
 from leanmim.errors import UserError
-from tests.data.pictures import Files, touch, write
-
-
-def test_images_are_found_at_any_depth_and_sorted(tmp_path: Path) -> None:
-    names = ["b.png", "a.jpg", "z/deep/er/c.webp", "z/a.bmp", "m/1.gif", "m/10.tif", "m/2.tiff", "naïve ü.jpeg"]
-    touch(tmp_path, *names)
-    assert list_images(tmp_path) == sorted(tmp_path / name for name in names)
-    assert list_images(str(tmp_path)) == list_images(tmp_path)
-
-
-@pytest.mark.parametrize("suffix", sorted(SUFFIXES))
-def test_suffixes_count_in_any_case(tmp_path: Path, suffix: str) -> None:
-    names = [f"a{suffix}", f"b{suffix.upper()}", f"c{suffix.title()}", f"d{suffix[:-1]}{suffix[-1].upper()}"]
-    touch(tmp_path, *names)
-    assert {file.name for file in list_images(tmp_path)} == set(names)
-
-
-def test_what_is_no_image_or_hidden_is_left_out(tmp_path: Path) -> None:
-    touch(tmp_path, "a.jpg", "notes.txt", "jpg", "b.jpg.part", "c.npy")
-    touch(tmp_path, ".hidden.jpg", "._a.jpg", ".cache/d.jpg", "x/.y/e.png")
-    (tmp_path / "folder.jpg").mkdir()
-    assert list_images(tmp_path) == [tmp_path / "a.jpg"]
-
-
-def test_a_hidden_folder_can_be_named_itself(tmp_path: Path) -> None:
-    touch(tmp_path, ".data/a.jpg")
-    assert list_images(tmp_path / ".data") == [tmp_path / ".data" / "a.jpg"]
-
-
-def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
-    touch(tmp_path, "data/a/1.jpg", "elsewhere/2.jpg")
-    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "data" / "a" / "up").symlink_to(tmp_path / "data")
-    (tmp_path / "data" / "a" / "self").symlink_to(tmp_path / "data" / "a")
-    assert list_images(tmp_path / "data") == [tmp_path / "data" / "a" / "1.jpg", tmp_path / "data" / "linked" / "2.jpg"]
-
-
-def test_of_two_ways_to_a_folder_the_first_by_name_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    touch(tmp_path, "real/1.jpg")
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    walk = os.walk
-
-    def backwards(*args, **kwargs):  # a file system lists folders in any order
-        for here, folders, names in walk(*args, **kwargs):
-            folders.sort(reverse=True)
-            yield here, folders, names
-
-    monkeypatch.setattr(os, "walk", backwards)
-    assert list_images(tmp_path) == [tmp_path / "link" / "1.jpg"]
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda path: None, ["there is no folder", "--data takes a folder of images"]),
-        (lambda path: path.mkdir(), ["holds no files", "leanmim reads", "jpg", "png", "tiff"]),
-        (lambda path: touch(path, "a.txt", "b/c.csv"), ["holds 2 files but no images", "leanmim reads", "webp"]),
-        (lambda path: touch(path, ".a.jpg"), ["holds no files"]),
-        (lambda path: path.touch(), ["is a file", "--data takes a folder of images"]),
-    ],
-    ids=["missing", "empty", "no images", "hidden only", "file"],
-)
-def test_a_folder_without_images_is_an_error_with_a_remedy(tmp_path: Path, make, words: list[str]) -> None:
-    path = tmp_path / "photos.jpg"
-    make(path)
-    with pytest.raises(UserError) as error:
-        list_images(path)
-    for word in [str(path), *words]:
-        assert word in str(error.value)
+from tests.data import pictures
+from tests.data.pictures import touch, tree, write
 
 
 def test_a_folder_is_a_source_whose_names_do_not_depend_on_where_it_is(tmp_path: Path) -> None:
@@ -98,13 +34,85 @@ def test_a_third_partys_source_is_asked_before_the_folder(tmp_path: Path, monkey
     file = write(tmp_path / "a.png")
 
     def opener(data: str, channels: int) -> Source | None:
-        return Files([file, file], channels) if data.startswith("twice:") else None
+        return pictures.Files([file, file], channels) if data.startswith("twice:") else None
 
     monkeypatch.setattr(source, "SOURCES", [opener])
     twice = open_source("twice:a.png", 3)
-    assert isinstance(twice, Files) and isinstance(twice, Source)
+    assert isinstance(twice, pictures.Files) and isinstance(twice, Source)
     assert (len(twice), twice.channels) == (2, 3)
     assert isinstance(open_source(str(tmp_path), 3), Folder)
     monkeypatch.setattr(source, "SOURCES", [])
     with pytest.raises(UserError, match="there is no folder 'twice:a"):
         open_source("twice:a.png", 3)
+
+
+def test_names_below_a_pattern_do_not_depend_on_where_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree(tmp_path / "photos", "a/raw/1.png", "b/raw/2.png", "b/small/3.png")
+    absolute_one = open_source(f"{tmp_path}/photos/*/raw", 3)
+    monkeypatch.chdir(tmp_path / "photos")
+    relative = open_source("*/raw", 3)
+    assert (
+        absolute_one.names == relative.names == [os.path.join("a", "raw", "1.png"), os.path.join("b", "raw", "2.png")]
+    )
+    assert relative.where(0) == os.path.join("a", "raw", "1.png")
+    assert relative.read(1) == absolute_one.read(1)
+
+
+def test_a_folder_whose_name_looks_like_a_pattern_is_a_folder(tmp_path: Path) -> None:
+    tree(tmp_path, "2024 [raw]/1.png")
+    assert open_source(str(tmp_path / "2024 [raw]"), 3).names == ["1.png"]
+
+
+def test_a_list_is_a_source_in_its_own_order(tmp_path: Path) -> None:
+    tree(tmp_path, "b.png", "a.png", "c.png")
+    (tmp_path / "some.txt").write_text("b.png\na.png\n")
+    one = open_source(str(tmp_path / "some.txt"), 1)
+    assert isinstance(one, Source) and isinstance(one, Files)
+    assert one.names == ["b.png", "a.png"]
+    assert one.where(0) == str(tmp_path / "b.png")
+    assert one.read(0).mode == "L"
+
+
+def test_several_are_joined_and_their_names_begin_with_the_position(tmp_path: Path) -> None:
+    tree(tmp_path, "x/a.png", "x/b.png", "y/a.png")
+    for root in (tmp_path, tmp_path / "moved"):
+        if root != tmp_path:
+            tree(root, "x/a.png", "x/b.png", "y/a.png")
+        both = open_source((str(root / "y"), str(root / "x")), 3)
+        assert isinstance(both, Source)
+        assert both.names == ["0/a.png", "1/a.png", "1/b.png"]
+    assert both.where(1) == str(root / "x" / "a.png")
+    assert both.read(2) == open_source(str(root / "x"), 3).read(1)
+    assert open_source((str(tmp_path / "x"),), 3).names == ["a.png", "b.png"]
+    with pytest.raises(UserError, match="there is no folder"):
+        open_source((str(tmp_path / "x"), str(tmp_path / "z")), 3)
+
+
+def test_an_image_that_two_folders_share_counts_once(tmp_path: Path) -> None:
+    tree(tmp_path, "x/a.png", "x/deep/b.png", "y/c.png")
+    (tmp_path / "y" / "link.png").symlink_to(tmp_path / "x" / "a.png")
+    names = open_source((str(tmp_path / "x" / "deep"), str(tmp_path / "x"), str(tmp_path / "y")), 3).names
+    assert names == ["0/b.png", "1/a.png", "2/c.png"]
+
+
+def test_equal_names_of_third_parties_are_different_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "a.png")
+    monkeypatch.setattr(source, "SOURCES", [lambda data, channels: pictures.Files([file, file], channels)])
+    assert open_source(("one", "two"), 3).names == ["0/a.png", "0/a.png", "1/a.png", "1/a.png"]
+
+
+def test_paths_of_data_become_absolute_and_other_words_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "x/a.png")
+    monkeypatch.chdir(tmp_path)
+    assert absolute("x") == str(tmp_path / "x")
+    assert absolute(("x", "*/a.png", "twice:x")) == (str(tmp_path / "x"), str(tmp_path / "*" / "a.png"), "twice:x")
+    assert absolute("nowhere/*") == "nowhere/*"
+
+
+@pytest.mark.parametrize(("words", "data"), [("x", "x"), ("x y/*", ("x", "y/*"))])
+def test_one_and_several_on_the_command_line(words: str, data: str | tuple[str, ...]) -> None:
+    _, config = parse(["pretrain", "mae", "--data", *words.split(), "--out", "run"])
+    assert config.data == data
+    assert Pretrain.from_json(json.loads(json.dumps(config.to_json()))).data == data

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from leanmim.encoders.backbone import create_backbone
+from leanmim.encoders.backbone import create_backbone, nearest_models
 from leanmim.errors import UserError
 from tests.families import backbone_of, fastmim
 
@@ -14,9 +14,37 @@ def test_swin_windows_are_those_of_the_papers(size: tuple[int, int], window: int
     assert backbone.layers[0].blocks[0].window_size == (window, window)
 
 
-def test_wrong_model_arguments_are_named() -> None:
-    with pytest.raises(UserError, match="dept"):
-        create_backbone("vit_tiny_patch16_224", (32, 32), 3, dept=3)
+@pytest.mark.parametrize(
+    ("name", "key", "value", "reason"),
+    [
+        ("vit_tiny_patch16_224", "dept", 3, "unexpected keyword argument 'dept'"),
+        ("vit_tiny_patch16_224", "patch_size", "x", "unsupported operand"),
+        ("vit_tiny_patch16_224", "patch_size", 0, "by zero"),
+        ("vit_tiny_patch16_224", "norm_layer", "foo", "foo"),
+        ("vit_tiny_patch16_224", "depth", 2.5, "float"),
+        ("swin_tiny_patch4_window7_224", "patch_size", "x", "unsupported operand"),
+    ],
+)
+def test_a_wrong_model_argument_is_named_with_its_value(name: str, key: str, value: object, reason: str) -> None:
+    with pytest.raises(UserError, match=f"timm cannot build {name} with --model-kwargs {key} {value}: .*{reason}"):
+        create_backbone(name, (32, 32), 3, **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("vit_tiny_patch16", "vit_tiny_patch16_224"),
+        ("vit_tiny", "vit_tiny_patch16_224"),
+        ("ViT-tiny-patch16-224", "vit_tiny_patch16_224"),
+        ("timm/vit_tiny_patch16_224.augreg_in21k", "vit_tiny_patch16_224"),
+        ("swin_tiny", "swin_tiny_patch4_window7_224"),
+        ("resnet", "resnet18"),
+    ],
+)
+def test_the_nearest_models_begin_with_the_plain_one(wrong: str, right: str) -> None:
+    assert nearest_models(wrong)[0] == right
+    with pytest.raises(UserError, match=f"timm has no model '{wrong}'; nearest: {right}, "):
+        create_backbone(wrong, (32, 32), 3)
 
 
 @pytest.mark.parametrize("depth", [0, -1, 5])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from leanmim.config import Knn, Pretrain, Probe
 from leanmim.data import Normalise, centre_crop, labelled_pair
 from leanmim.errors import UserError
+from leanmim.evaluate.accuracy import Accuracy
 from leanmim.evaluate.features import embedding, extract, random_backbone, raw_pixels, subjects
 from leanmim.evaluate.knn import knn
 from leanmim.evaluate.probe import probe
@@ -90,6 +91,25 @@ def test_extract_keeps_the_order_of_the_files(tiles: Path) -> None:
     assert not found.x.requires_grad
 
 
+@pytest.mark.usefixtures("terminal")
+@pytest.mark.parametrize("solver", ["knn", "fast", "lars"])
+def test_bars_say_how_many_images_are_read(
+    solver: str, options: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {**options, "batch_size": 24}
+    if solver == "knn":
+        list(knn(Knn(**small)))  # type: ignore[arg-type]
+    else:
+        list(probe(Probe(**small, solver=solver, epochs=2)))  # type: ignore[arg-type]
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert ("pretrained features of 72 images" in err) == (solver != "lars")
+    assert "pretrained features of 24 images" in err
+    assert ("logistic regression on 72 features" in err) == (solver == "fast")
+    # the lars solver says beforehand what it will take
+    assert ("MAE's protocol, 2 epochs of 72 images, 2 steps of 64 images" in err) == (solver == "lars")
+
+
 def test_the_random_baseline_is_the_run_before_its_first_step(tiny: Pretrain) -> None:
     torch.manual_seed(tiny.seed)
     expected = build(tiny).encoder.backbone.state_dict()
@@ -113,7 +133,10 @@ def test_results_are_written_down(options: dict[str, object]) -> None:
     lines = map(json.loads, Run(Path(str(options["run"]))).evaluations.read_text().splitlines())
     for line, (what, config, name, value) in zip(lines, found, strict=True):
         expected = json.loads(json.dumps(asdict(config)))
-        assert line == {"what": what, "name": name, "value": value, "data": options["data"], "options": expected}
+        assert line == {
+            "what": what, "name": name, "value": value, "interval": list(value.interval), "images": 24,
+            "data": options["data"], "options": expected,
+        }  # fmt: skip
 
 
 @forks
@@ -121,11 +144,11 @@ def test_results_are_written_down(options: dict[str, object]) -> None:
 def test_workers_change_nothing(what: str, options: dict[str, object]) -> None:
     """Compared at features too hard to be told apart without error."""
 
-    def measure(workers: int) -> list[tuple[str, float]]:
+    def measure(workers: int) -> list[tuple[str, Accuracy]]:
         own = {**options, "workers": workers}
         if what == "knn":
             return list(knn(Knn(**own, k=2, batch_size=10)))  # type: ignore[arg-type]
-        return list(probe(Probe(**own, epochs=2, warmup_epochs=1, blr=0.01)))  # type: ignore[arg-type]
+        return list(probe(Probe(**own, solver="lars", epochs=2, warmup_epochs=1, blr=0.01)))  # type: ignore[arg-type]
 
     assert measure(0) == measure(0) == measure(1)
 

@@ -59,7 +59,14 @@ def test_an_embedding_ends_with_the_models_norm_after_pooling() -> None:
 def run_of(folder: Path, **changes: Any) -> tuple[MIM, Path]:
     """An untrained FastMIM and its run folder."""
     config = replace(
-        FASTMIM, out=str(folder), input_size=(64,), decoder_depth=1, decoder_width=32, decoder_heads=2, **changes
+        FASTMIM,
+        out=str(folder),
+        input_size=(64,),
+        epochs=1,
+        decoder_depth=1,
+        decoder_width=32,
+        decoder_heads=2,
+        **changes,
     )
     model = build(config)
     run = Run(folder)

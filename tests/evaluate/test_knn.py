@@ -55,6 +55,10 @@ def test_more_neighbours_than_images_are_all_images() -> None:
     assert knn_accuracy(train, val, k=1000) == knn_accuracy(train, val, k=12)
 
 
+def test_the_accuracy_knows_how_many_images_it_is_of() -> None:
+    assert knn_accuracy(clusters(12, 3, 1.0, 1), clusters(30, 3, 1.0, 2)).images == 30
+
+
 def test_a_minute_temperature_is_one_neighbour() -> None:
     """exp(similarity / temperature) alone would be infinite."""
     train, val = clusters(100, 5, 1.5, 1), clusters(80, 5, 1.5, 2)

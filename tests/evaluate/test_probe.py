@@ -29,7 +29,8 @@ def test_fast_probe_is_that_of_scikit_learn(c: float) -> None:
     theirs = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=5000))
     expected = theirs.fit(train.x.numpy(), train.y.numpy()).score(val.x.numpy(), val.y.numpy())
     assert 0.3 < expected < 0.99
-    assert fast_probe(train, val, c) == expected
+    found = fast_probe(train, val, c)
+    assert (found, found.images) == (expected, 100)
 
 
 def test_fast_probe_on_separable_clusters_is_perfect() -> None:
@@ -55,7 +56,8 @@ def test_lars_probe_tells_colours_apart_and_leaves_the_encoder_alone(tiny: Pretr
     backbone, subject, config = lars_setting(tiny, tiles)
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
     state = torch.random.get_rng_state()
-    assert lars_probe(subject, config) >= 0.9
+    found = lars_probe(subject, config)
+    assert found >= 0.9 and found.images == 24
     assert torch.equal(torch.random.get_rng_state(), state)
     assert not backbone.training
     assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from leanmim.config import Report
 from leanmim.page import report
-from leanmim.page.charts import thin
+from leanmim.page.charts import Curve, chart, thin
 from tests.page.pages import Page, lines, make, metric
 
 
@@ -22,3 +22,11 @@ def test_long_runs_are_thinned_without_losing_a_spike() -> None:
     few = thin(points)
     assert len(few) < 1000 and few == sorted(few)
     assert {points[0], points[54_321], points[-1]} <= set(few)
+
+
+def test_intervals_are_drawn_inside_the_chart() -> None:
+    curve = Curve([(1.0, 50.0), (2.0, 60.0)], "red", "run", intervals=[(1.0, 10.0, 90.0)])
+    svg = chart("accuracy", [curve], False, "")
+    ((x, low, again, high),) = re.findall(r'<polyline points="([\d.]+),([\d.]+) ([\d.]+),([\d.]+)"/>', svg)
+    assert x == again and 36 <= float(high) < float(low) <= 216
+    assert svg.count("<polyline") == 2

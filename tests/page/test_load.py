@@ -1,5 +1,6 @@
 """Run folders that are damaged, incomplete, or none."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,14 @@ import pytest
 from leanmim.config import Report
 from leanmim.errors import UserError
 from leanmim.page import report
+from leanmim.recipes import MAE
 from tests.page.pages import Page, lines, make, metric
 
 
 def test_a_killed_run_is_shown_up_to_its_last_whole_line(tmp_path: Path) -> None:
     cut = lines(metric(5), metric(10))[:-30]
-    run = make(tmp_path / "run", metrics=cut, evaluations='{"what": "kn', skipped='{"pa', environment='{"dev')
+    config = replace(MAE, epochs=800)
+    run = make(tmp_path / "run", config, metrics=cut, evaluations='{"what": "kn', skipped='{"pa', environment='{"dev')
     page = Page(report(Report(runs=(run,))))
     assert page.row("run", "mae")[4:7] == ["1 / 800", "400", "0.4000"]
 
@@ -28,7 +31,7 @@ def test_what_is_not_a_run_is_named(tmp_path: Path) -> None:
     run = make(tmp_path / "run")
     with pytest.raises(UserError, match=r"photos' is not a run folder of `leanmim pretrain`"):
         report(Report(runs=(run, str(tmp_path / "photos"))))
-    with pytest.raises(UserError, match="--runs needs"):
+    with pytest.raises(UserError, match=r"^give the run folder of .*: leanmim report run$"):
         report(Report(runs=()))
     assert not (tmp_path / "run" / "report.html").exists()
 

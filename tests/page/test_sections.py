@@ -20,10 +20,25 @@ def test_accuracies_stand_next_to_their_baselines_and_the_newest_counts(tmp_path
         "pretrained (%)",
         "random (%)",
         "pixels (%)",
+        "validation images",
         "data",
         "options",
     ]
-    assert page.row("run", "knn") == ["run", "knn", "87.5", "20.0", "12.5", "labelled", "k 20"]
+    assert page.row("run", "knn") == ["run", "knn", "87.5", "20.0", "12.5", "-", "labelled", "k 20"]
+
+
+def test_accuracies_come_with_their_intervals_and_the_number_of_images(tmp_path: Path) -> None:
+    line = {"what": "knn", "data": "labelled", "options": {"k": 20}, "images": 1600, "interval": [0.54, 0.619]}
+    run = make(
+        tmp_path / "run",
+        metrics=lines(metric(5), {"step": 5, "knn": 0.25, "knn_low": 0.0456, "knn_high": 0.699, "knn_images": 4}),
+        evaluations=lines({**line, "name": "pretrained", "value": 0.58}, {**line, "name": "pixels", "value": 0.6}),
+    )
+    page = Page(report(Report(runs=(run,))))
+    cells = ["run", "knn", "58.0 (54.0 to 61.9)", "60.0 (54.0 to 61.9)", "1,600", "labelled", "k 20"]
+    assert page.row("run", "knn") == cells
+    assert "25.0 (4.6 to 69.9)" in page.row("run", "mae")
+    assert "Wilson's 95 % interval" in page.text
 
 
 def test_options_on_which_no_result_depends_make_no_row_of_their_own(tmp_path: Path) -> None:
@@ -37,7 +52,7 @@ def test_options_on_which_no_result_depends_make_no_row_of_their_own(tmp_path: P
         ),
     )
     page = Page(report(Report(runs=(run,))))
-    found = {cells[4]: cells[2] for _, cells in page.rows if cells[:2] == ["run", "probe"]}
+    found = {cells[5]: cells[2] for _, cells in page.rows if cells[:2] == ["run", "probe"]}
     assert found == {"epochs 90": "50.0", "epochs 10": "75.0"}
 
 

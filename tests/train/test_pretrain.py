@@ -93,7 +93,7 @@ def test_checkpoints_hold_plain_values_only(tiny: Pretrain) -> None:
     pretrain(tiny)
     state = torch.load(Run(Path(tiny.out)).last, weights_only=True)
     assert set(state) == {
-        "format", "config", "phase", "step", "losses", "mean", "std", "model", "optimizers",
+        "format", "config", "phase", "step", "losses", "mean", "std", "ease", "model", "optimizers",
     }  # fmt: skip
 
 
@@ -154,9 +154,11 @@ def test_online_knn_is_logged_and_takes_no_time_of_training(
     seconds = [line["seconds"] for line in lines(tiny) if "seconds" in line]
     assert [round(value / 1e4) for value in seconds] == [3, 3, 2]  # steps 1-3, 4-6, 7-8; kNN after 4 and 8
     said = capsys.readouterr().out
-    assert "step 4/8  epoch 1  kNN 100.0%" in said and "step 8/8  epoch 2  kNN 100.0%" in said
+    assert "step 4/8  epoch 1  kNN 100.0 % (95 % interval 43.9 to 100.0, 3 images)" in said
+    assert "step 8/8  epoch 2  kNN 100.0 % (95 % interval 43.9 to 100.0, 3 images)" in said
     accuracies = [(line["step"], line["knn"]) for line in lines(tiny) if "knn" in line]
     assert accuracies == [(4, 1.0), (8, 1.0)]  # each image finds itself
+    assert all(line["knn_images"] == 3 and line["knn_low"] < 0.44 for line in lines(tiny) if "knn" in line)
 
 
 def test_compiled_training_is_the_same_training(tiny: Pretrain, tmp_path: Path) -> None:

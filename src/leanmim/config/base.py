@@ -1,11 +1,13 @@
 """What the configurations of all commands share: fields declared once, allowed values declared once, checks, JSON."""
 
+import difflib
 import json
 import math
 import re
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
+from leanmim.config.values import described, fitted
 from leanmim.errors import UserError
 from leanmim.version import __version__
 
@@ -16,11 +18,12 @@ Loss = Literal["l1", "l2"]
 Select = Literal["furthest", "random"]
 Start = Literal["visible", "random"]
 LinearInit = Literal["timm", "xavier"]
-Schedule = Literal["cosine", "step"]
+Schedule = Literal["cosine", "step", "constant"]
 Interpolation = Literal["bicubic", "bilinear"]
 Precision = Literal["auto", "fp32", "bf16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Pool = Literal["avg", "token", "timm"]
+Auto = Literal["auto"]  # chosen from the data, the model and the time there is: see auto.py
 Segments = int | tuple[int, ...]  # so many equal ones, or the block or stage after which each ends
 
 Self = TypeVar("Self", bound="Config")
@@ -32,9 +35,11 @@ def uncut(segments: Segments) -> bool:
 
 
 def check_ranges(config: Any, *ranges: tuple[str, int | float, int | None]) -> None:
-    """Raise UserError for a number that is not from low to high; NaN never is."""
+    """Raise UserError for a number that is not from low to high; NaN never is. None and auto are no numbers."""
     for name, low, high in ranges:
         value = getattr(config, name)
+        if value is None or value == "auto":
+            continue
         if not low <= value <= (math.inf if high is None else high):
             bounds = f"at least {low}, at most {high}" if high else f"at least {low}"
             raise UserError(f"{flag(name)} {value} is out of range; it is {bounds}")
@@ -54,16 +59,16 @@ def flag(name: str) -> str:
 
 
 def parse_bytes(text: str) -> int | None:
-    """Bytes of "8GiB", "500 MB" or a plain number; None of "auto".
+    """Bytes of "8GiB", "500 MB" or a plain number; None of "auto"; more than any machine has of "none".
 
     Raises:
         UserError: it is none of these.
     """
-    if text == "auto":
-        return None
+    if text in ("auto", "none"):
+        return None if text == "auto" else 2**62
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
     if not match or float(match[1]) <= 0:
-        raise UserError(f"--memory {text!r} is not a size; give one as 8GiB, 500MB, or auto")
+        raise UserError(f"--memory {text!r} is not a size; give one as 8GiB, 500MB, auto or none")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2].lower() or " "))
 
 
@@ -73,8 +78,45 @@ class Config:
 
     FREE: ClassVar[frozenset[str]] = frozenset()
     """Fields that may differ when a run is continued: none of them changes a weight."""
+    GROWING: ClassVar[frozenset[str]] = frozenset()
+    """Fields that may be larger when a run is continued."""
     RENAMED: ClassVar[dict[str, str]] = {}
     """Fields of earlier versions, and what they are called now."""
+
+    def __post_init__(self) -> None:
+        """Fit the values to the types of their fields: 96 or [96] to (96,), a path to a string.
+
+        Raises:
+            UserError: a value is of another type.
+        """
+        for own in fields(self):
+            value = getattr(self, own.name)
+            try:
+                object.__setattr__(self, own.name, fitted(value, own.type))
+            except TypeError:
+                raise UserError(f"{own.name} cannot be {value!r}; it takes {described(own.type)}") from None
+
+    @classmethod
+    def of(cls: type[Self], config: Self | None = None, /, **changes: Any) -> Self:
+        """A configuration of fields by name; or a given one, with those changed.
+
+        Raises:
+            UserError: there is no such field, a needed one is missing, or a value is of another type.
+        """
+        if config is not None and not isinstance(config, cls):
+            raise UserError(f"give a leanmim.{cls.__name__}, or its fields by name; {type(config).__name__} is neither")
+        for name in changes.keys() - {own.name for own in fields(cls)}:
+            near = difflib.get_close_matches(name, [own.name for own in fields(cls)], n=1, cutoff=0.5)
+            meant = f"did you mean {near[0]}? " if near else ""
+            raise UserError(
+                f"leanmim.{cls.__name__} has no field {name!r}; {meant}help(leanmim.{cls.__name__}) has all"
+            )
+        if config is not None:
+            return replace(config, **changes)
+        needed = [own.name for own in fields(cls) if own.default is MISSING and own.default_factory is MISSING]
+        if missing := [name for name in needed if name not in changes]:
+            raise UserError(f"leanmim.{cls.__name__} needs {' and '.join(missing)}")
+        return cls(**changes)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values only, for config.json and checkpoints."""
@@ -87,7 +129,7 @@ class Config:
         Raises:
             UserError: there is a field that this version does not know.
         """
-        renamed = {cls.RENAMED.get(k, k): tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        renamed = {cls.RENAMED.get(k, k): v for k, v in values.items()}
         if unknown := renamed.keys() - {own.name for own in fields(cls)}:
             raise UserError(
                 f"the configuration has fields that leanmim {__version__} does not know ({', '.join(sorted(unknown))}); "
@@ -107,7 +149,9 @@ class Config:
         return [
             f"{key}: {there.get(key)!r} there, {own.get(key)!r} now"
             for key in sorted(own.keys() | stored.keys() - self.RENAMED.keys())
-            if key not in self.FREE and there.get(key) != own.get(key)
+            if key not in self.FREE
+            and there.get(key) != own.get(key)
+            and not (key in self.GROWING and own[key] > there[key])
         ]
 
 
@@ -126,7 +170,7 @@ class Model(Config):
     """Which backbone, and the images it takes."""
 
     model: str = "vit_small_patch16_224"
-    """timm model name."""
+    """timm model name, without a tag; weights are given by --init."""
     model_kwargs: dict[str, Number] = field(default_factory=dict)
     """Further arguments for timm.create_model, as pairs: --model-kwargs patch_size 4 depth 8."""
     input_size: tuple[int, ...] = ()
@@ -157,22 +201,28 @@ class Logging(Config):
 class Optimisation(Config):
     """Batches, steps and learning rate."""
 
-    epochs: int = 800
-    """Passes over the data."""
-    batch_size: int | Literal["auto"] = 256
+    epochs: int | Auto = "auto"
+    """Passes over the data. auto takes as many as fit into --hours. A run can be continued with more of them."""
+    hours: float | None = None
+    """With --epochs auto: the time there is; none given is one hour."""
+    batch_size: int | Auto = "auto"
     """Images per process and forward pass. The effective batch is batch_size x accum x processes. auto takes the
     largest that fits --memory by prediction, and accumulates up to --effective-batch."""
     accum: int = 1
     """Forward passes whose gradients are averaged into one step."""
-    effective_batch: int = 256
-    """With --batch-size auto: images per step, over all processes."""
+    effective_batch: int | Auto = "auto"
+    """With --batch-size auto: images per step, over all processes. auto is fewer where there would be too few steps."""
     memory: str = "auto"
-    """With --batch-size auto: memory to stay within, for example 8GiB; auto is what the device has free."""
-    blr: float = 1.5e-4
-    """Base learning rate: lr = blr x effective batch / 256."""
+    """Memory to stay within, for example 8GiB; auto is what the device has free. A run that is predicted to need more does
+    not start; none lets it."""
+    blr: float | Auto = "auto"
+    """Base learning rate: lr = blr x effective batch / 256. auto follows from batch and model."""
+    lr: float | None = None
+    """Learning rate after the warm-up, whatever the batch; in place of --blr."""
     schedule: Schedule = "cosine"
     """Of the learning rate after the warm-up. cosine: half a cosine to 0. step: constant, and a tenth of it in the last
-    eighth (SimMIM)."""
+    eighth (SimMIM). constant: constant, then linear to 0 in the last fifth; such a run is continued best with more
+    epochs."""
     warmup_share: float = 0.05
     """Linear warm-up, as a share of the epochs (MAE: 40 of 800)."""
     warmup_epochs: float | None = None
@@ -186,5 +236,5 @@ class Optimisation(Config):
 
     @property
     def warmup(self) -> float:
-        """Resolved warm-up, epochs."""
-        return self.warmup_share * self.epochs if self.warmup_epochs is None else self.warmup_epochs
+        """Resolved warm-up, epochs; these are a number."""
+        return self.warmup_share * int(self.epochs) if self.warmup_epochs is None else self.warmup_epochs

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from leanmim.config.base import (
+    Auto,
     Interpolation,
     LinearInit,
     Logging,
@@ -35,14 +36,31 @@ class Pretrain(Logging, Machine, Optimisation, Model):
     """
 
     FREE: ClassVar[frozenset[str]] = frozenset(
-        {"out", "workers", "overwrite", "checkpoint_minutes", "memory", "effective_batch", "offload"}
+        {
+            "data",
+            "out",
+            "workers",
+            "overwrite",
+            "checkpoint_minutes",
+            "log_every",
+            "memory",
+            "effective_batch",
+            "hours",
+            "offload",
+            "max_bad_share",
+            "knn_data",
+            "knn_every",
+        }
     )
+    GROWING: ClassVar[frozenset[str]] = frozenset({"epochs"})
     RENAMED: ClassVar[dict[str, str]] = {
         f"stage_{name}": f"phase_{name}" for name in ("scales", "starts", "batches", "accums", "blrs")
     }
 
-    data: str
-    """Folder of images, flat or nested; labels are not needed and ignored."""
+    data: str | tuple[str, ...]
+    """Folder of images, flat or nested; labels are not needed and ignored. Or a quoted pattern of folders or files
+    ("photos/*/raw"), or a .txt list of image files, one path a line, relative to the list. Several may be given; an image
+    in two of them counts once."""
     out: str
     """Run folder. The same command again continues the run in it."""
     recipe: str = "mae"
@@ -51,7 +69,8 @@ class Pretrain(Logging, Machine, Optimisation, Model):
     input_size: tuple[int, ...] = (224,)
     """Pixels: one number for a square, or height and width."""
     init: str | None = None
-    """Start from these weights: a timm or leanmim checkpoint file, or a leanmim run folder."""
+    """Start from these weights: a leanmim run folder or export folder, a checkpoint file of timm or leanmim, or timm's name of
+    published weights, as vit_tiny_patch16_224.augreg_in21k_ft_in1k."""
     phase_scales: tuple[float, ...] = ()
     """Progressive resolution (FastMIM-P): the size of each phase as a multiple of --input-size. Empty is one phase."""
     phase_starts: tuple[float, ...] = ()
@@ -83,13 +102,13 @@ class Pretrain(Logging, Machine, Optimisation, Model):
     """Side of HOG's cells, px; it divides the patch."""
     loss: Loss = "l2"
     """Compared by absolute or by squared difference, on masked patches only."""
-    decoder_depth: int | Literal["auto"] = 8
-    """Transformer layers of the decoder; 0 is one linear layer (not with drop). auto is 1 for a ViT and 4 for a
-    hierarchical backbone (FastMIM)."""
-    decoder_width: int = 512
-    """Width of the decoder."""
-    decoder_heads: int = 16
-    """Attention heads of the decoder."""
+    decoder_depth: int | Auto = "auto"
+    """Transformer layers of the decoder; 0 is one linear layer (not with drop). auto is the published number from ViT-B on
+    (MAE 8, BIM 1; FastMIM 1 for a ViT and 4 for a hierarchical backbone), fewer below."""
+    decoder_width: int | Auto = "auto"
+    """Width of the decoder. auto is the published number from ViT-B on (MAE 512, FastMIM 256), less below."""
+    decoder_heads: int | Auto = "auto"
+    """Attention heads of the decoder; auto is one for 32 channels."""
     segments: Segments = 1
     """Block-wise training (BIM): cut the backbone into so many equal segments, each trained by a decoder and loss of its
     own; or the blocks after which a segment ends, for example 3 6 12. Blocks of a ViT, stages of a hierarchical model, as
@@ -169,11 +188,11 @@ class Pretrain(Logging, Machine, Optimisation, Model):
         check_ranges(
             self,
             ("throw", 0, 1), ("fill", 0, None), ("epochs", 1, None), ("accum", 1, None), ("effective_batch", 1, None),
-            ("hog_cell", 1, None), ("decoder_width", 4, None), ("decoder_heads", 1, None),
+            ("hog_cell", 1, None), ("decoder_depth", 0, None), ("decoder_width", 4, None), ("decoder_heads", 1, None),
             ("mask_unit", 0, None), ("workers", -1, None), ("flip", 0, 1),
             ("max_bad_share", 0, 1), ("knn_every", 1, None), ("log_every", 1, None), ("seed", 0, None),
-            ("blr", 0, None), ("weight_decay", 0, None), ("clip_grad", 0, None), ("checkpoint_minutes", 0, None),
-            ("warmup_share", 0, 1),
+            ("blr", 0, None), ("lr", 0, None), ("weight_decay", 0, None), ("clip_grad", 0, None),
+            ("checkpoint_minutes", 0, None), ("warmup_share", 0, 1), ("batch_size", 1, None),
         )  # fmt: skip
         self.check_masks()
         self.check_decoder()
@@ -198,18 +217,16 @@ class Pretrain(Logging, Machine, Optimisation, Model):
 
     def check_decoder(self) -> None:
         """Depth, width and heads."""
-        if self.decoder_depth != "auto":
-            check_ranges(self, ("decoder_depth", 0, None))
         if self.decoder_depth == 0 and self.masking == "drop":
             raise UserError(
                 "--decoder-depth 0 is a linear head on masked tokens, which --masking drop leaves out; "
                 "use --masking token, or at least 1 layer"
             )
-        if self.decoder_depth and (self.decoder_width % 4 or self.decoder_width % self.decoder_heads):
-            raise UserError(
-                f"--decoder-width {self.decoder_width} must be a multiple of 4 and of "
-                f"--decoder-heads {self.decoder_heads}"
-            )
+        if "auto" in (self.decoder_width, self.decoder_heads) or not self.decoder_depth:
+            return
+        width, heads = int(self.decoder_width), int(self.decoder_heads)
+        if width % 4 or width % heads:
+            raise UserError(f"--decoder-width {width} must be a multiple of 4 and of --decoder-heads {heads}")
 
     def check_phases(self) -> None:
         """Sizes and starts (FastMIM-P)."""
@@ -230,18 +247,20 @@ class Pretrain(Logging, Machine, Optimisation, Model):
                 raise UserError(f"{flag(name)} {values} must be {count} numbers above 0, one for each phase")
 
     def check_batches(self) -> None:
-        """Batches, accumulation, warm-up."""
+        """Batches, accumulation, learning rate, warm-up."""
+        parse_bytes(self.memory)
         if self.batch_size == "auto":
             if self.phase_batches or self.phase_accums:
                 raise UserError(
                     "--batch-size auto chooses batch and accumulation itself; leave those of the phases out"
                 )
-            parse_bytes(self.memory)
             if self.accum != 1:
                 raise UserError("--batch-size auto chooses --accum itself; leave --accum out, set --effective-batch")
-        else:
-            check_ranges(self, ("batch_size", 1, None))
-        if not 0 <= self.warmup <= self.epochs:
+        if self.lr is not None and (self.blr != "auto" or self.phase_blrs):
+            raise UserError("--lr and --blr are two ways to give the learning rate; leave one out")
+        if self.hours is not None and not 0 < self.hours < math.inf:
+            raise UserError(f"--hours {self.hours} must be above 0")
+        if self.epochs != "auto" and not 0 <= self.warmup <= self.epochs:
             raise UserError(f"--warmup-epochs {self.warmup_epochs} is not between 0 and the {self.epochs} epochs")
 
     def check_images(self) -> None:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from leanmim.config.base import Config, Machine, Model, Precision, check_ranges, check_size, flag, parse_bytes
+from leanmim.config.base import Auto, Config, Machine, Model, Precision, check_ranges, check_size, flag, parse_bytes
 from leanmim.errors import UserError
 
 
@@ -18,7 +18,7 @@ class Show(Config):
     images: tuple[str, ...] = ()
     """Image files or folders; empty takes the run's own data."""
     count: int = 8
-    """Rows at most."""
+    """Images at most."""
     out: str | None = None
     """Picture to write; None is reconstructions.png in the run folder, or reconstructions-segment0.png with --segment 0."""
     segment: int | None = None
@@ -63,7 +63,7 @@ class Cost(Model):
 
     recipes: Positional[tuple[str, ...]] = ()
     """Recipes; the first is what the others are compared with. None is all. Any option of `pretrain` may follow a name, for
-    that column only: mae pr-mim:throw=0.7 "bim:segments=3 6 12,decoder-depth=2"."""
+    that row only: mae pr-mim:throw=0.7 "bim:segments=3 6 12,decoder-depth=2"."""
     model: str = "vit_base_patch16_224"
     """timm model name."""
     batch_size: int = 256
@@ -75,7 +75,7 @@ class Cost(Model):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Count as on this device; it need not be there. auto is cuda if there is one."""
     json: bool = False
-    """Print JSON, a list with one object for each recipe, instead of a table."""
+    """Print JSON, a list with one object for each recipe, instead of tables; one that cannot be counted has an "error"."""
 
     def check(self) -> None:
         """Raise UserError for an impossible value."""
@@ -90,17 +90,19 @@ class Plan(Machine, Model):
     recipes: Positional[tuple[str, ...]] = ()
     """Recipes to look at; none is all. Any option of `pretrain` may follow a name: mae pr-mim:throw=0.7."""
     data: str
-    """Folder of images."""
+    """Folder of images; or a quoted pattern, or a .txt list, as `pretrain` takes them."""
     memory: str = "auto"
     """Memory to stay within, for example 8GiB; auto is what the device has free."""
     hours: float | None = None
-    """Time there is; the plan says how many epochs fit into it."""
-    epochs: int | None = None
-    """Passes over the data; None is each recipe's own."""
-    effective_batch: int = 256
-    """Images per step, over several forward passes where they do not fit at once."""
+    """Time there is; none given is one hour."""
+    epochs: int | Auto = "auto"
+    """Passes over the data; auto takes as many as fit into --hours."""
+    effective_batch: int | Auto = "auto"
+    """Images per step, over several forward passes where they do not fit at once. auto is fewer where there would be too few
+    steps."""
     images_per_second: float | None = None
-    """Throughput of the first recipe; the others' follow from their FLOPs. None measures a few real steps of each."""
+    """Throughput of the first recipe; the others' follow from their FLOPs. None measures real steps of each, some
+    seconds."""
     precision: Precision = "auto"
     """Of the forward pass; auto is bf16 on GPUs that have it, fp32 elsewhere."""
 
@@ -108,7 +110,7 @@ class Plan(Machine, Model):
         """Raise UserError for an impossible value."""
         check_size(self.input_size or (1,))
         parse_bytes(self.memory)
-        check_ranges(self, ("effective_batch", 1, None), ("workers", -1, None))
-        for name in ("hours", "epochs", "images_per_second"):
+        check_ranges(self, ("effective_batch", 1, None), ("epochs", 1, None), ("workers", -1, None))
+        for name in ("hours", "images_per_second"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise UserError(f"{flag(name)} {getattr(self, name)} must be above 0")

@@ -26,7 +26,7 @@ from leanmim.factory import build
 from leanmim.mim import MIM
 from leanmim.offload import Offload
 from leanmim.recipes import titles
-from leanmim.schedule import phases
+from leanmim.schedule import phase_named, phases
 from leanmim.step import make_optimizers, update
 
 
@@ -65,8 +65,11 @@ def count(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[str, Fl
     image on average over the epochs. Arguments, result and errors as for `count_phase`.
     """
     table = phases(config)
-    counted = [count_phase(phase.config, device) for phase in table]
-    shares = [(phase.stop - phase.start) / config.epochs for phase in table]
+    counted = []
+    for number, phase in enumerate(table):
+        with phase_named(config, number, phase.config):
+            counted.append(count_phase(phase.config, device))
+    shares = [(phase.stop - phase.start) / table[-1].stop for phase in table]
     flops = {
         name: {part: round(sum(share * f[name][part] for share, (_, f) in zip(shares, counted, strict=True)))
                for part in parts}

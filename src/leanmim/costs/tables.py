@@ -1,7 +1,7 @@
 """Costs of several recipes side by side."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from io import StringIO
 
@@ -13,27 +13,48 @@ from rich.table import Table
 from leanmim.config import Cost, Pretrain
 from leanmim.costs.counting import StepCost, count
 from leanmim.costs.flops import Flops
+from leanmim.encoders.backbone import check_name
+from leanmim.errors import UserError
+from leanmim.progress import track
 from leanmim.recipes import RECIPES, titles, variant
 
-Row = tuple[
-    str, list[int | float], Callable[[int | float], str]
-]  # what, its value for each recipe, how a value is written
+
+@dataclass(frozen=True)
+class Uncounted:
+    """A configuration whose step cannot be counted, and why."""
+
+    title: str
+    recipe: str
+    model: str
+    input_size: tuple[int, ...]
+    error: str
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Costs of several configurations; printed, a table with the ratios to the first one."""
+    """Costs of several configurations; printed, tables with the ratios to the first one."""
 
-    costs: list[StepCost]
+    entries: list[StepCost | Uncounted]
+    """One for each configuration, in their order."""
     flops: list[dict[str, Flops]]
-    """Of an image, for each configuration: ``forward`` or ``training``, then by part."""
+    """Of an image, for each of `costs`: ``forward`` or ``training``, then by part."""
+
+    @property
+    def costs(self) -> list[StepCost]:
+        """Of the configurations that could be counted."""
+        return [entry for entry in self.entries if isinstance(entry, StepCost)]
+
+    @property
+    def uncounted(self) -> list[Uncounted]:
+        """The other ones."""
+        return [entry for entry in self.entries if isinstance(entry, Uncounted)]
 
     def __str__(self) -> str:
-        return table(self.costs, self.flops)
+        return tables(self.costs, self.flops, self.uncounted)
 
     def json(self) -> str:
-        """A list with one object for each configuration."""
-        return json.dumps([asdict(cost) for cost in self.costs], indent=2)
+        """A list with one object for each configuration; one that cannot be counted has an "error"."""
+        return json.dumps([asdict(entry) for entry in self.entries], indent=2)
 
 
 def compare(configs: Sequence[Pretrain], device: str = "cpu") -> Comparison:
@@ -42,34 +63,53 @@ def compare(configs: Sequence[Pretrain], device: str = "cpu") -> Comparison:
         print(compare([MAE, replace(PR_MIM, throw=0.7)]))
 
     Args:
-        configs: the first is what the others are compared with.
+        configs: the first is what the others are compared with; a batch size of ``auto`` is counted as `Cost`'s 256.
         device: ``cpu`` or ``cuda``; the machine need not have it.
 
     Returns:
-        The costs. Their titles say what differs from the recipe, or among the configurations.
+        The costs, and why those configurations that cannot be built have none. Titles say what differs from the recipe, or
+        among the configurations.
 
     Raises:
-        UserError: one of them cannot be built or counted.
+        UserError: not one of them can be counted.
     """
-    counted = [count(config, device) for config in configs]
-    named = zip(counted, titles(configs), strict=True)
-    return Comparison([replace(cost, title=title) for (cost, _), title in named], [flops for _, flops in counted])
+    configs = [replace(c, batch_size=Cost.batch_size) if c.batch_size == "auto" else c for c in configs]
+    entries: list[StepCost | Uncounted] = []
+    flops = []
+    for config, title in track(zip(configs, titles(configs), strict=True), "counting", len(configs)):
+        try:
+            cost, own = count(config, device)
+        except UserError as error:
+            entries.append(Uncounted(title, config.recipe, config.model, config.input_size, str(error)))
+        else:
+            entries.append(replace(cost, title=title))
+            flops.append(own)
+    compared = Comparison(entries, flops)
+    if compared.uncounted and not compared.costs:
+        raise UserError("\n".join(map(reason, compared.uncounted)))
+    return compared
+
+
+def reason(entry: Uncounted) -> str:
+    """Why it cannot be counted, with the size at which it was tried."""
+    return f"{entry.title} cannot be counted at {' x '.join(map(str, entry.input_size))} px: {entry.error}"
 
 
 def cost(config: Cost) -> str:
-    """The cost of recipes, as a table against the first one, or as JSON.
+    """The cost of recipes, as tables against the first one, or as JSON.
 
     Raises:
-        UserError: a recipe or an option of it is unknown, or does not go with the model or the input size.
+        UserError: the model, a recipe or an option of it is unknown, or none goes with the model and the input size.
     """
     config.check()
+    check_name(config.model)
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     configs = [variant(spec, config, without=("device",)) for spec in config.recipes or RECIPES]
     compared = compare(configs, device)
     if config.json:
         return compared.json()
     lines = [str(compared)]
-    offloaded = [entry.title for entry, own in zip(compared.costs, configs, strict=True) if own.offload]
+    offloaded = [entry.title for entry, own in zip(compared.entries, configs, strict=True) if own.offload]
     if offloaded and device == "cpu":
         lines.append(f"{', '.join(offloaded)}: nothing to offload: cpu has no memory of its own")
     return "\n".join(lines)
@@ -80,47 +120,67 @@ def readable(size: int | float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-def table(costs: list[StepCost], flops: list[dict[str, Flops]]) -> str:
-    """One column for each recipe; from the second on with the ratio to the first."""
-    form = Table(box=SIMPLE)
-    form.add_column("")
-    for cost in costs:
-        form.add_column(cost.title, justify="right", max_width=24)
-    for name, values, write in rows(costs, flops):
-        ratios = ["", *(f" ({value / values[0]:4.2f})" if values[0] else "" for value in values[1:])]
-        form.add_row(name, *(write(value) + ratio for value, ratio in zip(values, ratios, strict=True)))
+Column = tuple[str, Callable[[StepCost, dict[str, Flops]], float], str]  # heading, value, format
+
+
+def training(part: str) -> Callable[[StepCost, dict[str, Flops]], float]:
+    """Training GFLOP of a part of the model."""
+    return lambda _, flops: flops["training"][part] / 1e9
+
+
+def mebibytes(kind: str) -> Callable[[StepCost, dict[str, Flops]], float]:
+    """Bytes of a kind, in MiB."""
+    return lambda cost, _: getattr(cost, f"{kind}_bytes") / 2**20
+
+
+TABLES: dict[str, tuple[Column, ...]] = {  # title -> columns; the first one is compared with the first recipe's
+    "Memory at the peak, MiB (saved: for the backward pass)": (
+        ("all", mebibytes("peak"), ",.0f"),
+        ("weights", mebibytes("weight"), ",.0f"),
+        ("gradients", mebibytes("gradient"), ",.0f"),
+        ("optimizer", mebibytes("optimizer"), ",.0f"),
+        ("saved", mebibytes("saved"), ",.0f"),
+        ("transient", mebibytes("transient"), ",.0f"),
+    ),
+    "Training, GFLOP an image": (
+        ("all", lambda cost, _: cost.train_flops_per_image / 1e9, ",.2f"),
+        ("encoder", training("encoder"), ",.2f"),
+        ("decoder", training("decoder"), ",.2f"),
+        ("target", training("target"), ",.2f"),
+        ("forward", lambda cost, _: cost.forward_flops_per_image / 1e9, ",.2f"),
+    ),
+    "Parameters, M, and tokens of an image": (
+        ("all", lambda cost, _: (cost.encoder_parameters + cost.decoder_parameters) / 1e6, ",.2f"),
+        ("encoder", lambda cost, _: cost.encoder_parameters / 1e6, ",.2f"),
+        ("decoder", lambda cost, _: cost.decoder_parameters / 1e6, ",.2f"),
+        ("encoder tokens", lambda cost, _: cost.encoder_tokens, ",.0f"),
+        ("decoder tokens", lambda cost, _: cost.decoder_tokens, ",.0f"),
+    ),
+}
+
+
+def tables(costs: list[StepCost], flops: list[dict[str, Flops]], uncounted: Sequence[Uncounted] = ()) -> str:
+    """One row for each recipe, as wide as the terminal."""
     text = StringIO()
-    Console(file=text, width=40 + 24 * len(costs), highlight=False, markup=False).print(form)
-    lines = [
-        f"One training step, {same(costs, 'model')}, batch {same(costs, 'batch_size')}",
-        text.getvalue().strip("\n"),
-    ]
-    return "\n".join(line.rstrip() for line in "\n".join(lines).splitlines())
+    console = Console(file=text, highlight=False, markup=False)
+    console.print(f"One training step, {same(costs, 'model')}, batch {same(costs, 'batch_size')}", soft_wrap=True)
+    for title, columns in TABLES.items():
+        form = Table(box=SIMPLE, padding=(0, 1, 0, 0), show_edge=False)
+        form.add_column("recipe", overflow="fold")
+        first, *others = columns
+        for heading in (first[0], "ratio", *(column[0] for column in others)):
+            form.add_column(heading, justify="right")
+        for cost, own in zip(costs, flops, strict=True):
+            reference = first[1](costs[0], flops[0])
+            value, *rest = (f"{read(cost, own):{how}}" for _, read, how in columns)
+            form.add_row(cost.title, value, f"{first[1](cost, own) / reference:.2f}", *rest)
+        console.print(f"\n{title}\n", form, sep="\n")
+    console.print()
+    for entry in uncounted:
+        console.print(reason(entry), soft_wrap=True)
+    return "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines())
 
 
 def same(costs: list[StepCost], name: str) -> str:
-    """The value that the columns share, or all values."""
+    """The value that the rows share, or all values."""
     return " / ".join(dict.fromkeys(str(getattr(cost, name)) for cost in costs))
-
-
-def rows(costs: list[StepCost], flops: list[dict[str, Flops]]) -> list[Row]:
-    """The rows of the table."""
-    found: list[Row] = []
-
-    def row(name: str, values: Iterable[int | float], write: Callable[[int | float], str]) -> None:
-        found.append((name, list(values), write))
-
-    for name in ("forward", "training"):
-        row(f"{name}, GFLOP an image", (sum(f[name].values()) / 1e9 for f in flops), "{:.2f}".format)
-        for part in ("encoder", "decoder", "target"):
-            row(f"  {part}", (f[name][part] / 1e9 for f in flops), "{:.2f}".format)
-    for part in ("encoder", "decoder"):
-        row(f"{part} parameters, M", (getattr(c, f"{part}_parameters") / 1e6 for c in costs), "{:.2f}".format)
-    for kind, title in (
-        ("weight", "weights"), ("gradient", "gradients"), ("optimizer", "optimizer state"),
-        ("saved", "saved for backward, peak"), ("transient", "transient, peak"), ("peak", "all together, peak"),
-    ):  # fmt: skip
-        row(title, (getattr(c, f"{kind}_bytes") for c in costs), readable)
-    for part in ("encoder", "decoder"):
-        row(f"{part} tokens an image", (getattr(c, f"{part}_tokens") for c in costs), "{:.0f}".format)
-    return found

@@ -18,6 +18,7 @@ from leanmim.data.order import epoch_order, seed_of
 from leanmim.data.read import UNREADABLE, Bad
 from leanmim.data.source import Source
 from leanmim.errors import UserError
+from leanmim.progress import track
 
 IMAGENET = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.449,), (0.226,))}
 
@@ -91,7 +92,7 @@ def statistics(source: Source, channels: int, seed: int, sample: int = 2048) -> 
     """
     order = epoch_order(len(source), seed, 0)[:sample].tolist()
     moments = []
-    for index in order:
+    for index in track(order, f"mean and deviation of {len(order)} images", len(order)):
         try:
             image = source.read(index)
         except UNREADABLE:

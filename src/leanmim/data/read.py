@@ -5,7 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+import PIL
+from PIL import Image, ImageOps, features
+
+CODECS = {".avif": "avif", ".j2k": "jpg_2000", ".jp2": "jpg_2000", ".jpx": "jpg_2000"}
+"""What Pillow calls the codec of a suffix, for those that not every Pillow has."""
 
 
 def read_image(path: str | Path, channels: int) -> Image.Image:
@@ -18,9 +22,17 @@ def read_image(path: str | Path, channels: int) -> Image.Image:
         UNREADABLE: the file cannot be read.
     """
     # Not Image.open(path): Pillow maps such a file into memory, which scrambles grey TIFFs that lie on their side.
-    with open(path, "rb") as file, Image.open(file) as stored:
-        image = ImageOps.exif_transpose(stored)
-        image.load()
+    try:
+        with open(path, "rb") as file, Image.open(file) as stored:
+            image = ImageOps.exif_transpose(stored)
+            image.load()
+    except UNREADABLE as error:
+        suffix = Path(path).suffix.lower()
+        if suffix in CODECS and CODECS[suffix] not in features.get_supported():
+            raise OSError(
+                f"Pillow {PIL.__version__} here reads no {suffix}; update it: pip install -U pillow"
+            ) from error
+        raise
     if image.mode.startswith("I") or image.mode == "F":
         values = np.array(image, dtype=np.float64)
         values[~np.isfinite(values)] = 0

@@ -20,8 +20,7 @@ OPTIONAL = ("img_size", "drop_path_rate")  # arguments that not every timm model
 
 def backbone_arguments(config: Model) -> dict[str, Any]:
     """What `backbone_of` gives to timm.create_model, as far as the model takes it."""
-    arguments = _arguments(config.model, config.size, config.channels, **config.model_kwargs)
-    return _create(config.model, arguments | {"device": "meta"})[1]
+    return _create(config.model, config.size, config.channels, config.model_kwargs | {"device": "meta"})[1]
 
 
 def backbone_of(config: Model, keep: int | None = None, /, **arguments: Any) -> Backbone:
@@ -49,14 +48,10 @@ def create_backbone(
     windows tile every size.
 
     Raises:
-        UserError: timm does not know the model, or refuses the size or an argument.
+        UserError: timm does not know the model, refuses the size or an argument, or the name has a tag.
     """
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.4)
-        raise UserError(
-            f"timm has no model {name!r}; nearest: {', '.join(near) or 'none'} (timm.list_models() has all)"
-        )
-    backbone, _ = _create(name, _arguments(name, input_size, channels, **kwargs))
+    check_name(name)
+    backbone, _ = _create(name, input_size, channels, kwargs)
     if keep is None:
         return backbone
     most = full_depth(backbone)
@@ -71,22 +66,49 @@ def create_backbone(
     return backbone
 
 
+def check_name(name: str) -> None:
+    """Raise UserError if timm does not know the model, or the name has a tag."""
+    architecture, _, tag = name.partition(".")
+    if tag and timm.is_model(architecture):
+        raise UserError(
+            f"--model {name!r} names published weights, which are not loaded; give --model {architecture}, and to "
+            f"`leanmim pretrain` --init {name} to start from them"
+        )
+    if not timm.is_model(name):
+        near = ", ".join(nearest_models(name)) or "none"
+        raise UserError(f"timm has no model {name!r}; nearest: {near} (timm.list_models() has all)")
+
+
+def nearest_models(name: str) -> list[str]:
+    """timm's models of similar names, five at most: first the shortest that begin so."""
+    plain = name.rpartition("/")[2].partition(".")[0].lower().replace("-", "_")
+    models = timm.list_models()
+    longer = sorted((model for model in models if model.startswith(plain)), key=len)
+    near = difflib.get_close_matches(plain, models, n=5, cutoff=0.4)
+    return list(dict.fromkeys([*longer[:3], *near]))[:5]
+
+
 def full_depth(backbone: Backbone) -> int:
     """Blocks of a ViT, stages of a hierarchical model."""
     return len(backbone.blocks if isinstance(backbone, VisionTransformer) else backbone.feature_info)
 
 
-def _create(name: str, arguments: dict[str, Any]) -> tuple[Backbone, dict[str, Any]]:
-    """The model and the arguments that it took."""
+def _create(
+    name: str, input_size: tuple[int, int], channels: int, kwargs: dict[str, Any], without: tuple[str, ...] = ()
+) -> tuple[Backbone, dict[str, Any]]:
+    """The model and the arguments that it took, which are all but those that are named in ``without``."""
     try:
+        arguments = _arguments(name, input_size, channels, **kwargs)
+        arguments = {key: value for key, value in arguments.items() if key not in without}
         return timm.create_model(name, **arguments), arguments
-    except TypeError as error:
-        unknown = [key for key in OPTIONAL if f"'{key}'" in str(error) and key in arguments]
-        if not unknown:
-            raise UserError(f"timm's {name} does not take these --model-kwargs: {error}") from error
-        return _create(name, {key: value for key, value in arguments.items() if key != unknown[0]})
-    except (AssertionError, ValueError, RuntimeError) as error:
-        raise UserError(f"timm's {name} cannot be built with {arguments}: {error}") from error
+    except Exception as error:  # timm's models check little: a wrong argument may end in any kind
+        for key in OPTIONAL:
+            if isinstance(error, TypeError) and f"'{key}'" in str(error) and key not in without:
+                return _create(name, input_size, channels, kwargs, (*without, key))
+        height, width = input_size
+        given = " ".join(f"{key} {value}" for key, value in kwargs.items() if key != "device")
+        wanted = f"--model-kwargs {given}" if given else f"--input-size {height} {width}, --channels {channels}"
+        raise UserError(f"timm cannot build {name} with {wanted}: {error or type(error).__name__}") from error
 
 
 def shallower(backbone: Backbone, depth: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
+from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
@@ -22,6 +23,8 @@ from leanmim.device import device_name, resolve_device
 from leanmim.encoders import encoder_of
 from leanmim.encoders.backbone import Backbone, as_tokens, full_depth
 from leanmim.errors import UserError
+from leanmim.evaluate.accuracy import Accuracy
+from leanmim.progress import track
 from leanmim.run import Run
 from leanmim.weights import load_backbone, truncated
 
@@ -70,12 +73,31 @@ def raw_pixels(images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b d"]:
 
 @torch.inference_mode()
 def extract(
-    embed: Embed, data: Labelled, normalise: Normalise, batch_size: int, workers: int, seed: int = 0
+    embed: Embed,
+    data: Labelled,
+    normalise: Normalise,
+    batch_size: int,
+    workers: int,
+    seed: int = 0,
+    title: str = "features",
+    console: Console | None = None,
 ) -> Features:
-    """Features of every image of a set, on the device, in the order of its files."""
+    """Features of every image of a set, on the device, in the order of its files.
+
+    Args:
+        embed: from normalised images to features.
+        data: the set.
+        normalise: of its images.
+        batch_size: images per forward pass.
+        workers: processes that read images.
+        seed: of the transform's random choices.
+        title: of the progress bar.
+        console: where the bar is drawn; None is the standard error.
+    """
     order = [[(seed, i) for i in range(a, min(a + batch_size, len(data)))] for a in range(0, len(data), batch_size)]
     xs, ys = [], []
-    for images, labels in loader(data, order, workers, normalise.device, default_collate):
+    feed = loader(data, order, workers, normalise.device, default_collate)
+    for images, labels in track(feed, f"{title} of {len(data)} images", len(order), console):
         xs.append(embed(normalise(images)).float())
         ys.append(labels.to(normalise.device))
     return Features(torch.cat(xs), torch.cat(ys))
@@ -92,6 +114,16 @@ class Subject(NamedTuple):
     workers: int
     step: int = 0  # of pre-training
     facts: dict[str, Any] | None = None  # depth, parameters, ...: of a run whose segments give models of several depths
+
+
+def extract_pair(subject: Subject, batch_size: int) -> tuple[Features, Features]:
+    """Features of the training and of the validation images."""
+    title = f"{subject.name} features"
+    train, val = (
+        extract(subject.embed, data, subject.normalise, batch_size, subject.workers, title=title)
+        for data in (subject.train, subject.val)
+    )
+    return train, val
 
 
 def subjects(config: Evaluate) -> Iterator[Subject]:
@@ -139,9 +171,17 @@ def random_backbone(config: Pretrain, size: tuple[int, int], depth: int | None =
         return truncated(encoder_of(sized), sized, depth).eval()
 
 
-def record(config: Evaluate, what: str, subject: Subject, accuracy: float) -> tuple[str, float]:
+def record(config: Evaluate, what: str, subject: Subject, accuracy: Accuracy) -> tuple[str, Accuracy]:
     """Append a result to the run's evaluations.jsonl, for the report."""
-    line = {"what": what, "name": subject.name, "value": accuracy, "data": config.data, "options": asdict(config)}
+    line = {
+        "what": what,
+        "name": subject.name,
+        "value": accuracy,
+        "interval": accuracy.interval,
+        "images": accuracy.images,
+        "data": config.data,
+        "options": asdict(config),
+    }
     with open(Run(Path(config.run)).evaluations, "a") as file:
         file.write(json.dumps(line | (subject.facts or {})) + "\n")
     return subject.name, accuracy

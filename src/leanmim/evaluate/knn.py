@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 from leanmim.config import Knn
-from leanmim.evaluate.features import Features, extract, record, subjects
+from leanmim.evaluate.accuracy import Accuracy
+from leanmim.evaluate.features import Features, extract_pair, record, subjects
 
 
-def knn_accuracy(train: Features, val: Features, k: int = 20, temperature: float = 0.07) -> float:
+def knn_accuracy(train: Features, val: Features, k: int = 20, temperature: float = 0.07) -> Accuracy:
     """Share of validation images whose neighbours' weighted vote is right, 0 to 1.
 
     Args:
@@ -26,14 +27,11 @@ def knn_accuracy(train: Features, val: Features, k: int = 20, temperature: float
         votes = torch.zeros(len(x), classes, device=x.device)
         votes.scatter_add_(1, train.y[nearest], (similarity / temperature).softmax(1))  # exp alone may overflow
         right += int((votes.argmax(1) == y).sum())
-    return right / len(val.y)
+    return Accuracy(right, len(val.y))
 
 
-def knn(config: Knn) -> Iterator[tuple[str, float]]:
+def knn(config: Knn) -> Iterator[tuple[str, Accuracy]]:
     """The accuracy of the run's encoder, and of the baselines where asked for."""
     for subject in subjects(config):
-        train, val = (
-            extract(subject.embed, data, subject.normalise, config.batch_size, subject.workers)
-            for data in (subject.train, subject.val)
-        )
+        train, val = extract_pair(subject, config.batch_size)
         yield record(config, "knn", subject, knn_accuracy(train, val, config.k, config.temperature))

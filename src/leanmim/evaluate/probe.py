@@ -17,14 +17,15 @@ from torchvision.transforms import v2
 
 from leanmim.config import Probe
 from leanmim.data import epoch_order, loader, seed_of
-from leanmim.evaluate.features import Features, Subject, extract, record, subjects
+from leanmim.evaluate.accuracy import Accuracy
+from leanmim.evaluate.features import Features, Subject, extract, extract_pair, record, subjects
 from leanmim.loop import Loop
 from leanmim.processes import ALONE
 from leanmim.run import Run
 from leanmim.schedule import learning_rate
 
 
-def fast_probe(train: Features, val: Features, c: float = 1.0) -> float:
+def fast_probe(train: Features, val: Features, c: float = 1.0) -> Accuracy:
     """Accuracy of logistic regression on standardised features, 0 to 1.
 
     Standardising by the training set is what BatchNorm without affine has become at the end of training.
@@ -32,7 +33,8 @@ def fast_probe(train: Features, val: Features, c: float = 1.0) -> float:
     scale = StandardScaler().fit(train.x.cpu().numpy())
     model = LogisticRegression(C=c, max_iter=5000)
     model.fit(scale.transform(train.x.cpu().numpy()), train.y.cpu().numpy())
-    return float(np.mean(model.predict(scale.transform(val.x.cpu().numpy())) == val.y.cpu().numpy()))
+    right = model.predict(scale.transform(val.x.cpu().numpy())) == val.y.cpu().numpy()
+    return Accuracy(int(np.sum(right)), len(right))
 
 
 class Linear:
@@ -67,9 +69,10 @@ class Linear:
         return loss.detach()
 
     @torch.inference_mode()
-    def accuracy(self, features: Features) -> float:
+    def accuracy(self, features: Features) -> Accuracy:
         """Share that is right, 0 to 1."""
-        return float((self.head.eval()(features.x).argmax(1) == features.y).float().mean())
+        right = self.head.eval()(features.x).argmax(1) == features.y
+        return Accuracy(int(right.sum()), len(right))
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -85,7 +88,7 @@ class Linear:
         return linear
 
 
-def lars_probe(subject: Subject, config: Probe) -> float:
+def lars_probe(subject: Subject, config: Probe) -> Accuracy:
     """Accuracy by MAE's protocol, 0 to 1: LARS on RandomResizedCrop and flip, warm-up and half-cosine.
 
     An epoch has at least the paper's 78 steps (a batch of 16384 of ImageNet) as far as batches of 64 allow (ours).
@@ -111,7 +114,12 @@ def lars_probe(subject: Subject, config: Probe) -> float:
     order = image_order(len(train), config, batch, start, steps)
     feed = loader(augmented, order, subject.workers, device, default_collate)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    with Loop(run, config, steps, state, ALONE, device, f"probe, {subject.name}", console) as loop:
+    with Loop(run, config, steps, state, ALONE, device, subject.name, console) as loop:
+        if start < steps:
+            console.print(
+                f"{subject.name}: MAE's protocol, {config.epochs} epochs of {len(train)} images, {steps} steps of {batch} "
+                "images; --solver fast reads each image once"
+            )
         features = gather(loop.timed(iter(feed)), subject, batch)
         for step in loop.until(steps):
             x, y = next(features)
@@ -123,7 +131,9 @@ def lars_probe(subject: Subject, config: Probe) -> float:
             if loop.checkpoint_due:
                 loop.save({"config": config.to_json(), "encoder_step": subject.step, **linear.state()})
     assert linear is not None
-    return linear.accuracy(extract(subject.embed, subject.val, subject.normalise, config.batch_size, subject.workers))
+    title = f"{subject.name} features"
+    val = extract(subject.embed, subject.val, subject.normalise, config.batch_size, subject.workers, title=title)
+    return linear.accuracy(val)
 
 
 def image_order(count: int, config: Probe, batch: int, start: int, stop: int) -> Iterator[list[tuple[int, int]]]:
@@ -149,15 +159,13 @@ def gather(feed: Iterator[tuple[Tensor, Tensor]], subject: Subject, batch: int) 
         yield Features(torch.cat(xs).clone(), torch.cat(ys))  # cloned, to be used with autograd
 
 
-def probe(config: Probe) -> Iterator[tuple[str, float]]:
+def probe(config: Probe) -> Iterator[tuple[str, Accuracy]]:
     """The accuracy of the run's encoder, and of the baselines where asked for."""
     for subject in subjects(config):
         if config.solver == "lars":
             accuracy = lars_probe(subject, config)
         else:
-            train, val = (
-                extract(subject.embed, data, subject.normalise, config.batch_size, subject.workers)
-                for data in (subject.train, subject.val)
-            )
-            accuracy = fast_probe(train, val, config.c)
+            train, val = extract_pair(subject, config.batch_size)
+            with Console(stderr=True).status(f"{subject.name}: logistic regression on {len(train.y)} features"):
+                accuracy = fast_probe(train, val, config.c)
         yield record(config, "probe", subject, accuracy)

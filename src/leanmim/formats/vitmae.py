@@ -76,6 +76,8 @@ def describe(config: Pretrain, model: MIM) -> dict[str, Any]:
     """transformers' configuration of the model."""
     vit = model.encoder.backbone
     block = vit.blocks[0]
+    decoder: Any = model.decoders[0]
+    width = decoder.mask_token.shape[-1]
     return {
         "architectures": ["ViTMAEForPreTraining"],
         "model_type": "vit_mae",
@@ -92,10 +94,10 @@ def describe(config: Pretrain, model: MIM) -> dict[str, Any]:
         "patch_size": model.encoder.stride,
         "num_channels": config.channels,
         "qkv_bias": True,
-        "decoder_num_attention_heads": config.decoder_heads,
-        "decoder_hidden_size": config.decoder_width,
-        "decoder_num_hidden_layers": config.decoder_depth,
-        "decoder_intermediate_size": 4 * config.decoder_width,
+        "decoder_num_attention_heads": decoder.layers[0].attn.num_heads,
+        "decoder_hidden_size": width,
+        "decoder_num_hidden_layers": len(decoder.layers),
+        "decoder_intermediate_size": 4 * width,
         "mask_ratio": config.mask_ratio,
         "norm_pix_loss": config.target == "pixels",
         "torch_dtype": "float32",

@@ -26,7 +26,7 @@ def report(config: Report) -> Path:
         UserError: a folder is not a run, its configuration cannot be read, or the page cannot be written.
     """
     if not config.runs:
-        raise UserError("--runs needs a run folder of `leanmim pretrain`, or several")
+        raise UserError("give the run folder of a `leanmim pretrain`, or several: leanmim report run")
     names = [Path(folder).resolve().name for folder in config.runs]
     if len(set(names)) < len(names):  # a/run and b/run
         names = list(config.runs)

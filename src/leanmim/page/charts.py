@@ -15,7 +15,11 @@ Point = tuple[float, float]
 
 
 class Curve(NamedTuple):
-    """A line of a chart. ``points`` are (x, y) in the units of the axes, ``dash`` is SVG's stroke-dasharray."""
+    """A line of a chart.
+
+    ``points`` are (x, y) and ``intervals`` (x, lowest y, highest y), in the units of the axes; ``dash`` is SVG's
+    stroke-dasharray.
+    """
 
     points: list[Point]
     colour: str
@@ -23,6 +27,7 @@ class Curve(NamedTuple):
     width: float = 1.8
     opacity: float = 0.9
     dash: str = ""
+    intervals: Sequence[tuple[float, float, float]] = ()
 
 
 def chart(title: str, curves: Sequence[Curve], zero: bool, empty: str, across: str = "epoch") -> str:
@@ -46,6 +51,7 @@ def chart(title: str, curves: Sequence[Curve], zero: bool, empty: str, across: s
 def plot(curves: Sequence[Curve], zero: bool, across: str) -> list[str]:
     """The axes and the lines of a chart."""
     ys = [y for curve in curves for _, y in curve.points] + ([0.0] if zero else [])
+    ys += [y for curve in curves for _, *ends in curve.intervals for y in ends]
     last = max(x for curve in curves for x, _ in curve.points)
     scale = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10])
     marks = scale.tick_values(min(ys), max(ys) or 1.0)  # they enclose the lowest and the highest value
@@ -68,9 +74,11 @@ def plot(curves: Sequence[Curve], zero: bool, across: str) -> list[str]:
         places = [place(*point) for point in thin(curve.points)]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>' for x, y in places if len(places) <= 50)
+        ends = [(*place(x, low), *place(x, high)) for x, low, high in curve.intervals]
+        bars = "".join('<polyline points="{:.1f},{:.1f} {:.1f},{:.1f}"/>'.format(*end) for end in ends)
         parts.append(
             f'<g color="{curve.colour}" opacity="{curve.opacity:.2f}"><title>{escape(curve.label)}</title>'
-            f'<polyline points="{line}" stroke-width="{curve.width}" stroke-dasharray="{curve.dash}"/>{dots}</g>'
+            f'<polyline points="{line}" stroke-width="{curve.width}" stroke-dasharray="{curve.dash}"/>{dots}{bars}</g>'
         )
     return parts
 

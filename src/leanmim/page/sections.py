@@ -27,6 +27,9 @@ DEPTH_CHARTS = (  # key in evaluations.jsonl, label of the axis with unit, facto
     ("parameters", "M parameters", 1e-6),
     ("latency_ms", "latency, ms an image", 1.0),
 )
+INTERVAL = (
+    "In brackets: Wilson's 95 % interval, for the choice of validation images; seeds and training images add to it."
+)
 MEASURES = {"knn": "kNN (%)", "probe": "linear probe (%)"}
 LOSS_DEPENDS_ON = (
     "recipe", "target", "hog_cell", "loss", "mask_ratio", "mask_unit", "segments", "throw", "select", "fill",
@@ -47,7 +50,7 @@ def summary(runs: Sequence[Loaded]) -> Html:
     rows = []
     for run in runs:
         lines = [line for line in run.metrics if "loss" in line]
-        knn = run.values("knn")
+        knn = [line for line in run.metrics if "knn" in line]
         cells: list[Any] = [run.config.recipe, run.config.model, " x ".join(map(str, run.config.input_size))]
         if lines:
             seconds = sum(line["seconds"] for line in lines)
@@ -55,7 +58,7 @@ def summary(runs: Sequence[Loaded]) -> Html:
                 f"{lines[-1]['epoch']:.4g} / {run.config.epochs}",
                 f"{sum(line['images_per_second'] * line['seconds'] for line in lines):,.0f}",
                 f"{lines[-1]['loss']:.4f}",
-                f"{100 * knn[-1][1]:.1f}" if knn else NOT_YET if run.config.knn_data else "-",
+                percent(knn[-1], "knn") if knn else NOT_YET if run.config.knn_data else "-",
                 f"{median(line['images_per_second'] for line in lines):,.0f}",
                 f"{100 * sum(line['data_wait'] * line['seconds'] for line in lines) / seconds:.1f}",
                 f"{max(line['memory_bytes'] for line in lines) / 2**30:.2f}",
@@ -128,20 +131,34 @@ def protocol(line: dict[str, Any], *left_out: str) -> tuple[str, str, Html]:
     return line["what"], line["data"], safe(options)
 
 
+def interval(line: dict[str, Any], key: str = "value") -> tuple[float, float] | None:
+    """The 95 % interval of an accuracy in a line of evaluations.jsonl or metrics.jsonl; None of an earlier version."""
+    ends = line.get("interval", (line.get(f"{key}_low"), line.get(f"{key}_high")))
+    return None if None in ends else (ends[0], ends[1])
+
+
+def percent(line: dict[str, Any], key: str = "value") -> str:
+    """An accuracy in per cent, with its interval."""
+    ends = interval(line, key)
+    return f"{100 * line[key]:.1f}" + (f" ({100 * ends[0]:.1f} to {100 * ends[1]:.1f})" if ends else "")
+
+
 def accuracies(runs: Sequence[Loaded]) -> Html:
     """The results of `leanmim knn` and `leanmim probe`; a repeated evaluation replaces the earlier one."""
-    found: dict[tuple[str, ...], dict[str, float]] = {}
+    found: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for run in runs:
         for line in run.evaluations:
-            found.setdefault((*protocol(line), run.title), {})[line["name"]] = line["value"]
+            found.setdefault((*protocol(line), run.title), {})[line["name"]] = line
     if not found:
         return Html(f"<p>{NOT_YET}{soft(': `leanmim knn` and `leanmim probe` measure it')}</p>")
-    names = list(dict.fromkeys(name for values in found.values() for name in values))
-    rows = [
-        row(title, [what, *(f"{100 * values[name]:.1f}" if name in values else "-" for name in names), data, options])
-        for (what, data, options, title), values in sorted(found.items(), key=lambda item: item[0][:3])
-    ]
-    return table(["run", "measure", *(f"{name} (%)" for name in names), "data", "options"], rows, "short notes")
+    names = list(dict.fromkeys(name for lines in found.values() for name in lines))
+    rows = []
+    for (what, data, options, title), lines in sorted(found.items(), key=lambda item: item[0][:3]):
+        images = {f"{line['images']:,}": None for line in lines.values() if "images" in line}
+        cells = [percent(lines[name]) if name in lines else "-" for name in names]
+        rows.append(row(title, [what, *cells, " or ".join(images) or "-", data, options]))
+    head = ["run", "measure", *(f"{name} (%)" for name in names), "validation images", "data", "options"]
+    return Html(f"{table(head, rows, 'short notes')}<p>{soft(INTERVAL)}</p>")
 
 
 Evaluated = tuple[str, int | None, str, str, Html]  # title of the run, step, and `protocol` without the depth
@@ -177,7 +194,9 @@ def depths(runs: Sequence[Loaded]) -> Html:
                 if field == "latency_ms":  # of the device measured last; others cannot be compared with it
                     lines = [line for line in lines if line.get("device") == lines[-1].get("device")]
                 points = [(line[field] * factor, 100 * line["value"]) for line in lines]
-                curves.append(Curve(points, colour, label, dash=DASHES[style]))
+                ends = [(line[field] * factor, interval(line)) for line in lines]
+                bars = [(x, 100 * pair[0], 100 * pair[1]) for x, pair in ends if pair]
+                curves.append(Curve(points, colour, label, dash=DASHES[style], intervals=bars))
             panels.append(chart(f"{title} against {axis}", curves, False, "", axis))
     if not panels:
         return Html("")

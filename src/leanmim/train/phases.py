@@ -1,19 +1,14 @@
-"""The phases of a run on its data, and the batch that fits."""
+"""The phases of a run on its data."""
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from leanmim.config import Pretrain, parse_bytes
-from leanmim.costs import readable
+from leanmim.config import Pretrain
 from leanmim.data import Source, effective_batch
 from leanmim.errors import UserError
 from leanmim.factory import build
-from leanmim.planner import available, fit
-from leanmim.processes import Process
-from leanmim.run import Run
-from leanmim.schedule import phases
+from leanmim.schedule import phase_named, phases
 
 
 class PhaseSteps(NamedTuple):
@@ -54,51 +49,6 @@ def plan_phases(config: Pretrain, source: Source, world: int) -> list[PhaseSteps
         plan.append(PhaseSteps(number, own, phase.start, phase.stop, start, stop, per_epoch, images))
         start = stop
     for later in plan[1:]:
-        try:
-            with torch.random.fork_rng(devices=[]):
-                build(later.config)  # an error now, not when its time comes
-        except UserError as error:
-            scale = config.phase_scales[later.number]
-            raise UserError(f"--phase-scales {scale:g}: {error}; or choose other scales") from error
+        with phase_named(config, later.number, later.config), torch.random.fork_rng(devices=[]):
+            build(later.config)  # an error now, not when its time comes
     return plan
-
-
-def choose_batch(
-    config: Pretrain, run: Run, images: int, process: Process, device: torch.device
-) -> tuple[Pretrain, str]:
-    """Batch and accumulation for ``--batch-size auto``: those of the run that is continued, or the largest that fits.
-
-    Returns:
-        The configuration with numbers in place of auto, and what was chosen, for people to read.
-
-    Raises:
-        UserError: not even one image fits the memory, or the step's images do not divide among the processes.
-    """
-    if config.batch_size != "auto":
-        return config, ""
-    world, effective = process.world, config.effective_batch
-    if effective % world:
-        raise UserError(f"--effective-batch {effective} does not divide among {world} processes")
-    stored = run.stored()
-    batch, accum = stored.get("batch_size"), stored.get("accum")
-    if (
-        not config.overwrite
-        and isinstance(batch, int)
-        and isinstance(accum, int)
-        and batch * accum * world == effective
-    ):
-        config = replace(config, batch_size=batch, accum=accum)
-        return config, f"batch size auto: {batch} x accum {accum}, as this run began"
-    free = min(process.gather(parse_bytes(config.memory) or available(device)))  # all must choose alike
-    memory = free // (1 if device.type == "cuda" else world)
-    found = fit(replace(config, batch_size=1), effective // world, memory, device)
-    if found is None:
-        raise UserError(
-            f"--batch-size auto: not even one image fits into {readable(memory)}; choose a smaller --model or "
-            "--input-size, or give more --memory"
-        )
-    config, cost = found
-    return config, (
-        f"batch size auto: {config.batch_size} x accum {config.accum}, {readable(cost.peak_bytes)} predicted "
-        f"of {readable(memory)}"
-    )

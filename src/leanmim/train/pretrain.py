@@ -1,16 +1,16 @@
 """Pre-training. It never knows the method: images in, losses out."""
 
-from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
 from leanmim.config import Export, Pretrain, Report, Show
-from leanmim.costs import StepCost, count, readable
-from leanmim.data import Labelled, batches, centre_crop, labelled_pair, open_source
+from leanmim.costs import StepCost, count
+from leanmim.data import Labelled, absolute, batches, centre_crop, labelled_pair, open_source
 from leanmim.device import peak_memory
 from leanmim.environment import environment
 from leanmim.errors import UserError
@@ -18,11 +18,13 @@ from leanmim.formats import export
 from leanmim.loop import Loop
 from leanmim.page import report
 from leanmim.pictures import show
-from leanmim.placement import offloads
+from leanmim.planner import counted_as
 from leanmim.processes import Process, processes
 from leanmim.run import Run, write_json
 from leanmim.train.bad_files import BadFiles
-from leanmim.train.phases import PhaseSteps, choose_batch, plan_phases
+from leanmim.train.header import continuing, header
+from leanmim.train.phases import plan_phases
+from leanmim.train.right_size import guard_memory, right_sized
 from leanmim.train.training import Training, begin
 
 
@@ -51,11 +53,15 @@ def train(config: Pretrain, process: Process, device: torch.device) -> Path:
     # Everything that can be wrong is looked at before anything is written.
     run = Run(Path(config.out))
     source = open_source(config.data, config.channels)
-    config, choice = choose_batch(config, run, len(source), process, device)
+    config = replace(config, data=absolute(config.data))
+    config, notes = right_sized(config, run, source, process, device)
     state = run.to_resume(config, config.overwrite)
     if state:
         run.check_names(source.names)
+        check_extension(config, state)
     plan = plan_phases(config, source, process.world)
+    predicted, _ = count(config, counted_as(device))
+    guard_memory(config, predicted, process, device)
     knn_sets = labelled_pair(config.knn_data, config.channels, centre_crop(config.size)) if config.knn_data else None
     memory_before = psutil.Process().memory_info().rss
     training, origin = begin(config, plan, source, state, device, process)
@@ -67,14 +73,13 @@ def train(config: Pretrain, process: Process, device: torch.device) -> Path:
         run.write_names(source.names)
         write_json(run.folder / "environment.json", environment(device, process.world))
     process.wait()
-    predicted, _ = count(config, "cuda" if device.type == "cuda" else "cpu")
     if process.first and start < steps:
         write_json(run.cost, {"predicted": asdict(predicted)})
     bad = BadFiles(run, len(source), config.max_bad_share, process)
 
     with Loop(run, config, steps, state, process, device, config.recipe) as loop:
-        notes = (choice, origin and f"starting from {origin}", start and f"continuing after step {start}")
-        for line in (*header(config, plan, len(source), predicted, training), *filter(None, notes)):
+        notes += [f"starting from {origin}"] if origin else []
+        for line in (*header(config, plan, len(source), predicted, training), *notes, *continuing(config, state)):
             loop.console.print(line)
         for phase in plan:
             if start >= phase.stop:
@@ -113,39 +118,20 @@ def online_knn(training: Training, sets: tuple[Labelled, Labelled], loop: Loop, 
     """Write the encoder's kNN accuracy into the log; one process measures it."""
     with loop.paused():
         if loop.process.first:
-            accuracy = training.knn(*sets)
-            loop.write(knn=accuracy)
-            loop.say(f"epoch {epoch:.0f}  kNN {accuracy:.1%}")
+            accuracy = training.knn(*sets, loop.console)
+            low, high = accuracy.interval
+            loop.write(knn=accuracy, knn_low=low, knn_high=high, knn_images=accuracy.images)
+            loop.say(f"epoch {epoch:.0f}  kNN {accuracy}")
 
 
-def header(
-    config: Pretrain, plan: list[PhaseSteps], images: int, predicted: StepCost, training: Training
-) -> Iterator[str]:
-    """What is said before the first step."""
-    device, world, depths = training.device, training.process.world, training.model.encoder.depths
-    yield (
-        f"{config.recipe}: {config.model}, {predicted.encoder_parameters / 1e6:.1f} M parameters, "
-        f"decoder {predicted.decoder_parameters / 1e6:.1f} M, {'bf16' if training.model.autocast else 'fp32'} on {device}"
-    )
-    yield (
-        f"{images} images in {config.data}; {plan[-1].stop} steps in {config.epochs} epochs; "
-        f"warm-up {config.warmup:g} epochs"
-    )
-    for phase in plan:
-        own = phase.config
-        yield (
-            f"epochs {phase.epoch} to {phase.epochs}: {own.size[0]} x {own.size[1]} px, {phase.per_epoch} steps each; "
-            f"effective batch {phase.images} = {own.batch_size} x accum {own.accum} x {world} processes; "
-            f"lr {own.blr * phase.images / 256:.3g} = blr {own.blr:.3g} x {phase.images} / 256"
+def check_extension(config: Pretrain, state: dict[str, Any]) -> None:
+    """Raise UserError for more epochs of a run whose phases would then begin elsewhere."""
+    before = state["config"]["epochs"]
+    if config.phase_scales and before < int(config.epochs):
+        raise UserError(
+            f"--epochs {config.epochs}: this run has {before}, and its phases (--phase-scales) would begin elsewhere; give "
+            f"--epochs {before}, and pre-train on from it with --init {config.out} in another --out"
         )
-    yield (
-        f"predicted: {readable(predicted.peak_bytes)} at the peak, "
-        f"{predicted.train_flops_per_image / 1e9:.3g} GFLOP an image"
-    )
-    if len(depths) > 1:
-        yield f"{len(depths)} segments, which end at {', '.join(map(str, depths))}: one loss each"
-    if config.offload and not offloads(config, device):
-        yield f"nothing to offload: {device.type} has no memory of its own"
 
 
 def measured(predicted: StepCost, peak: int, speed: float) -> dict[str, int | float]:

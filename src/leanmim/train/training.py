@@ -1,9 +1,11 @@
 """Model, optimizers and where they are, from one phase to the next."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 from torch.optim import AdamW
 
@@ -19,6 +21,7 @@ from leanmim.data import (
     statistics,
 )
 from leanmim.device import resolve_precision
+from leanmim.evaluate.accuracy import Accuracy
 from leanmim.evaluate.features import embedding, extract
 from leanmim.evaluate.knn import knn_accuracy
 from leanmim.factory import build
@@ -55,6 +58,7 @@ class Training:
     ) -> None:
         self.config, self.phase, self.model, self.device, self.process = config, phase, model, device, process
         self.mean, self.std = mean, std
+        self.ease = (0.0, 1.0)  # see `extend`
         self.normalise = Normalise(mean, std, device)
         if not offloads(config, device):
             model.to(device)
@@ -73,13 +77,30 @@ class Training:
 
     def set_learning_rate(self, step: int) -> float:
         """Set and return that of a step."""
-        peak = self.phase.config.blr * self.phase.images / 256
-        epoch = self.phase.own(step) / self.phase.per_epoch
-        lr = learning_rate(epoch, self.config.epochs, self.config.warmup, peak, self.config.schedule)
+        lr = self.learning_rate(step, self.config)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
         return lr
+
+    def learning_rate(self, step: int, config: Pretrain) -> float:
+        """That of a step by the schedule of ``config``."""
+        peak = float(self.phase.config.blr) * self.phase.images / 256
+        epoch = self.phase.own(step) / self.phase.per_epoch
+        lr = learning_rate(epoch, int(config.epochs), config.warmup, peak, config.schedule)
+        since, share = self.ease
+        rise = config.warmup_share * (int(config.epochs) - since)
+        return lr if share == 1 or epoch >= since + rise else lr * (share + (1 - share) * (epoch - since) / rise)
+
+    def extend(self, step: int, before: int) -> None:
+        """Go on after ``step`` with more than the ``before`` epochs of the schedule so far (ours).
+
+        The learning rate leaves where it is and rises to the new schedule's as in a warm-up, over --warmup-share of the
+        epochs that are left: a run that had cooled down restarts warm, one at constant rate stays there.
+        """
+        old, self.ease = self.learning_rate(step, replace(self.config, epochs=before)), (0.0, 1.0)
+        new = self.learning_rate(step, self.config)
+        self.ease = (self.phase.own(step) / self.phase.per_epoch, old / new if new else 1.0)
 
     def step(self, step: int, feed: Iterator[Tensor]) -> Tensor:
         """One update from so many batches of uint8 images; masks and drop path depend on seed, process and step only."""
@@ -88,8 +109,8 @@ class Training:
         images = map(self.normalise, feed)
         return update(self.placement.losses, self.optimizers, images, accum, self.config.clip_grad, seeds)
 
-    def knn(self, train: Labelled, val: Labelled) -> float:
-        """Online accuracy of the encoder."""
+    def knn(self, train: Labelled, val: Labelled, console: Console) -> Accuracy:
+        """Online accuracy of the encoder; a bar on the console while it is measured."""
         own = self.phase.config
         self.model.eval()
         embed = embedding(truncated(self.model.encoder, own, None), "avg")
@@ -101,6 +122,8 @@ class Training:
                     self.normalise,
                     int(own.batch_size),
                     resolve_workers(own.workers),
+                    title="kNN",
+                    console=console,
                 )
                 for part in (train, val)
             )
@@ -115,6 +138,7 @@ class Training:
             "phase": self.phase.number,
             "mean": self.mean,
             "std": self.std,
+            "ease": list(self.ease),
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
@@ -132,7 +156,7 @@ def begin(
     phase = plan[state["phase"] if state else 0]
     torch.manual_seed(config.seed)
     model = build(phase.config)
-    origin = initialise(model, config.init) if config.init and state is None else ""
+    origin = initialise(model, config.init, config.channels) if config.init and state is None else ""
     if state:
         mean, std = state["mean"], state["std"]
     elif config.mean and config.std:
@@ -147,6 +171,10 @@ def begin(
     if state:
         training.placement.settle()
         load_state(training.optimizers, state["optimizers"])
+        since, share = state.get("ease", training.ease)
+        training.ease = (since, share)
+        if (before := state["config"]["epochs"]) < config.epochs:
+            training.extend(state["step"], before)
     return training, origin
 
 

@@ -1,0 +1,43 @@
+"""What ``auto`` stands for: epochs, batch and learning rate from the images, the model and the time there is (ours).
+
+1. Epochs: as many as fit into the time by a short measurement, at most 800 (MAE's) or two million images.
+2. Images of a step: the largest power of two that leaves 5,000 steps, between 32 and 256.
+3. Learning rate: MAE's, 2.4e-3 for ViT-B with 4,096 images a step, times the square root of the batch's ratio, divided by
+   the width's.
+
+benchmarks/README.md has the trials behind these numbers. Numbers that are given stay.
+"""
+
+import math
+from collections.abc import Iterator
+
+HOURS = 1.0
+EPOCHS, IMAGES_SEEN = 800, 2_000_000
+STEPS, FEWEST, MOST = 5000, 32, 256
+FEW_STEPS = 1000  # of which a run is warned
+
+
+def images_a_step(seen: int, most: int) -> int:
+    """Effective batch for so many images seen in training; no more than ``most``."""
+    batch = 2 ** math.floor(math.log2(max(1.0, seen / STEPS)))
+    return min(max(FEWEST, min(MOST, batch)), max(1, most))
+
+
+def peak_rate(batch: int, width: int) -> float:
+    """Learning rate for an effective batch and the width of the encoder; of no more than four times ViT-B's."""
+    return 2.4e-3 * math.sqrt(batch / 4096) * min(4.0, max(1.0, 768 / width))
+
+
+def epochs_within(hours: float, speed: float, images: int) -> int:
+    """Epochs of ``images`` that take so many hours at ``speed`` images/s, at least 1."""
+    most = max(EPOCHS, IMAGES_SEEN // images)
+    return max(1, min(most, int(3600 * hours * speed / images)))
+
+
+def few_steps(steps: int) -> Iterator[str]:
+    """A warning for a run of too few steps to learn much."""
+    if steps < FEW_STEPS:
+        yield (
+            f"only {steps} optimizer steps: too few to learn much. Give more --epochs (or --hours), a smaller --batch-size, or "
+            "a smaller --input-size, which makes a step cheaper"
+        )

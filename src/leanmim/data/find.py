@@ -1,0 +1,97 @@
+"""Which image files a folder, a pattern or a list stands for."""
+
+import os
+from collections.abc import Iterable
+from glob import glob
+from pathlib import Path
+from typing import TypeVar
+
+from leanmim.errors import UserError
+
+SUFFIXES = {".avif", ".bmp", ".gif", ".j2k", ".jp2", ".jpeg", ".jpg", ".jpx", ".png", ".tif", ".tiff", ".webp"}
+FORMATS = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
+TAKES = "--data takes a folder of images, a pattern such as 'photos/*/raw', or a .txt list of images"
+Name = TypeVar("Name", str, Path)
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """Every image file below a folder, sorted, hidden files left out.
+
+    Raises:
+        UserError: the folder is missing, empty, or holds no images.
+    """
+    root = Path(folder)
+    if not root.exists():
+        raise UserError(f"there is no folder {str(root)!r}; {TAKES}")
+    if not root.is_dir():
+        raise UserError(f"{str(root)!r} is a file; {TAKES}")
+    files = walk(root)
+    images = images_among(files)
+    if not images:
+        what = f"{len(files)} files but no images" if files else "no files"
+        raise UserError(f"{str(root)!r} holds {what}; leanmim reads {FORMATS}")
+    return images
+
+
+def match_images(pattern: str) -> list[Path]:
+    """Every image file that matches a pattern (``*``, ``?``, ``[]``, ``**``) or lies below a folder that does, sorted.
+
+    Raises:
+        UserError: there are none.
+    """
+    matches = [Path(match) for match in glob(pattern, recursive=True)]
+    files = [file for match in matches for file in (walk(match) if match.is_dir() else [match])]
+    images = once(images_among(files))
+    if not images:
+        what = f"matches {len(files)} files but no images" if files else "matches no files"
+        raise UserError(f"{pattern!r} {what}; leanmim reads {FORMATS}")
+    return images
+
+
+def read_list(path: Path) -> list[str]:
+    """The lines of a list of image files, one path a line, relative to the list's folder; empty lines are left out.
+
+    Raises:
+        UserError: there are no lines, or some name no file.
+    """
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the list {str(path)!r} cannot be read ({error}); it is text in UTF-8, one path a line"
+        ) from error
+    if not lines:
+        raise UserError(f"the list {str(path)!r} is empty; it holds the paths of image files, one a line")
+    if missing := [line for line in lines if not (path.parent / line).is_file()]:
+        more = ", ..." if len(missing) > 3 else ""
+        raise UserError(
+            f"{len(missing)} of {len(lines)} lines of {str(path)!r} name no file: {', '.join(missing[:3])}{more}; "
+            f"paths are absolute or relative to {str(path.parent.absolute())!r}"
+        )
+    return once(lines, path.parent)
+
+
+def walk(root: Path) -> list[Path]:
+    """Every file below a folder, hidden ones left out; links are followed, and no folder is visited twice."""
+    files: list[Path] = []
+    seen: set[str] = set()
+    for here, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(here)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real not in seen:
+            files += [Path(here, name) for name in names if not name.startswith(".")]
+        seen.add(real)
+    return files
+
+
+def images_among(files: Iterable[Path]) -> list[Path]:
+    """The files with the suffix of an image, sorted."""
+    return sorted(file for file in files if file.suffix.lower() in SUFFIXES)
+
+
+def once(paths: Iterable[Name], root: str | Path = "") -> list[Name]:
+    """The paths, without those that lead to the same file as an earlier one; relative paths begin at ``root``."""
+    first: dict[str, Name] = {}
+    for path in paths:
+        first.setdefault(os.path.realpath(os.path.join(root, path)), path)
+    return list(first.values())

@@ -1,0 +1,161 @@
+"""The numbers of a run in place of every ``auto``, by the rules of `leanmim.auto`; the memory guard."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from leanmim.auto import HOURS, MOST, epochs_within, images_a_step, peak_rate
+from leanmim.caches import empty_caches
+from leanmim.config import Pretrain, parse_bytes
+from leanmim.costs import StepCost, readable
+from leanmim.data import Source
+from leanmim.encoders import Encoder, encoder_of
+from leanmim.encoders.backbone import backbone_of
+from leanmim.errors import UserError
+from leanmim.factory import decoder_shape
+from leanmim.planner import available, average_throughput, fit
+from leanmim.processes import Process
+from leanmim.recipes import hyphens
+from leanmim.run import Run
+
+CHOSEN = ("epochs", "batch_size", "blr", "decoder_depth", "decoder_width", "decoder_heads")
+
+
+def right_sized(
+    config: Pretrain, run: Run, source: Source, process: Process, device: torch.device
+) -> tuple[Pretrain, list[str]]:
+    """The configuration with numbers in place of every ``auto``.
+
+    A run that is continued keeps the numbers that it began with.
+
+    Returns:
+        The configuration, and what was chosen, for people to read.
+
+    Raises:
+        UserError: not even one image fits the memory, or the step's images do not divide among the processes.
+    """
+    config, kept = as_begun(config, {} if config.overwrite else run.stored(), process.world)
+    encoder = untrained_encoder(config)
+    chosen: list[str] = []
+    if "auto" in (config.decoder_depth, config.decoder_width, config.decoder_heads):
+        depth, width, heads = decoder_shape(config, encoder)
+        config = replace(config, decoder_depth=depth, decoder_width=width, decoder_heads=heads)
+        chosen.append(f"decoder {depth} x {width}")
+    if config.epochs == "auto":
+        hours = config.hours or HOURS
+        speed = process.world * min(process.gather(trial_speed(config, source, process, device)))
+        config = replace(config, epochs=epochs_within(hours, speed, len(source)))
+        chosen.append(f"{config.epochs} epochs, for {hours:g} hours at {speed:.0f} images/s")
+        config.check()
+    if config.batch_size == "auto":
+        effective = config.effective_batch
+        if effective == "auto":
+            effective = images_a_step(int(config.epochs) * len(source), len(source) // process.world) * process.world
+        elif effective > len(source):
+            raise UserError(
+                f"--effective-batch {effective} is more than the {len(source)} images in {config.data!r}; give "
+                f"--effective-batch {len(source)} or fewer, or auto"
+            )
+        config, cost, memory = batch_that_fits(config, effective, process, device)
+        fits = f"{readable(cost.peak_bytes)} predicted of {readable(memory)}"
+        chosen.append(f"batch {config.batch_size} x accum {config.accum}, {fits}")
+    effective = int(config.batch_size) * config.accum * process.world
+    if config.lr is None and config.blr == "auto":
+        rate = peak_rate(effective, encoder.widths[-1])
+        config = replace(config, blr=rate * 256 / effective)
+        chosen.append(f"lr {rate:.2g}")
+    elif config.lr is not None:
+        config = replace(config, blr=config.lr * 256 / effective, lr=None)
+    config = replace(config, effective_batch=effective)
+    notes = [f"auto: {'; '.join(chosen)}"] if chosen else []
+    if kept:
+        notes.append("as this run began: " + ", ".join(f"{hyphens(key)} {value:.4g}" for key, value in kept.items()))
+    return config, notes
+
+
+def as_begun(config: Pretrain, stored: dict[str, Any], world: int) -> tuple[Pretrain, dict[str, int | float]]:
+    """What is ``auto`` as it is stored; the batch only if it makes up the same step with this number of processes.
+
+    Returns:
+        The configuration, and the fields that were taken over.
+    """
+    kept = {key: stored[key] for key in CHOSEN if getattr(config, key) == "auto" and is_number(stored.get(key))}
+    if "batch_size" in kept and is_number(stored.get("accum")):
+        step = kept["batch_size"] * stored["accum"] * world
+        wanted = stored.get("effective_batch", step) if config.effective_batch == "auto" else config.effective_batch
+        if step == wanted:
+            kept["accum"] = stored["accum"]
+        else:
+            del kept["batch_size"]
+            kept["effective_batch"] = wanted
+    return replace(config, **kept), kept
+
+
+def is_number(value: Any) -> bool:
+    """Whether a stored value is a number."""
+    return isinstance(value, int | float)
+
+
+def untrained_encoder(config: Pretrain) -> Encoder:
+    """The encoder without memory, to know its shape."""
+    backbone = backbone_of(config, config.depth, device="meta")
+    with empty_caches(), FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
+        return encoder_of(config, backbone.to_empty(device="cpu"))
+
+
+def trial_speed(config: Pretrain, source: Source, process: Process, device: torch.device) -> float:
+    """Images per second of this process in a few real steps of the largest batch that fits."""
+    most = min(MOST, len(source))
+    trial = replace(config, blr=0.0, phase_batches=(), phase_accums=(), phase_blrs=())
+    trial, _, _ = batch_that_fits(trial, most * process.world, process, device)
+    return average_throughput(trial, source, device)
+
+
+def batch_that_fits(
+    config: Pretrain, effective: int, process: Process, device: torch.device
+) -> tuple[Pretrain, StepCost, int]:
+    """Batch and accumulation for so many images a step, the predicted cost, and the memory that it must fit.
+
+    Raises:
+        UserError: not even one image fits, or the images do not divide among the processes.
+    """
+    world = process.world
+    if effective % world:
+        raise UserError(f"--effective-batch {effective} does not divide among {world} processes")
+    memory = memory_of(config, process, device)
+    found = fit(replace(config, batch_size=1), effective // world, memory, device)
+    if found is None:
+        raise UserError(
+            f"--batch-size auto: not even one image fits into {readable(memory)}; choose a smaller --model or "
+            "--input-size, or give more --memory"
+        )
+    return *found, memory
+
+
+def memory_of(config: Pretrain, process: Process, device: torch.device) -> int:
+    """Bytes that a process may use; the same number for all, so that they choose alike."""
+    free = min(process.gather(parse_bytes(config.memory) or available(device)))
+    return free // (1 if device.type == "cuda" else process.world)
+
+
+def guard_memory(config: Pretrain, predicted: StepCost, process: Process, device: torch.device) -> None:
+    """Refuse a run that is predicted to need more memory than there is.
+
+    Raises:
+        UserError: it does; the message names a batch that fits.
+    """
+    memory = memory_of(config, process, device)
+    if predicted.peak_bytes <= memory:
+        return
+    effective = int(config.batch_size) * config.accum
+    found = fit(replace(config, phase_batches=(), phase_accums=()), effective, memory, device)
+    remedy = "not even one image fits: choose a smaller --model or --input-size"
+    if found:
+        fitting = found[0]
+        remedy = f"--batch-size {fitting.batch_size} --accum {fitting.accum} fits, or give --batch-size auto"
+    raise UserError(
+        f"{readable(predicted.peak_bytes)} of memory are predicted at the peak, and {readable(memory)} are free; {remedy}. "
+        "--memory none starts the run all the same"
+    )

@@ -1,0 +1,41 @@
+"""How the images of a figure are arranged."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from leanmim.config import Pretrain, Show
+from leanmim.pictures import show
+from tests.drawn import Drawn, names, run_of
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
+    return Drawn(monkeypatch)
+
+
+@pytest.mark.parametrize(("count", "rows"), [(3, 3), (4, 2), (5, 3), (8, 4)])
+def test_from_four_images_on_two_share_a_row(tiny: Pretrain, drawn: Drawn, count: int, rows: int) -> None:
+    with Image.open(show(Show(run=str(run_of(tiny)), count=count))) as picture:
+        assert picture.width == (819 if count < 4 else 1638)
+        assert picture.height == pytest.approx((rows * 2.0 + 0.8) * 130, abs=2)
+    assert len(drawn.rows) == len(names(drawn)) == count
+    assert drawn.texts.count("original") == (1 if count < 4 else 2)
+
+
+def test_images_follow_each_other_along_the_rows(tiny: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: figures.append(figure))
+    show(Show(run=str(run_of(tiny)), count=5))
+    axes = np.array(figures[0].axes).reshape(3, 6)
+    labels = [[axis.get_ylabel() for axis in row[::3]] for row in axes]
+    assert labels == [["astronaut.jpg", "canyon.jpg"], ["citrus.jpg", "dandelion.jpg"], ["lemur.jpg", ""]]
+    assert [axis.axison for axis in axes[2]] == [True] * 3 + [False] * 3  # where no sixth image is
+
+
+def test_four_columns_stay_one_image_a_row(tiny: Pretrain) -> None:
+    with Image.open(show(Show(run=str(run_of(replace(tiny, throw=0.5))), count=4))) as picture:
+        assert (picture.width, picture.height) == (1092, pytest.approx((4 * 2.0 + 0.8) * 130, abs=2))
