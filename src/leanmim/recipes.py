@@ -18,7 +18,8 @@ from leanmim.config import Config, Cost, Logging, Plan, Pretrain
 from leanmim.errors import UserError
 
 MAE = Pretrain(data="", out="", recipe="mae")
-"""Masked autoencoder (arXiv 2111.06377): 75 % of the patches dropped, 8 x 512 decoder, normalised pixels.
+"""Masked autoencoder (arXiv 2111.06377): 75 % of the patches dropped, 8 x 512 decoder (smaller below
+ViT-B), normalised pixels.
 
     leanmim pretrain mae --data photos --model vit_small_patch16_224 --out run
 
@@ -98,7 +99,7 @@ half of all patches are thrown, and filled in from the others by one thin attent
 """
 
 BIM = replace(MAE, recipe="bim", segments=4, mask_ratio=(0.72, 0.78))
-"""BIM (arXiv 2311.17218): MAE in four segments, each with its own 1 x 512 decoder and loss; no gradient crosses a
+"""BIM (arXiv 2311.17218): MAE in four segments, each with its own decoder of one layer and loss; no gradient crosses a
 border, and later segments see fewer patches (the paper names no ratios; these are ours).
 
     leanmim pretrain bim --data photos --model vit_base_patch16_224 --out run

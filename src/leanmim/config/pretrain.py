@@ -252,10 +252,12 @@ class Pretrain(Logging, Machine, Optimisation, Model):
         if self.batch_size == "auto":
             if self.phase_batches or self.phase_accums:
                 raise UserError(
-                    "--batch-size auto chooses batch and accumulation itself; leave those of the phases out"
+                    "--batch-size auto chooses batch and accumulation itself; leave those of the phases out, or give --batch-size"
                 )
             if self.accum != 1:
-                raise UserError("--batch-size auto chooses --accum itself; leave --accum out, set --effective-batch")
+                raise UserError(
+                    "--batch-size auto chooses --accum itself; leave --accum out and set --effective-batch, or give --batch-size"
+                )
         if self.lr is not None and (self.blr != "auto" or self.phase_blrs):
             raise UserError("--lr and --blr are two ways to give the learning rate; leave one out")
         if self.hours is not None and not 0 < self.hours < math.inf:
