@@ -31,9 +31,9 @@ from leanmim.config import Pretrain, Probe
 from leanmim.costs import count
 from leanmim.data import list_images
 from leanmim.encoders.segments import cuts
-from leanmim.evaluate.features import extract, subjects
-from leanmim.evaluate.knn import knn_accuracy
-from leanmim.evaluate.probe import fast_probe
+from leanmim.evaluators.features import extract, subjects
+from leanmim.evaluators.knn import knn_accuracy
+from leanmim.evaluators.probe import fast_probe
 from leanmim.recipes import published
 
 BASELINES = {"pixels": "raw pixels", "random": "random initialisation"}

@@ -18,9 +18,9 @@ from ablate import link_subset
 from leanmim.data import Normalise, centre_crop, labelled_pair
 from leanmim.decoder import sincos
 from leanmim.encoders.backbone import Backbone
-from leanmim.evaluate.features import embedding, extract
-from leanmim.evaluate.knn import knn_accuracy
-from leanmim.evaluate.probe import fast_probe
+from leanmim.evaluators.features import embedding, extract
+from leanmim.evaluators.knn import knn_accuracy
+from leanmim.evaluators.probe import fast_probe
 from leanmim.masking import Grid
 
 POSITIONS = ("interpolated", "sine-cosine")

@@ -86,21 +86,28 @@ SMALL = "vit_small_patch16_224"
 FEW = Trial(seen=48_000)
 THOUSANDS = replace(FEW, images=2000, seen=36_000)
 ALL = replace(THOUSANDS, images=9469)
-LARGER = replace(THOUSANDS, model=SMALL, size=128, seen=12_000, decoder=(4, 256))
+TINY128 = replace(FEW, size=128, seen=24_000)
+SMALL96 = replace(FEW, model=SMALL, seen=16_000, decoder=(4, 256))
+SMALL128 = replace(SMALL96, size=128, seen=12_000)
 DECODERS = ((1, 128), (1, 192), (2, 128), (4, 128), (8, 128), (4, 256), (8, 512))
 BY_RULE = dict(batch=None, lr=None, decoder=None)
+HAND = [
+    *(replace(FEW, lr=lr) for lr in (1.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)),
+    replace(FEW, batch=256, lr=2e-3),
+    *(replace(trial, lr=lr) for trial in (THOUSANDS, ALL) for lr in (1e-3, 2e-3)),
+    *(replace(SMALL128, images=2000, lr=lr) for lr in (5e-4, 1e-3)),
+    *(replace(TINY128, images=images, lr=2e-3) for images in (600, 2000, 9469)),
+    *(replace(SMALL96, images=images, lr=5e-4) for images in (600, 2000, 9469)),
+    *(replace(SMALL128, images=images, lr=5e-4) for images in (600, 9469)),
+]
+GRID = [FEW, THOUSANDS, ALL, *(replace(shape, images=images) for shape in (TINY128, SMALL96, SMALL128) for images in
+                               (600, 2000, 9469))]  # fmt: skip
 EXPERIMENTS: dict[str, list[Trial]] = {
-    "rate": [
-        *(replace(FEW, lr=lr) for lr in (1.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)),
-        replace(FEW, batch=256, lr=2e-3),
-        *(replace(THOUSANDS, lr=lr) for lr in (1e-3, 2e-3)),
-        *(replace(ALL, lr=lr) for lr in (1e-3, 2e-3)),
-        *(replace(LARGER, lr=lr) for lr in (5e-4, 1e-3)),
-    ],
+    "auto": [replace(trial, **BY_RULE, seed=seed) for seed in (0, 1) for trial in GRID],
+    "rate": HAND,
     "decoder": [
         replace(THOUSANDS, size=128, decoder=decoder, like=(2, 128), seen=16_000) for decoder in DECODERS
     ],
-    "auto": [replace(trial, **BY_RULE) for trial in (FEW, THOUSANDS, ALL, LARGER)],
 }  # fmt: skip
 
 
@@ -160,6 +167,7 @@ def row(found: dict[str, Any]) -> dict[str, Any]:
         "model": trial["model"].removesuffix("_patch16_224"),
         "px": trial["size"],
         "chosen": "by hand" if trial["batch"] else "auto",
+        "seed": trial["seed"],
         "decoder": f"{config['decoder_depth']} x {config['decoder_width']}",
         "batch": config["batch_size"] * config["accum"],
         "lr": f"{lr:.2g}",

@@ -25,7 +25,7 @@ SWIN = "swin_tiny_patch4_window7_224"
 def captured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Configurations that the commands were called with, instead of calling them."""
     found: list[Any] = []
-    for place in ("leanmim.train.pretrain.pretrain", "leanmim.evaluate.knn.knn", "leanmim.evaluate.probe.probe"):
+    for place in ("leanmim.train.pretrain.pretrain", "leanmim.evaluators.knn.knn", "leanmim.evaluators.probe.probe"):
         monkeypatch.setattr(place, lambda config: found.append(config) or iter(()))
     return found
 
@@ -213,7 +213,7 @@ def test_an_interrupt(
     def interrupted(config: Any) -> None:
         raise KeyboardInterrupt
 
-    for place in ("leanmim.train.pretrain.pretrain", "leanmim.evaluate.knn.knn"):
+    for place in ("leanmim.train.pretrain.pretrain", "leanmim.evaluators.knn.knn"):
         monkeypatch.setattr(place, interrupted)
     with pytest.raises(SystemExit) as end:
         main([*name.split(), "--data", "d"])

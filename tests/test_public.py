@@ -32,7 +32,7 @@ def check():
         assert isinstance(getattr(leanmim, name), types.FunctionType), (name, getattr(leanmim, name))
 
 check()
-import leanmim.costs, leanmim.train.pretrain, leanmim.evaluate.knn
+import leanmim.costs, leanmim.train.pretrain, leanmim.evaluators.knn
 check()
 for module in pkgutil.walk_packages(leanmim.__path__, "leanmim."):
     if module.name != "leanmim.__main__":

@@ -11,7 +11,7 @@ import torch
 from leanmim.config import Export, Knn
 from leanmim.decoder import sincos
 from leanmim.errors import UserError
-from leanmim.evaluate.knn import knn
+from leanmim.evaluators.knn import knn
 from leanmim.factory import build
 from leanmim.formats import export
 from leanmim.weights import carry_over, initialise, load_backbone, restore

@@ -19,8 +19,8 @@ if TYPE_CHECKING:  # for type checkers and editors; when run, a name is imported
     from leanmim.data import SOURCES
     from leanmim.encoders import MASKINGS
     from leanmim.errors import UserError
-    from leanmim.evaluate.knn import knn as _knn
-    from leanmim.evaluate.probe import probe as _probe
+    from leanmim.evaluators.knn import knn as _knn
+    from leanmim.evaluators.probe import probe as _probe
     from leanmim.factory import build
     from leanmim.formats import export as _export
     from leanmim.mim import MIM
@@ -47,8 +47,8 @@ _NAMES = {
     "data": "SOURCES",
     "encoders": "MASKINGS",
     "errors": "UserError",
-    "evaluate.knn": "knn",
-    "evaluate.probe": "probe",
+    "evaluators.knn": "knn",
+    "evaluators.probe": "probe",
     "factory": "build",
     "formats": "export",
     "mim": "MIM",

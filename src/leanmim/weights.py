@@ -204,14 +204,21 @@ def initialise(model: MIM, source: str, channels: int = 3) -> str:
     if not path.is_file():
         weights, source = published(source, channels)
     else:
-        try:
-            weights = timm.models.load_state_dict(os.fspath(path), use_ema=True)
-        except Exception as error:  # safetensors and torch raise many kinds for damaged files
-            raise UserError(
-                f"--init {source!r} is damaged or not a checkpoint ({type(error).__name__}: {error})"
-            ) from error
+        weights = read_weights(path, f"--init {source!r}")
     fit_backbone(model.encoder.backbone, weights, source)
     return f"encoder from {source}"
+
+
+def read_weights(path: Path, source: str) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint file of timm's; those of the moving average where there are some.
+
+    Raises:
+        UserError: it is damaged or no checkpoint; the message begins with ``source``.
+    """
+    try:
+        return timm.models.load_state_dict(os.fspath(path), use_ema=True)
+    except Exception as error:  # safetensors and torch raise many kinds for damaged files
+        raise UserError(f"{source} is damaged or not a checkpoint ({type(error).__name__}: {error})") from error
 
 
 def load_backbone(

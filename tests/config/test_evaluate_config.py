@@ -4,8 +4,8 @@ import pytest
 
 from leanmim.config import Knn, Probe
 from leanmim.errors import UserError
-from leanmim.evaluate.knn import knn
-from leanmim.evaluate.probe import probe
+from leanmim.evaluators.knn import knn
+from leanmim.evaluators.probe import probe
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from leanmim.encoders import make_encoder
-from leanmim.evaluate.features import embedding
+from leanmim.evaluators.features import embedding
 from leanmim.masking import Grid
 from tests.families import FAMILIES, HIERARCHICAL, backbone_of, families, fastmim, heaviest_patch, stages_of, tokens_of
 from tests.helpers import nothing_masked

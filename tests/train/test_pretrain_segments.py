@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from leanmim.config import Knn, Pretrain, Probe, Report
 from leanmim.data import IMAGENET, Crops, Folder, Normalise, collate, epoch_order, seed_of
-from leanmim.evaluate.knn import knn
-from leanmim.evaluate.probe import probe
+from leanmim.evaluators.knn import knn
+from leanmim.evaluators.probe import probe
 from leanmim.factory import build
 from leanmim.page import report
 from leanmim.run import Run, load
@@ -82,7 +82,7 @@ def test_interrupted_and_continued_is_bit_identical(
 def test_depths_are_evaluated_and_compared_in_the_report(
     trained: Pretrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("leanmim.evaluate.features.latency", lambda embed, image: 0.25)
+    monkeypatch.setattr("leanmim.evaluators.features.latency", lambda embed, image: 0.25)
     title = "Accuracy against depth"
     run = Run(Path(trained.out))
     options = dict(run=trained.out, data=three_classes(tmp_path), device="cpu", workers=0)

@@ -21,9 +21,9 @@ from leanmim.data import (
     statistics,
 )
 from leanmim.device import resolve_precision
-from leanmim.evaluate.accuracy import Accuracy
-from leanmim.evaluate.features import embedding, extract
-from leanmim.evaluate.knn import knn_accuracy
+from leanmim.evaluators.accuracy import Accuracy
+from leanmim.evaluators.features import embedding, extract
+from leanmim.evaluators.knn import knn_accuracy
 from leanmim.factory import build
 from leanmim.mim import MIM
 from leanmim.placement import offloads, place

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from leanmim.config import Knn, Pretrain, Probe
 from leanmim.data import Normalise, centre_crop, labelled_pair
 from leanmim.errors import UserError
-from leanmim.evaluate.accuracy import Accuracy
-from leanmim.evaluate.features import embedding, extract, random_backbone, raw_pixels, subjects
-from leanmim.evaluate.knn import knn
-from leanmim.evaluate.probe import probe
+from leanmim.evaluators.accuracy import Accuracy
+from leanmim.evaluators.features import embedding, extract, random_backbone, raw_pixels, subjects
+from leanmim.evaluators.knn import knn
+from leanmim.evaluators.probe import probe
 from leanmim.factory import build
 from leanmim.run import Run
-from tests.evaluate.samples import COLOURS, CPU, forks, swin
+from tests.evaluators.samples import COLOURS, CPU, forks, swin
 
 
 def shaken(config: Pretrain) -> nn.Module:

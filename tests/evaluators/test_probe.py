@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from leanmim.config import Pretrain, Probe
 from leanmim.data import Labelled, Normalise, centre_crop, labelled_pair
-from leanmim.evaluate import probe as probe_module
-from leanmim.evaluate.features import Features, Subject, embedding
-from leanmim.evaluate.probe import fast_probe, lars_probe, probe
+from leanmim.evaluators import probe as probe_module
+from leanmim.evaluators.features import Features, Subject, embedding
+from leanmim.evaluators.probe import fast_probe, lars_probe, probe
 from leanmim.run import load
 from leanmim.weights import load_backbone
-from tests.evaluate.samples import CPU, clusters
+from tests.evaluators.samples import CPU, clusters
 from tests.runs import untrained
 
 

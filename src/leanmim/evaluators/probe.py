@@ -17,8 +17,8 @@ from torchvision.transforms import v2
 
 from leanmim.config import Probe
 from leanmim.data import epoch_order, loader, seed_of
-from leanmim.evaluate.accuracy import Accuracy
-from leanmim.evaluate.features import Features, Subject, extract, extract_pair, record, subjects
+from leanmim.evaluators.accuracy import Accuracy
+from leanmim.evaluators.features import Features, Subject, extract, extract_pair, record, subjects
 from leanmim.loop import Loop
 from leanmim.processes import ALONE
 from leanmim.run import Run

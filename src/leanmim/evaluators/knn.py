@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from leanmim.config import Knn
-from leanmim.evaluate.accuracy import Accuracy
-from leanmim.evaluate.features import Features, extract_pair, record, subjects
+from leanmim.evaluators.accuracy import Accuracy
+from leanmim.evaluators.features import Features, extract_pair, record, subjects
 
 
 def knn_accuracy(train: Features, val: Features, k: int = 20, temperature: float = 0.07) -> Accuracy:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from leanmim.config import Knn
-from leanmim.evaluate.features import latency
-from leanmim.evaluate.knn import knn
+from leanmim.evaluators.features import latency
+from leanmim.evaluators.knn import knn
 from leanmim.run import Run
 from tests.helpers import fake_run, in_segments, three_classes
 

@@ -10,9 +10,9 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from leanmim.config import Knn, Pretrain
-from leanmim.evaluate.features import Features
-from leanmim.evaluate.knn import knn, knn_accuracy
-from tests.evaluate.samples import clusters, swin
+from leanmim.evaluators.features import Features
+from leanmim.evaluators.knn import knn, knn_accuracy
+from tests.evaluators.samples import clusters, swin
 from tests.runs import untrained
 
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from leanmim.config import Pretrain
-from tests.evaluate.samples import COLOURS
+from tests.evaluators.samples import COLOURS
 from tests.runs import untrained
 
 

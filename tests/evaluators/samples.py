@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from leanmim.config import Pretrain
-from leanmim.evaluate.features import Features
+from leanmim.evaluators.features import Features
 
 CPU = torch.device("cpu")
 

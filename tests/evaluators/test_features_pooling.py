@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import leanmim
-from leanmim.evaluate.features import embedding
+from leanmim.evaluators.features import embedding
 from leanmim.factory import build
 from leanmim.mim import MIM
 from leanmim.recipes import FASTMIM

@@ -7,7 +7,7 @@ import pickle
 import pytest
 from scipy.stats import binomtest
 
-from leanmim.evaluate.accuracy import Accuracy
+from leanmim.evaluators.accuracy import Accuracy
 
 
 @pytest.mark.parametrize(("right", "images"), [(0, 5), (5, 5), (1, 1), (348, 600), (7, 80), (41_234, 50_000)])

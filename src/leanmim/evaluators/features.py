@@ -23,7 +23,7 @@ from leanmim.device import device_name, resolve_device
 from leanmim.encoders import encoder_of
 from leanmim.encoders.backbone import Backbone, as_tokens, full_depth
 from leanmim.errors import UserError
-from leanmim.evaluate.accuracy import Accuracy
+from leanmim.evaluators.accuracy import Accuracy
 from leanmim.progress import track
 from leanmim.run import Run
 from leanmim.weights import load_backbone, truncated

@@ -1,0 +1,159 @@
+"""The configuration of `leanmim finetune`."""
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from tyro.conf import Positional
+
+from leanmim.config.base import (
+    Auto,
+    Logging,
+    Machine,
+    Number,
+    Optimisation,
+    Precision,
+    check_ranges,
+    check_size,
+    flag,
+    parse_bytes,
+)
+from leanmim.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Logging, Machine, Optimisation):
+    """Everything that defines a fine-tuning. The recipes are values of this class; ``auto`` is the recipe's number."""
+
+    FREE: ClassVar[frozenset[str]] = frozenset(
+        {
+            "start",
+            "data",
+            "out",
+            "workers",
+            "overwrite",
+            "checkpoint_minutes",
+            "log_every",
+            "memory",
+            "effective_batch",
+            "hours",
+        }
+    )
+
+    start: Positional[str]
+    """A run folder of `leanmim pretrain` or `leanmim finetune`, an exported folder, a checkpoint file of timm (with --model),
+    timm's name of published weights, or scratch (with --model): a random initialisation, the baseline to beat."""
+    data: str
+    """Labelled folder with train/CLASS and val/CLASS. Without val, or with class folders only, a share of the images is
+    held out (--val-share)."""
+    out: str
+    """Run folder. The same command again continues the run in it."""
+    recipe: str = "auto"
+    """mae, simmim-swin, fastmim or fastmim-swin: as published; small: for hundreds to thousands of images. auto is small below
+    20,000 training images, above it that of the start."""
+
+    model: str | None = None
+    """timm's name of the architecture; for a checkpoint file and scratch."""
+    model_kwargs: dict[str, Number] = field(default_factory=dict)
+    """Further arguments for timm.create_model, as pairs; for a checkpoint file and scratch."""
+    input_size: tuple[int, ...] = ()
+    """Pixels: one number for a square, or height and width. Empty is the start's own."""
+    channels: Literal[1, 3] | None = None
+    """Image channels; None is the start's own."""
+    depth: int | None = None
+    """Only the first blocks or stages: of a run with --segments, up to the end of a segment."""
+    pool: Literal["auto", "avg", "token"] = "auto"
+    """Of a ViT: mean of the patch tokens and a fresh norm (MAE), or the class token and the trained norm. auto is the mean for
+    a leanmim run and scratch, and what the model has for other weights."""
+
+    label_share: float | None = None
+    """Train with this share of the labels of each class, at least one; the chosen files are recorded."""
+    labels_per_class: int | None = None
+    """Train with so many labels a class at most."""
+    val_share: float = 0.1
+    """Where there is no val folder: the share of each class that is held out."""
+    class_weights: Literal["auto", "none", "balanced"] = "auto"
+    """Weight of each class in the loss: none, or the inverse of its share of the images. auto is balanced where the largest
+    class has more than three times the images of the smallest."""
+
+    blr: float | Auto = "auto"
+    """Base learning rate: lr = blr x effective batch / 256."""
+    warmup_epochs: float | Auto | None = "auto"
+    """Linear warm-up in epochs."""
+    weight_decay: float | Auto = "auto"
+    """AdamW's weight decay; never on biases, norms, tokens, nor on what the backbone itself exempts."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's betas."""
+    clip_grad: float | Auto = "auto"
+    """Largest norm of the gradient; 0 is no clipping."""
+    min_lr: float | Auto = "auto"
+    """Learning rate at the end of the schedule."""
+    layer_decay: float | Auto = "auto"
+    """The learning rate of a layer is that of the layer above times this."""
+    drop_path: float | Auto = "auto"
+    """Stochastic depth: the rate of the last block; it rises linearly."""
+    mixup: float | Auto = "auto"
+    """Mixup's alpha; 0 is no Mixup."""
+    cutmix: float | Auto = "auto"
+    """CutMix's alpha; 0 is no CutMix."""
+    mixup_switch: float = 0.5
+    """Probability of CutMix where both are on."""
+    smoothing: float | Auto = "auto"
+    """Label smoothing."""
+    randaugment: str = "auto"
+    """timm's string, as rand-m9-mstd0.5-inc1; none is none."""
+    erase: float | Auto = "auto"
+    """Probability of random erasing."""
+    crop_scale: tuple[float, float] | Auto = "auto"
+    """RandomResizedCrop: share of the image's area."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    ema: float | Auto = "auto"
+    """Decay of the moving average of the weights, which is then evaluated and kept; 0 is none."""
+    head_init: float = 2e-5
+    """Standard deviation of the new head's weights."""
+    crop: float | None = None
+    """Evaluation: share of the resized image's side kept by the centre crop; None is 0.875 from 128 px on, 1 below."""
+
+    precision: Precision = "auto"
+    """Of the forward pass; auto is bf16 on GPUs that have it, fp32 elsewhere."""
+    compile: bool = False
+    """torch.compile the model: slower start, faster steps."""
+    seed: int = 0
+    """Seed of the head, the split, the order, the augmentations."""
+
+    @property
+    def warmup(self) -> float:
+        """Resolved warm-up, epochs; these are numbers."""
+        return self.warmup_share * int(self.epochs) if self.warmup_epochs in (None, "auto") else float(self.warmup_epochs)
+
+    def check(self) -> None:
+        """Raise UserError for an impossible value."""
+        check_size(self.input_size or (1,))
+        check_ranges(
+            self,
+            ("epochs", 1, None), ("batch_size", 1, None), ("accum", 1, None), ("effective_batch", 1, None),
+            ("blr", 0, None), ("lr", 0, None), ("weight_decay", 0, None), ("clip_grad", 0, None), ("min_lr", 0, None),
+            ("layer_decay", 0.01, 1), ("drop_path", 0, 1), ("mixup", 0, None), ("cutmix", 0, None), ("mixup_switch", 0, 1),
+            ("smoothing", 0, 1), ("erase", 0, 1), ("flip", 0, 1), ("ema", 0, 1), ("head_init", 0, None),
+            ("label_share", 0, 1), ("labels_per_class", 1, None), ("val_share", 0.01, 0.9), ("depth", 1, None),
+            ("workers", -1, None), ("log_every", 1, None), ("checkpoint_minutes", 0, None), ("seed", 0, None),
+            ("warmup_share", 0, 1), ("warmup_epochs", 0, None),
+        )  # fmt: skip
+        parse_bytes(self.memory)
+        if self.crop is not None:
+            check_ranges(self, ("crop", 0.01, 1))
+        if self.label_share is not None and self.labels_per_class is not None:
+            raise UserError("--label-share and --labels-per-class are two ways to choose labels; leave one out")
+        if self.label_share == 0:
+            raise UserError("--label-share 0 leaves no labels; give a share above 0")
+        if self.lr is not None and self.blr != "auto":
+            raise UserError("--lr and --blr are two ways to give the learning rate; leave one out")
+        if self.batch_size == "auto" and self.accum != 1:
+            raise UserError(
+                "--batch-size auto chooses --accum itself; leave --accum out and set --effective-batch, or give --batch-size"
+            )
+        if self.hours is not None and not 0 < self.hours < math.inf:
+            raise UserError(f"--hours {self.hours} must be above 0")
+        if self.schedule == "step":
+            raise UserError(f"{flag('schedule')} step is for pre-training; choose cosine or constant")

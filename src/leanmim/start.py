@@ -1,0 +1,199 @@
+"""What fine-tuning, probing and embedding start from: a run, weights of timm's, or nothing."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanmim.config import Pretrain
+from leanmim.config.base import Model
+from leanmim.data import IMAGENET
+from leanmim.encoders.backbone import Backbone, backbone_of, check_name, shallower
+from leanmim.errors import UserError
+from leanmim.published import published_model
+from leanmim.run import Run, load
+from leanmim.weights import fit_backbone, load_backbone, read_weights, rebuild, truncated
+
+SCRATCH = "scratch"
+TAKES = (
+    "a run folder, an export folder or local-dir:FOLDER, a checkpoint file of timm (with --model), timm's name of published "
+    "weights as vit_small_patch16_224.augreg_in21k, hf-hub:OWNER/NAME, or scratch (with --model)"
+)
+
+
+@dataclass(frozen=True)
+class Start:
+    """An encoder: its architecture, its weights, and the statistics of the images it knows."""
+
+    model: Model
+    """Architecture, input size and channels; the model as a whole, also where only its first layers were trained."""
+    weights: dict[str, Tensor] | None
+    """By timm's names, at their own input size, without a head that is asked for; None is a random initialisation."""
+    mean: list[float]
+    std: list[float]
+    origin: str
+    """For people to read."""
+    pretrained: Pretrain | None = None
+    """Of a pre-training run: its configuration."""
+    run: str | None = None
+    """Of a pre-training run: its folder."""
+    step: int = 0
+    """Of a run: its last step."""
+    depth: int | None = None
+    """Blocks or stages that were asked for; None is all."""
+    classes: tuple[str, ...] = ()
+    """Of a fine-tuned run or an exported classifier: what its head tells apart."""
+
+    @property
+    def name(self) -> str:
+        """Short, for tables: that of a run's folder, of weights, or scratch."""
+        return Path(self.run).name if self.run else self.origin
+
+    def encoder(self, input_size: tuple[int, int] | None = None, seed: int = 0) -> Backbone:
+        """The timm model without head, in evaluation mode.
+
+        Args:
+            input_size: height and width, px; None is the start's own.
+            seed: of a random initialisation.
+        """
+        size = input_size or self.model.size
+        if self.run:
+            return load_backbone(self.run, size, self.depth)[0]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            backbone = backbone_of(replace(self.model, input_size=size))
+        if self.weights is not None:
+            fit_backbone(backbone, self.weights, self.origin)
+        return backbone.eval()
+
+
+def open_start(
+    start: str,
+    model: str | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+    input_size: tuple[int, ...] = (),
+    channels: int | None = None,
+    depth: int | None = None,
+) -> Start:
+    """The encoder that a START names.
+
+    Args:
+        start: what `TAKES` says.
+        model: timm's name of the architecture; for a checkpoint file and scratch.
+        model_kwargs: further arguments of the architecture; for the same two.
+        input_size: px, one or two numbers; empty is the start's own.
+        channels: of the images; None is the start's own.
+        depth: only so many blocks or stages: of a run, up to the end of a segment.
+
+    Raises:
+        UserError: there is no such start, it cannot be read, or it needs (or does not take) an option.
+    """
+    path = Path(start.removeprefix("local-dir:"))
+    file = path.is_file() and path.suffix != ".pt"
+    if start == SCRATCH or file:
+        found = of_architecture(start, model, model_kwargs or {}, input_size, channels)
+    elif model or model_kwargs:
+        raise UserError(f"{start!r} has an architecture of its own: leave --model and --model-kwargs out")
+    elif (checkpoint := checkpoint_of(path)) is not None:
+        found = of_checkpoint(checkpoint, depth)
+    elif path.is_dir():
+        found = of_export(path)
+    else:
+        found = of_published(start, channels or 3)
+    if channels is not None and channels != found.model.channels:
+        raise UserError(f"--channels {channels}: {found.origin} has {found.model.channels}; leave --channels out")
+    if depth is not None and found.run is None:
+        found = cut(found, depth)
+    return replace(found, model=replace(found.model, input_size=input_size)) if input_size else found
+
+
+def checkpoint_of(path: Path) -> Path | None:
+    """The checkpoint of leanmim in a run folder, or the one that the path names; None if it is no run."""
+    if path.suffix == ".pt" and path.is_file():
+        return path
+    return Run(path).last if Run(path).last.is_file() else None
+
+
+def of_architecture(
+    start: str, model: str | None, model_kwargs: dict[str, Any], input_size: tuple[int, ...], channels: int | None
+) -> Start:
+    """A random initialisation, or a checkpoint file of timm's."""
+    if not model:
+        raise UserError(f"{start!r} says nothing of the architecture: give --model, timm's name of it")
+    check_name(model)
+    own = Model(model=model, model_kwargs=model_kwargs, input_size=input_size or (224,), channels=channels or 3)
+    weights = None if start == SCRATCH else read_weights(Path(start), repr(start))
+    mean, std = map(list, IMAGENET[own.channels])
+    origin = f"{model}, random initialisation" if weights is None else start
+    return Start(own, weights, mean, std, origin)
+
+
+def of_checkpoint(path: Path, depth: int | None) -> Start:
+    """A run of leanmim, of pre-training or of fine-tuning."""
+    state = load(path)
+    mean, std, step = state["mean"], state["std"], state["step"]
+    if "classes" in state:
+        own = Model(**{name: state["architecture"][name] for name in ("model", "model_kwargs", "input_size", "channels")})
+        return Start(own, state["model"], mean, std, f"{path}, fine-tuned", step=step, classes=tuple(state["classes"]))
+    folder = path.parent.parent if path.parent.name == "checkpoints" else None
+    config, mim = rebuild(state, str(folder or path))
+    own = Model(
+        model=config.model, model_kwargs=config.model_kwargs, input_size=config.input_size, channels=config.channels
+    )
+    backbone = truncated(mim.encoder, config, depth)
+    if depth is not None and depth != mim.encoder.depths[-1]:
+        own = replace(own, model_kwargs=own.model_kwargs | shallower(mim.encoder.backbone, depth))
+    weights = getattr(backbone, "backbone", backbone).state_dict()
+    origin = f"{folder or path}, {config.recipe}, {step} steps" + (f", depth {depth}" if depth else "")
+    return Start(own, weights, mean, std, origin, config, str(folder) if folder else None, step, depth)
+
+
+def of_export(folder: Path) -> Start:
+    """A folder with timm's config.json and weights: what `leanmim export` and timm write."""
+    file = folder / "config.json"
+    if not file.is_file() or not (folder / "model.safetensors").is_file():
+        raise UserError(
+            f"{str(folder)!r} is neither a run folder with a checkpoint (checkpoints/last.pt) nor an export folder "
+            f"(config.json, model.safetensors); give {TAKES}"
+        )
+    try:
+        described = json.loads(file.read_text(encoding="utf-8"))
+        name, known = described["architecture"], described["pretrained_cfg"]
+        channels, *size = known["input_size"]
+        mean, std = list(known["mean"]), list(known["std"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{str(file)!r} is not timm's description of a model ({type(error).__name__}: {error})") from error
+    arguments = {key: value for key, value in described.get("model_args", {}).items() if key not in ("img_size", "in_chans")}
+    own = Model(model=name, model_kwargs=arguments, input_size=tuple(size), channels=channels)
+    if name.startswith("swin_"):  # a window by our own rule follows the input size
+        ruled = [max(1, side // arguments.get("patch_size", 4) // 8) for side in size]
+        given = arguments.get("window_size")
+        if given in (ruled[0] if ruled[0] == ruled[-1] else None, ruled):
+            arguments.pop("window_size")
+    classes = described.get("label_names") or known.get("label_names") or ()
+    weights = read_weights(folder / "model.safetensors", repr(str(folder)))
+    return Start(own, weights, mean, std, str(folder), classes=tuple(classes))
+
+
+def of_published(name: str, channels: int) -> Start:
+    """Published weights of timm's."""
+    backbone, name = published_model(name, channels, "")
+    known: Any = backbone.pretrained_cfg
+    own = Model(model=known["architecture"], input_size=tuple(known["input_size"][1:]), channels=channels)
+    mean, std = (list(known[key]) if channels == 3 else list(IMAGENET[channels][i]) for i, key in enumerate(("mean", "std")))
+    return Start(own, backbone.state_dict(), mean, std, name)
+
+
+def cut(start: Start, depth: int) -> Start:
+    """Only the first blocks or stages of weights that are not a run's."""
+    whole = backbone_of(start.model, device="meta")
+    arguments = shallower(whole, depth)
+    if not arguments:
+        raise UserError(f"--depth {depth}: timm does not build {start.model.model} shorter; leave --depth out")
+    own = replace(start.model, model_kwargs=start.model.model_kwargs | arguments)
+    keys = backbone_of(own, device="meta").state_dict().keys()
+    weights = None if start.weights is None else {k: v for k, v in start.weights.items() if k in keys}
+    return replace(start, model=own, weights=weights, depth=depth, origin=f"{start.origin}, depth {depth}")
