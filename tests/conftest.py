@@ -8,15 +8,17 @@ import pytest
 import torch
 from timm import create_model
 
+from leanmim import config as configurations
 from leanmim.cli import main
-from leanmim.config import Cost, Export, Knn, Plan, Pretrain, Probe, Report, Show
+from leanmim.config import Config, Pretrain
 from leanmim.recipes import MAE, SIMMIM
 from tests.helpers import PHOTOS, PLAIN
 from tests.runs import Refused
 
 torch.set_num_threads(1)  # xdist runs one test a core
-for _kind in (Cost, Export, Knn, Plan, Pretrain, Probe, Report, Show):  # they take more than they declare, and check it
-    _kind.__init__ = inspect.unwrap(_kind.__init__)  # type: ignore[method-assign]
+for _kind in vars(configurations).values():  # they take more than they declare, and check it
+    if inspect.isclass(_kind) and issubclass(_kind, Config):
+        _kind.__init__ = inspect.unwrap(_kind.__init__)  # type: ignore[method-assign]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from tests.runs import Refused, contents, labelled, untrained
     ("line", "said"),
     [
         ("pretrian mae", "there is no command 'pretrian'; did you mean pretrain?"),
-        ("qqq", "there is no command 'qqq'; there are: pretrain, cost, plan, "),
+        ("qqq", "there is no command 'qqq'; there are: pretrain, finetune, predict, embed, cost, "),
         ("--data d", "give a command before --data"),
         ("", "give a command\n"),
         ("pretrain mea --data d --out o", "there is no recipe 'mea'; did you mean mae?"),

@@ -50,7 +50,10 @@ def test_the_readmes_commands_and_python_run(place: Path) -> None:
         if line.startswith(("make", "pip install")):
             continue  # tested below, and by whoever runs this
         line = line.replace("torchrun", f"{sys.executable} -m torch.distributed.run --standalone")
-        if "pretrain fastmim" in line:
+        if "finetune" in line:
+            scratch = "--input-size 32 --model-kwargs patch_size 8 embed_dim 32 depth 2 num_heads 2"
+            line = f"{line} {scratch if 'scratch' in line else ''} --epochs 1 --batch-size 2 --workers 0 --device cpu"
+        elif "pretrain fastmim" in line:
             line = f"{line.replace('pvt_v2_b2', 'pvt_v2_b0')} --input-size 64 --epochs 1 --batch-size 4 --device cpu"
         elif "pretrain bim" in line:
             line = f"{line} {SMALL.replace('depth 2', 'depth 4', 1)}"

@@ -14,11 +14,28 @@ from leanmim.by_name import by_name
 from leanmim.version import __version__
 
 if TYPE_CHECKING:  # for type checkers and editors; when run, a name is imported when it is first asked for
-    from leanmim.config import Cost, Export, Knn, Plan, Pretrain, Probe, Report, Show
+    from leanmim.classifier.finetune import finetune as _finetune
+    from leanmim.classifier.predict import predict as _predict
+    from leanmim.config import (
+        Cost,
+        Embed,
+        Evaluate,
+        Export,
+        Finetune,
+        Knn,
+        Plan,
+        Predict,
+        Pretrain,
+        Probe,
+        Report,
+        Show,
+    )
     from leanmim.costs import cost as _cost
     from leanmim.data import SOURCES
     from leanmim.encoders import MASKINGS
     from leanmim.errors import UserError
+    from leanmim.evaluators.embed import embed as _embed
+    from leanmim.evaluators.evaluate import evaluate as _evaluate
     from leanmim.evaluators.knn import knn as _knn
     from leanmim.evaluators.probe import probe as _probe
     from leanmim.factory import build
@@ -33,20 +50,28 @@ if TYPE_CHECKING:  # for type checkers and editors; when run, a name is imported
     from leanmim.weights import load_backbone, restore
 
     cost = by_name(_cost)
+    embed = by_name(_embed)
+    evaluate = by_name(_evaluate)
     export = by_name(_export)
+    finetune = by_name(_finetune)
     knn = by_name(_knn)
     plan = by_name(_plan)
+    predict = by_name(_predict)
     pretrain = by_name(_pretrain)
     probe = by_name(_probe)
     report = by_name(_report)
     show = by_name(_show)
 
 _NAMES = {
-    "config": "Cost Export Knn Plan Pretrain Probe Report Show",
+    "classifier.finetune": "finetune",
+    "classifier.predict": "predict",
+    "config": "Cost Embed Evaluate Export Finetune Knn Plan Predict Pretrain Probe Report Show",
     "costs": "cost",
     "data": "SOURCES",
     "encoders": "MASKINGS",
     "errors": "UserError",
+    "evaluators.embed": "embed",
+    "evaluators.evaluate": "evaluate",
     "evaluators.knn": "knn",
     "evaluators.probe": "probe",
     "factory": "build",
@@ -60,12 +85,15 @@ _NAMES = {
     "train.pretrain": "pretrain",
     "weights": "load_backbone restore",
 }
-_COMMANDS = {"cost", "export", "knn", "plan", "pretrain", "probe", "report", "show"}
+_COMMANDS = {
+    "cost", "embed", "evaluate", "export", "finetune", "knn", "plan", "predict", "pretrain", "probe", "report", "show",
+}  # fmt: skip
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = [
     "BIM", "FASTMIM", "FASTMIM_P", "MAE", "MASKINGS", "MIM", "PR_MIM", "RECIPES", "SIMMIM", "SOURCES", "TARGETS", "Cost",
-    "Export", "Knn", "Plan", "Pretrain", "Probe", "Report", "Show", "UserError", "__version__", "build", "cost", "export",
-    "knn", "load_backbone", "plan", "pretrain", "probe", "report", "restore", "show",
+    "Embed", "Evaluate", "Export", "Finetune", "Knn", "Plan", "Predict", "Pretrain", "Probe", "Report", "Show", "UserError",
+    "__version__", "build", "cost", "embed", "evaluate", "export", "finetune", "knn", "load_backbone", "plan", "predict",
+    "pretrain", "probe", "report", "restore", "show",
 ]  # fmt: skip
 
 

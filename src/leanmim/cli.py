@@ -9,7 +9,20 @@ from typing import Any, NamedTuple
 import tyro
 
 from leanmim.completion import print_completion
-from leanmim.config import Cost, Export, Knn, Plan, Pretrain, Probe, Report, Show
+from leanmim.config import (
+    Cost,
+    Embed,
+    Evaluate,
+    Export,
+    Finetune,
+    Knn,
+    Plan,
+    Predict,
+    Pretrain,
+    Probe,
+    Report,
+    Show,
+)
 from leanmim.errors import UserError
 from leanmim.recipes import RECIPES, nearest
 from leanmim.version import __version__
@@ -35,15 +48,21 @@ DESCRIPTIONS = {
 }
 COMMANDS = {
     "pretrain": Command("pre-train a backbone on a folder of images", Pretrain, "train.pretrain.pretrain", RECIPES),
+    "finetune": Command("fine-tune it to a classifier of labelled images", Finetune, "classifier.finetune.finetune"),
+    "predict": Command("classify images with a fine-tuned run, to a CSV file", Predict, "classifier.predict.predict"),
+    "embed": Command("features of images, to an .npy or .parquet file", Embed, "evaluators.embed.embed"),
     "cost": Command("what a training step of a recipe costs, counted beforehand", Cost, "costs.cost"),
     "plan": Command("what fits the memory, how long it takes, the command to run", Plan, "planner.plan"),
+    "evaluate": Command(
+        "all measures of a frozen encoder on labelled images", Evaluate, "evaluators.evaluate.evaluate"
+    ),
     "knn": Command("k-nearest-neighbour accuracy of a run on labelled images", Knn, "evaluators.knn.knn"),
     "probe": Command("linear-probe accuracy of a run on labelled images", Probe, "evaluators.probe.probe"),
     "show": Command("draw original, masked image, reconstruction", Show, "pictures.show"),
-    "export": Command("write a run's weights for timm or transformers", Export, "formats.export"),
+    "export": Command("write a run's weights for timm, transformers or ONNX", Export, "formats.export"),
     "report": Command("one HTML page about one or several runs", Report, "page.report"),
 }
-RESUMABLE = {"pretrain", "probe"}
+RESUMABLE = {"pretrain", "finetune", "embed", "probe"}
 RENAMED = {  # options of earlier versions
     "pretrain": {f"--stage-{name}": f"--phase-{name}" for name in ("scales", "starts", "batches", "accums", "blrs")},
     "show": {"--block": "--segment"},
@@ -117,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(result, Iterator):
             for what, value in result:
                 print(f"{what}: {value}", flush=True)
-        elif name != "pretrain":
+        elif name not in ("pretrain", "finetune"):  # they have told already
             print(result)
     except UserError as error:
         print(f"leanmim: {error}", file=sys.stderr)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -13,18 +14,20 @@ from rich.console import Console
 from torch import Tensor
 
 from leanmim.auto import EPOCHS, HOURS, MOST, epochs_within, few_steps, images_a_step
-from leanmim.config import Plan, Pretrain, parse_bytes
+from leanmim.config import Finetune, Plan, Pretrain, parse_bytes
 from leanmim.costs import StepCost, count, readable
 from leanmim.data import IMAGENET, Normalise, Source, batches, open_source
 from leanmim.device import resolve_device, resolve_precision
 from leanmim.encoders.backbone import check_name
 from leanmim.errors import UserError
 from leanmim.factory import build
+from leanmim.processes import ALONE, Process
 from leanmim.progress import duration, progress_bar
 from leanmim.recipes import MAE, RECIPES, differences, hyphens, titles, variant, words
 from leanmim.schedule import phase_named, phases
 from leanmim.step import make_optimizers, update
 
+Trained = TypeVar("Trained", Pretrain, Finetune)
 SHARE = 0.9  # of the memory is planned with; the rest is the allocator's and the libraries'
 WARM_UP = 2  # steps before the measured ones
 SECONDS, LEAST_STEPS, MOST_STEPS = 5.0, 5, 20  # measured: for so long, but so many at least and at most
@@ -51,7 +54,13 @@ def counted_as(device: torch.device) -> str:
     return "cuda" if device.type == "cuda" else "cpu"
 
 
-def fit(config: Pretrain, images: int, memory: int, device: torch.device) -> tuple[Pretrain, StepCost] | None:
+def fit(
+    config: Trained,
+    images: int,
+    memory: int,
+    device: torch.device,
+    counted: Callable[[Any, str], tuple[StepCost, Any]] = count,
+) -> tuple[Trained, StepCost] | None:
     """The largest batch that fits, with the accumulation that makes up ``images`` for a step; by prediction.
 
     Args:
@@ -59,6 +68,7 @@ def fit(config: Pretrain, images: int, memory: int, device: torch.device) -> tup
         images: effective batch of this process.
         memory: bytes; a tenth stays free.
         device: where it will run.
+        counted: gives the cost of a step of a configuration as on a device.
 
     Returns:
         The configuration and its predicted cost, or None where not even one image fits.
@@ -69,7 +79,7 @@ def fit(config: Pretrain, images: int, memory: int, device: torch.device) -> tup
     while low < high:  # memory grows with the batch
         middle = (low + high) // 2 if best or low else high - 1  # all at once is the likeliest
         trial = replace(config, batch_size=sizes[middle], accum=images // sizes[middle])
-        cost, _ = count(trial, counted_as(device))
+        cost, _ = counted(trial, counted_as(device))
         if cost.peak_bytes <= SHARE * memory:
             best, low = (trial, cost), middle + 1
         else:
@@ -77,8 +87,8 @@ def fit(config: Pretrain, images: int, memory: int, device: torch.device) -> tup
     return best
 
 
-def throughput(config: Pretrain, source: Source, device: torch.device) -> float:
-    """Images per second of real steps, after some to warm up: reading, forward, backward, update."""
+def throughput(config: Pretrain, source: Source, device: torch.device, process: Process = ALONE) -> float:
+    """Images per second of this process in real steps, after some to warm up: reading, forward, backward, update."""
     batch = min(int(config.batch_size), IMAGES[device.type], len(source))
     with torch.random.fork_rng():
         model = build(config).to(device).train()
@@ -98,20 +108,23 @@ def throughput(config: Pretrain, source: Source, device: torch.device) -> float:
             update(model, optimizers, one())
         wait(device)
         start, steps = time.perf_counter(), 0
-        while steps < LEAST_STEPS or (steps < MOST_STEPS and time.perf_counter() - start < SECONDS):
+        # several processes average their gradients, so they must agree on the last step
+        while steps < LEAST_STEPS or (
+            steps < MOST_STEPS and max(process.gather(time.perf_counter() - start)) < SECONDS
+        ):
             update(model, optimizers, one())
             wait(device)
             steps += 1
         return steps * batch / (time.perf_counter() - start)
 
 
-def average_throughput(config: Pretrain, source: Source, device: torch.device) -> float:
+def average_throughput(config: Pretrain, source: Source, device: torch.device, process: Process = ALONE) -> float:
     """Images per second of a whole run, from real steps of each phase; ``auto`` epochs are as many as a run has at most."""
     config = replace(config, epochs=EPOCHS) if config.epochs == "auto" else config
     speeds = []
     for number, phase in enumerate(phases(config)):
         with phase_named(config, number, phase.config):
-            speeds.append(throughput(phase.config, source, device))
+            speeds.append(throughput(phase.config, source, device, process))
     shares = [(phase.stop - phase.start) / int(config.epochs) for phase in phases(config)]
     return 1 / sum(share / speed for share, speed in zip(shares, speeds, strict=True))
 

@@ -22,10 +22,14 @@ EARLIER = "leanmim-1"  # of version 0.1.0; the same but for names
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a temporary file next to ``path``, flush it to disk, then rename it."""
+    """Let ``write`` fill a temporary file next to ``path``, flush it to disk, then rename it; if it fails, remove it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
-    write(temporary)
+    try:
+        write(temporary)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -80,13 +84,23 @@ class Run:
         return self.folder / "checkpoints" / "last.pt"
 
     @property
+    def best(self) -> Path:
+        """Of a fine-tuning: the weights with the highest accuracy so far."""
+        return self.folder / "checkpoints" / "best.pt"
+
+    @property
+    def labels(self) -> Path:
+        """Of a fine-tuning: the classes and the images that were chosen."""
+        return self.folder / "labels.json"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a line."""
         return self.folder / "metrics.jsonl"
 
     @property
     def evaluations(self) -> Path:
-        """One JSON object a line: what `leanmim knn` and `leanmim probe` found."""
+        """One JSON object a line: what `leanmim evaluate`, `knn` and `probe` found."""
         return self.folder / "evaluations.jsonl"
 
     @property
@@ -117,7 +131,7 @@ class Run:
         if not self.config.is_file():
             raise UserError(f"{str(self.folder)!r} is not a run folder of `leanmim pretrain`: it has no config.json")
         if not self.last.is_file():
-            raise UserError(f"{str(self.folder)!r} has no checkpoint yet; let `leanmim pretrain` run on")
+            raise UserError(f"{str(self.folder)!r} has no checkpoint yet; let the run go on")
         return load(self.last)
 
     def stored(self) -> dict[str, Any]:
@@ -181,6 +195,19 @@ class Run:
         if not self.names.is_file():
             write_atomically(self.names, lambda file: file.write_text(json.dumps(list(names))))
 
+    def read_labels(self) -> dict[str, Any]:
+        """What `labels` holds.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        try:
+            return json.loads(self.labels.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{str(self.labels)!r} cannot be read ({error}); put it back, or start afresh with --overwrite"
+            ) from error
+
     def prepare(self, config: Config, step: int) -> None:
         """Make the folder ready to continue after ``step`` steps; 0 starts afresh.
 
@@ -192,9 +219,10 @@ class Run:
         except OSError as error:
             raise UserError(f"--out {str(self.folder)!r} cannot be made ({error}); choose another folder") from error
         if step == 0:  # of an earlier run only what leanmim wrote is removed
-            for name in ("checkpoints", "tensorboard", "export", "probe"):
+            for name in ("checkpoints", "tensorboard", "export", "probe", "cache"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
-            for name in ("environment.json", "cost.json", "report.html"):
+            for name in ("environment.json", "cost.json", "report.html", "labels.json", "results.json", "predictions.csv",
+                         "confusion.png", "mistakes.png"):  # fmt: skip
                 (self.folder / name).unlink(missing_ok=True)
             pictures = (self.folder / "reconstructions.png", *self.folder.glob("reconstructions-segment*.png"))
             for path in (*pictures, self.metrics, self.evaluations, self.skipped, self.names):

@@ -1,9 +1,10 @@
 """What fine-tuning, probing and embedding start from: a run, weights of timm's, or nothing."""
 
+import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from leanmim.config import Pretrain
 from leanmim.config.base import Model
 from leanmim.data import IMAGENET
-from leanmim.encoders.backbone import Backbone, backbone_of, check_name, shallower
+from leanmim.encoders.backbone import Backbone, backbone_of, check_name, full_depth, shallower
 from leanmim.errors import UserError
 from leanmim.published import published_model
 from leanmim.run import Run, load
@@ -40,10 +41,16 @@ class Start:
     """Of a pre-training run: its configuration."""
     run: str | None = None
     """Of a pre-training run: its folder."""
+    checkpoint: Path | None = None
+    """Of a pre-training run: the file."""
     step: int = 0
     """Of a run: its last step."""
     depth: int | None = None
     """Blocks or stages that were asked for; None is all."""
+    masked: bool = False
+    """Whether masked image modelling, or nothing, made the encoder: what pools its tokens is then yet to be learned."""
+    crop: float | None = None
+    """Share of the resized image's side that evaluation keeps; None is the usual one (`leanmim.data.centre_crop`)."""
     classes: tuple[str, ...] = ()
     """Of a fine-tuned run or an exported classifier: what its head tells apart."""
 
@@ -51,6 +58,15 @@ class Start:
     def name(self) -> str:
         """Short, for tables: that of a run's folder, of weights, or scratch."""
         return Path(self.run).name if self.run else self.origin
+
+    @property
+    def digest(self) -> str:
+        """Of the weights."""
+        found = hashlib.sha256()
+        for name, value in sorted((self.weights or {}).items()):
+            found.update(name.encode())
+            found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
 
     def encoder(self, input_size: tuple[int, int] | None = None, seed: int = 0) -> Backbone:
         """The timm model without head, in evaluation mode.
@@ -60,8 +76,8 @@ class Start:
             seed: of a random initialisation.
         """
         size = input_size or self.model.size
-        if self.run:
-            return load_backbone(self.run, size, self.depth)[0]
+        if self.checkpoint:
+            return load_backbone(self.checkpoint, size, self.depth)[0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             backbone = backbone_of(replace(self.model, input_size=size))
@@ -75,7 +91,7 @@ def open_start(
     model: str | None = None,
     model_kwargs: dict[str, Any] | None = None,
     input_size: tuple[int, ...] = (),
-    channels: int | None = None,
+    channels: Literal[1, 3] | None = None,
     depth: int | None = None,
 ) -> Start:
     """The encoder that a START names.
@@ -92,7 +108,7 @@ def open_start(
         UserError: there is no such start, it cannot be read, or it needs (or does not take) an option.
     """
     path = Path(start.removeprefix("local-dir:"))
-    file = path.is_file() and path.suffix != ".pt"
+    file = path.is_file() and (path.suffix != ".pt" or model is not None)  # torch's own files may be called so too
     if start == SCRATCH or file:
         found = of_architecture(start, model, model_kwargs or {}, input_size, channels)
     elif model or model_kwargs:
@@ -105,7 +121,7 @@ def open_start(
         found = of_published(start, channels or 3)
     if channels is not None and channels != found.model.channels:
         raise UserError(f"--channels {channels}: {found.origin} has {found.model.channels}; leave --channels out")
-    if depth is not None and found.run is None:
+    if depth is not None and found.pretrained is None:
         found = cut(found, depth)
     return replace(found, model=replace(found.model, input_size=input_size)) if input_size else found
 
@@ -114,11 +130,15 @@ def checkpoint_of(path: Path) -> Path | None:
     """The checkpoint of leanmim in a run folder, or the one that the path names; None if it is no run."""
     if path.suffix == ".pt" and path.is_file():
         return path
-    return Run(path).last if Run(path).last.is_file() else None
+    return next((file for file in (Run(path).best, Run(path).last) if file.is_file()), None)
 
 
 def of_architecture(
-    start: str, model: str | None, model_kwargs: dict[str, Any], input_size: tuple[int, ...], channels: int | None
+    start: str,
+    model: str | None,
+    model_kwargs: dict[str, Any],
+    input_size: tuple[int, ...],
+    channels: Literal[1, 3] | None,
 ) -> Start:
     """A random initialisation, or a checkpoint file of timm's."""
     if not model:
@@ -128,7 +148,7 @@ def of_architecture(
     weights = None if start == SCRATCH else read_weights(Path(start), repr(start))
     mean, std = map(list, IMAGENET[own.channels])
     origin = f"{model}, random initialisation" if weights is None else start
-    return Start(own, weights, mean, std, origin)
+    return Start(own, weights, mean, std, origin, masked=weights is None)
 
 
 def of_checkpoint(path: Path, depth: int | None) -> Start:
@@ -136,24 +156,30 @@ def of_checkpoint(path: Path, depth: int | None) -> Start:
     state = load(path)
     mean, std, step = state["mean"], state["std"], state["step"]
     if "classes" in state:
-        own = Model(**{name: state["architecture"][name] for name in ("model", "model_kwargs", "input_size", "channels")})
-        return Start(own, state["model"], mean, std, f"{path}, fine-tuned", step=step, classes=tuple(state["classes"]))
+        own = Model(
+            **{name: state["architecture"][name] for name in ("model", "model_kwargs", "input_size", "channels")}
+        )
+        return Start(own, state.get("average") or state["model"], mean, std, f"{path}, fine-tuned", step=step,
+                     crop=state["config"]["crop"], classes=tuple(state["classes"]))  # fmt: skip
     folder = path.parent.parent if path.parent.name == "checkpoints" else None
     config, mim = rebuild(state, str(folder or path))
     own = Model(
         model=config.model, model_kwargs=config.model_kwargs, input_size=config.input_size, channels=config.channels
     )
     backbone = truncated(mim.encoder, config, depth)
-    if depth is not None and depth != mim.encoder.depths[-1]:
+    if depth is not None and depth < full_depth(backbone_of(own, device="meta")):
         own = replace(own, model_kwargs=own.model_kwargs | shallower(mim.encoder.backbone, depth))
-    weights = getattr(backbone, "backbone", backbone).state_dict()
+    whole: Backbone = getattr(backbone, "backbone", backbone)
+    weights = whole.state_dict()
     origin = f"{folder or path}, {config.recipe}, {step} steps" + (f", depth {depth}" if depth else "")
-    return Start(own, weights, mean, std, origin, config, str(folder) if folder else None, step, depth)
+    return Start(own, weights, mean, std, origin, config, str(folder) if folder else None, path, step, depth, True)
 
 
 def of_export(folder: Path) -> Start:
     """A folder with timm's config.json and weights: what `leanmim export` and timm write."""
     file = folder / "config.json"
+    if Run(folder).stored().keys() & {"out"}:
+        Run(folder).read()  # a run without a checkpoint: it says so
     if not file.is_file() or not (folder / "model.safetensors").is_file():
         raise UserError(
             f"{str(folder)!r} is neither a run folder with a checkpoint (checkpoints/last.pt) nor an export folder "
@@ -165,31 +191,42 @@ def of_export(folder: Path) -> Start:
         channels, *size = known["input_size"]
         mean, std = list(known["mean"]), list(known["std"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{str(file)!r} is not timm's description of a model ({type(error).__name__}: {error})") from error
-    arguments = {key: value for key, value in described.get("model_args", {}).items() if key not in ("img_size", "in_chans")}
-    own = Model(model=name, model_kwargs=arguments, input_size=tuple(size), channels=channels)
+        raise UserError(
+            f"{str(file)!r} is not timm's description of a model ({type(error).__name__}: {error})"
+        ) from error
+    arguments = {
+        key: value for key, value in described.get("model_args", {}).items() if key not in ("img_size", "in_chans")
+    }
     if name.startswith("swin_"):  # a window by our own rule follows the input size
         ruled = [max(1, side // arguments.get("patch_size", 4) // 8) for side in size]
         given = arguments.get("window_size")
-        if given in (ruled[0] if ruled[0] == ruled[-1] else None, ruled):
+        if given is not None and given in (ruled, ruled[0] if ruled[0] == ruled[-1] else None):
             arguments.pop("window_size")
+    own = Model(model=name, model_kwargs=arguments, input_size=tuple(size), channels=channels)
     classes = described.get("label_names") or known.get("label_names") or ()
     weights = read_weights(folder / "model.safetensors", repr(str(folder)))
-    return Start(own, weights, mean, std, str(folder), classes=tuple(classes))
+    masked = "leanmim" in described and not classes
+    crop = known.get("crop_pct") if classes else None
+    return Start(own, weights, mean, std, str(folder), masked=masked, crop=crop, classes=tuple(classes))
 
 
-def of_published(name: str, channels: int) -> Start:
+def of_published(name: str, channels: Literal[1, 3]) -> Start:
     """Published weights of timm's."""
     backbone, name = published_model(name, channels, "")
     known: Any = backbone.pretrained_cfg
     own = Model(model=known["architecture"], input_size=tuple(known["input_size"][1:]), channels=channels)
-    mean, std = (list(known[key]) if channels == 3 else list(IMAGENET[channels][i]) for i, key in enumerate(("mean", "std")))
-    return Start(own, backbone.state_dict(), mean, std, name)
+    mean, std = (
+        list(known[key]) if channels == 3 else list(IMAGENET[channels][i]) for i, key in enumerate(("mean", "std"))
+    )
+    masked = "mae" in name.partition(".")[2]  # the tags of MAE's own weights, and of those trained like it
+    return Start(own, backbone.state_dict(), mean, std, name, masked=masked)
 
 
 def cut(start: Start, depth: int) -> Start:
     """Only the first blocks or stages of weights that are not a run's."""
     whole = backbone_of(start.model, device="meta")
+    if not 0 < depth <= (most := full_depth(whole)):
+        raise UserError(f"--depth {depth} is out of range; {start.model.model} has {most} blocks or stages")
     arguments = shallower(whole, depth)
     if not arguments:
         raise UserError(f"--depth {depth}: timm does not build {start.model.model} shorter; leave --depth out")

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from leanmim.config import Pretrain
+from leanmim.encoders.backbone import Backbone
 from leanmim.errors import UserError
 from leanmim.mim import MIM
 
@@ -21,7 +22,11 @@ def no_weight_decay(model: MIM) -> set[nn.Parameter]:
     """The parameters without weight decay: biases, norms, scales and tokens, which are vectors whatever their number of
     axes, and what the backbone itself exempts (timm's ``no_weight_decay``: position tables and the like).
     """
-    backbone = model.encoder.backbone
+    return vectors(model, model.encoder.backbone)
+
+
+def vectors(model: nn.Module, backbone: Backbone) -> set[nn.Parameter]:
+    """Of any model around a timm model: as `no_weight_decay`."""
     exempt: set[str] = getattr(backbone, "no_weight_decay", set)()
     named = {p for name, p in backbone.named_parameters() if name in exempt or name == "reg_token"}
     return named | {p for p in model.parameters() if sum(side > 1 for side in p.shape) <= 1}
@@ -77,14 +82,14 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 def update(
-    losses: Callable[[Tensor], Iterator[Tensor]],
+    losses: Callable[[Any], Iterator[Tensor]],
     optimizers: list[AdamW],
-    batches: Iterable[Float[Tensor, "b c H W"]],
+    batches: Iterable[Any],
     accum: int = 1,
     clip_grad: float = 0.0,
     seeds: Sequence[int] = (),
 ) -> Float[Tensor, " s"]:
-    """One step over ``accum`` batches of normalised images.
+    """One step over ``accum`` batches: of normalised images, in fine-tuning with their targets.
 
     In the last batch each segment steps, and frees its gradients, right after its own backward pass. Among several
     processes its gradients are averaged before, unless DistributedDataParallel has done so.

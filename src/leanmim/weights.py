@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -24,13 +25,14 @@ from leanmim.schedule import phases
 
 
 def restore(run: str | Path) -> tuple[Pretrain, MIM, dict[str, Any]]:
-    """The model of a run, from its newest checkpoint.
+    """The model of a run, from its newest checkpoint, or of a checkpoint file.
 
     Returns:
         Its configuration (that of the phase it has reached), the model, and the checkpoint (for ``step``, ``mean``,
         ``std``).
     """
-    state = Run(Path(run)).read()
+    path = Path(run)
+    state = load(path) if path.suffix == ".pt" else Run(path).read()
     return *rebuild(state, str(run)), state
 
 
@@ -40,6 +42,8 @@ def rebuild(state: dict[str, Any], source: str) -> tuple[Pretrain, MIM]:
     Raises:
         UserError: another version of leanmim wrote it, or its weights do not fit its configuration.
     """
+    if "classes" in state:
+        raise UserError(f"{source!r} is a fine-tuned run; this takes one of `leanmim pretrain`")
     try:
         config = Pretrain.from_json(state["config"])
     except UserError as error:
@@ -91,16 +95,24 @@ def carry_over_moments(old: MIM, before: list[AdamW], new: MIM, after: list[Adam
                 }
 
 
-def fit_backbone(backbone: Backbone, state: dict[str, torch.Tensor], source: str) -> None:
-    """Load encoder weights, with timm resizing positions and window tables to the backbone's input size.
+def fit_backbone(backbone: Backbone, state: dict[str, torch.Tensor], source: str, fresh: Collection[str] = ()) -> None:
+    """Load weights, with timm resizing positions and window tables to the backbone's input size.
+
+    Args:
+        backbone: a timm model, with or without its head.
+        state: by timm's names; those of a head that the model has not are left.
+        source: for messages.
+        fresh: names that the weights need not have.
 
     Raises:
         UserError: weights are missing, left over (a classifier's aside), or of another shape.
     """
     state = adapt(backbone, state)
     own = backbone.state_dict()
-    head = ("head.", "fc.", "fc_norm.", "head_dist.")
-    missing = sorted(own.keys() - state.keys())
+    names = backbone.pretrained_cfg.get("classifier") or ()
+    heads = (names,) if isinstance(names, str) else names
+    head = ("head.", "fc.", "fc_norm.", "head_dist.", *(f"{name}." for name in heads))
+    missing = sorted(own.keys() - state.keys() - {*fresh})
     extra = sorted(key for key in state.keys() - own.keys() if not key.startswith(head))
     shapes = [
         f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
@@ -117,7 +129,7 @@ def fit_backbone(backbone: Backbone, state: dict[str, torch.Tensor], source: str
                 f"{source!r} does not fit the model: {what} ({', '.join(keys[:3])}); choose the --model, --model-kwargs "
                 "and --depth that it was trained with"
             )
-    backbone.load_state_dict({key: state[key] for key in own})
+    backbone.load_state_dict({key: state.get(key, value) for key, value in own.items()})
 
 
 Part = list[torch.Tensor | torch.nn.Module]
@@ -176,7 +188,7 @@ def initialise(model: MIM, source: str, channels: int = 3) -> str:
 
     Args:
         model: to give the weights to.
-        source: a run folder, an export folder, a checkpoint file of timm or leanmim, or timm's name of published weights.
+        source: a run folder of pre-training or fine-tuning, an export folder, a checkpoint file of timm or leanmim, or timm's name of published weights.
         channels: of the model's images.
 
     Returns:
@@ -187,15 +199,21 @@ def initialise(model: MIM, source: str, channels: int = 3) -> str:
     """
     path = Path(source)
     if path.is_dir():
-        path = next((p for p in (Run(path).last, path / "model.safetensors") if p.is_file()), path)
+        path = next((p for p in (Run(path).best, Run(path).last, path / "model.safetensors") if p.is_file()), path)
     if path.is_dir():
         raise UserError(
             f"--init {source!r} is neither a run folder with a checkpoint (checkpoints/last.pt) nor an export folder "
             "(model.safetensors)"
         )
     if path.suffix == ".pt" and path.is_file():
+        state = load(path)
+        if "classes" in state:  # a fine-tuned classifier; that of a ViT has its last norm after the pool
+            tuned = state.get("average") or state["model"]
+            norm = [key for key in model.encoder.backbone.state_dict() if key.startswith("norm.") and key not in tuned]
+            fit_backbone(model.encoder.backbone, tuned, source, norm)
+            return f"fine-tuned encoder from {source}"
         with torch.random.fork_rng(devices=[]):
-            other = rebuild(load(path), source)[1]
+            other = rebuild(state, source)[1]
         fit_backbone(model.encoder.backbone, other.encoder.backbone.state_dict(), source)
         fresh = take_over(model, other)
         if fresh >= {f"decoders.{depth}" for depth in model.encoder.depths}:

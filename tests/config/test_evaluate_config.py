@@ -3,7 +3,9 @@
 import pytest
 
 from leanmim.config import Knn, Probe
+from leanmim.config.evaluate import Evaluate
 from leanmim.errors import UserError
+from leanmim.evaluators.evaluate import evaluate
 from leanmim.evaluators.knn import knn
 from leanmim.evaluators.probe import probe
 
@@ -24,14 +26,21 @@ from leanmim.evaluators.probe import probe
         (Probe, {"probe_batch_size": 1}, "--probe-batch-size 1"),
         (Probe, {"c": 0.0}, "--c 0.0"),
         (Probe, {"seed": -1}, "--seed -1"),
+        (Probe, {"queries": 0}, "--queries 0"),
+        (Evaluate, {"k": (5, 0)}, "--k 0 is out of range; it is at least 1"),
+        (Evaluate, {"layers": (-1,)}, "--layers -1 is out of range; it is at least 0"),
+        (Evaluate, {"shots": (0,)}, "--shots 0"),
+        (Evaluate, {"draws": 0}, "--draws 0"),
+        (Evaluate, {"c": 0.0}, "--c 0.0"),
+        (Evaluate, {"crop": 1.5}, "--crop 1.5"),
         (Probe, {"log_every": 0}, "--log-every 0"),
         (Probe, {"checkpoint_minutes": -1.0}, "--checkpoint-minutes -1.0"),
     ],
 )
 def test_values_that_cannot_be(kind: type, wrong: dict[str, object], message: str) -> None:
-    evaluate = {Knn: knn, Probe: probe}[kind]
+    measure = {Knn: knn, Probe: probe, Evaluate: evaluate}[kind]
     with pytest.raises(UserError, match=message):
-        list(evaluate(kind(run="r", data="d", **wrong)))
+        list(measure(kind(run="r", data="d", **wrong)))
 
 
 def test_the_default_probe_reads_each_image_once() -> None:

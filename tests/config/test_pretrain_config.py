@@ -20,9 +20,9 @@ def bad(*named: str, **options: Any) -> Any:
 BAD = [
     bad("'empty'", "no files", "png", data="empty"),
     bad("'texts'", "2 files but no images", "png", data="texts"),
-    bad("'nowhere'", "takes a folder of images", data="nowhere"),
+    bad("'nowhere'", "give a folder of images", data="nowhere"),
     bad("1 of 1 lines of 'texts/a.txt' name no file", "relative to", data="texts/a.txt"),
-    bad("'foreign.pt' is a file", "takes a folder of images", data="foreign.pt"),
+    bad("'foreign.pt' is a file", "give a folder of images", data="foreign.pt"),
     bad("--data is needed", data=""),
     bad("'vit_tinny_patch16_224'", "nearest: ", "vit_tiny_patch16_224", model="vit_tinny_patch16_224"),
     bad("nearest: none", "timm.list_models()", model="qqqqqqqq"),

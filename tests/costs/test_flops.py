@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
 from leanmim.costs import count
-from leanmim.costs.flops import ON_CPU, NoneUncounted, flop_counter
+from leanmim.costs.flops import FORMULAS, NoneUncounted, flop_counter
 from leanmim.decoder import Decoder
 from leanmim.errors import UserError
 from leanmim.factory import build
@@ -101,13 +101,36 @@ def test_flops_do_not_depend_on_the_formulas_that_torch_has(monkeypatch: pytest.
     config = replace(SMALL["mae-vit"], batch_size=1, precision="fp32")
     found = []
     for formula in (None, lambda *arguments, **_: 1):
-        for operator in ON_CPU:
+        for operator in FORMULAS:
             if formula is None:
                 monkeypatch.delitem(flop_registry, operator, raising=False)
             else:
                 monkeypatch.setitem(flop_registry, operator, formula)
         found.append(count(config)[1])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("convolution", "shape", "forward"),
+    [
+        (nn.Conv2d(6, 8, 3, padding=1), (2, 6, 10, 10), 2 * 2 * 100 * 8 * 6 * 9),
+        (nn.Conv2d(8, 8, 7, padding=3, groups=8), (2, 8, 10, 10), 2 * 2 * 100 * 8 * 49),
+        (nn.Conv2d(6, 8, 4, stride=4), (2, 6, 16, 16), 2 * 2 * 16 * 8 * 6 * 16),
+        (nn.ConvTranspose2d(6, 8, 2, stride=2), (2, 6, 5, 5), 2 * 2 * 25 * 6 * 8 * 4),
+    ],
+    ids=["plain", "depthwise", "strided", "transposed"],
+)
+@pytest.mark.parametrize("asked", [1, 2])
+def test_each_gradient_of_a_convolution_costs_its_forward_pass(
+    convolution: nn.Module, shape: tuple[int, ...], forward: int, asked: int
+) -> None:
+    images = torch.randn(shape, requires_grad=asked == 2)
+    with flop_counter() as counter:
+        out = convolution(images)
+    assert counter.get_total_flops() == forward
+    with flop_counter() as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == asked * forward
 
 
 @pytest.fixture

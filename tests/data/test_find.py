@@ -62,11 +62,11 @@ def test_of_two_ways_to_a_folder_the_first_by_name_counts(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda path: None, ["there is no folder", "--data takes a folder of images"]),
+        (lambda path: None, ["there is no folder", "give a folder of images"]),
         (lambda path: path.mkdir(), ["holds no files", "leanmim reads", "jpg", "png", "tiff"]),
         (lambda path: touch(path, "a.txt", "b/c.csv"), ["holds 2 files but no images", "leanmim reads", "webp"]),
         (lambda path: touch(path, ".a.jpg"), ["holds no files"]),
-        (lambda path: path.touch(), ["is a file", "--data takes a folder of images"]),
+        (lambda path: path.touch(), ["is a file", "give a folder of images"]),
     ],
     ids=["missing", "empty", "no images", "hidden only", "file"],
 )

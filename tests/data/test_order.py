@@ -46,6 +46,21 @@ def test_what_does_not_fill_a_step_comes_in_other_epochs() -> None:
     assert {index for batch in batches for _, index in batch} == set(range(10))
 
 
+@pytest.mark.parametrize(
+    ("count", "batch", "per_epoch", "world"), [(10, 16, 1, 1), (10, 4, 2, 2), (3, 8, 1, 1), (1, 4, 1, 1)]
+)
+def test_fewer_images_than_a_step_takes_are_shown_permutation_after_permutation(
+    count: int, batch: int, per_epoch: int, world: int
+) -> None:
+    ranks = [list(Order(count, batch, per_epoch, 0, 6 * per_epoch, 5, rank, world)) for rank in range(world)]
+    shown = [item for step in zip(*ranks, strict=True) for items in step for item in items]
+    assert all(len(items) == batch for order in ranks for items in order)
+    assert len(set(shown)) == len(shown) == 6 * per_epoch * batch * world
+    want = [(epoch, index) for epoch in range(len(shown)) for index in epoch_order(count, 5, epoch).tolist()]
+    assert shown == want[: len(shown)]
+    assert list(Order(count, batch, per_epoch, 3, 6 * per_epoch, 5, 0, world)) == ranks[0][3:]
+
+
 @pytest.mark.parametrize("start", [1, 5, 6, 13])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_order_can_be_entered_anywhere(start: int, rank: int) -> None:

@@ -45,7 +45,8 @@ def test_fast_probe_ignores_the_scale_of_a_feature() -> None:
 
 
 def lars_setting(tiny: Pretrain, tiles: Path, **more: object) -> tuple[nn.Module, Subject, Probe]:
-    config = Probe(run=str(untrained(tiny)), data=str(tiles), **{"epochs": 30, **more})  # type: ignore[arg-type]
+    own = {"epochs": 30, **more}
+    config = Probe(run=str(untrained(tiny)), data=str(tiles), **own)  # type: ignore[arg-type]
     backbone, trained, _ = load_backbone(config.run)
     train, val = labelled_pair(tiles, 3, centre_crop(trained.size))
     normalise = Normalise([0.5] * 3, [0.25] * 3, CPU)
@@ -82,7 +83,7 @@ def test_lars_probe_has_a_norm_without_affine_and_trains_one_linear_layer(
 
     monkeypatch.setattr(nn, "BatchNorm1d", norm)
     monkeypatch.setattr(probe_module, "Lars", lars)
-    _, subject, config = lars_setting(tiny, tiles, epochs=1, warmup_epochs=0, blr=0.2)
+    _, subject, config = lars_setting(tiny, tiles, epochs=1, warmup_epochs=0, blr=51.2)
     lars_probe(subject, config)
     assert norms == [{"width": 32, "affine": False, "eps": 1e-6}]
 
@@ -90,7 +91,7 @@ def test_lars_probe_has_a_norm_without_affine_and_trains_one_linear_layer(
     (weight,), (bias,) = (group["params"] for group in optimizer.param_groups)
     assert weight.shape == (3, 32)
     assert bias.shape == (3,)
-    # warmed up at once: the first step has the rate of the full batch, 0.2 * 16384 / 256
+    # warmed up at once: the first step has the rate of the batch, 51.2 * 64 / 256
     assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(12.8)] * 2
     optimizer.state.clear()
     start = weight.detach().clone(), bias.detach().clone()
@@ -123,7 +124,7 @@ def test_lars_probe_of_a_set_smaller_than_a_batch(tiny: Pretrain, tiles: Path) -
     assert 0 <= lars_probe(subject._replace(train=small), config) <= 1
 
 
-@pytest.mark.parametrize("solver", ["fast", "lars"])
+@pytest.mark.parametrize("solver", ["fast", "lars", "attentive"])
 def test_probe_command(solver: str, options: dict[str, object]) -> None:
     config = Probe(**options, solver=solver, epochs=30)  # type: ignore[arg-type]
     ((name, accuracy),) = probe(config)

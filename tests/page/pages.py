@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from leanmim.config import Pretrain
+from leanmim.config import Finetune, Pretrain
 from leanmim.recipes import MAE
 
 VOID = {"meta", "img", "br"}
@@ -16,6 +16,24 @@ VOID = {"meta", "img", "br"}
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
+
+
+SUFFIXES = {
+    **dict.fromkeys(("environment", "labels", "results"), ".json"),
+    **dict.fromkeys(("reconstructions", "confusion", "mistakes"), ".png"),
+}
+FINETUNE = Finetune(
+    start="runs/mae",
+    data="labelled",
+    out="run",
+    recipe="small",
+    epochs=4,
+    warmup_share=0.25,
+    input_size=(128,),
+    layer_decay=0.75,
+    mixup=0.8,
+)
+CLASSES = ["ant", "bee", "cat"]
 
 
 class Page(HTMLParser):
@@ -28,6 +46,7 @@ class Page(HTMLParser):
         self.links: list[str] = []
         self.rows: list[tuple[str, list[str]]] = []
         self.charts: dict[str, list[str]] = {}
+        self.chart: list[str] = []
         self.text = ""
         self.feed(self.source)
         self.close()
@@ -43,9 +62,9 @@ class Page(HTMLParser):
         elif tag in ("th", "td"):
             self.rows[-1][1].append("")
         elif tag == "svg":
-            self.charts[values["aria-label"] or ""] = []
+            self.chart = self.charts.setdefault(values["aria-label"] or "", [])
         elif "svg" in self.open:
-            self.charts[list(self.charts)[-1]].append(tag)
+            self.chart.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -73,12 +92,12 @@ def metric(step: int, **more: float) -> dict[str, float]:
     return {"step": step, "epoch": step / 5, **values, "seconds": 400 / speed, **more}
 
 
-def make(folder: Path, config: Pretrain = MAE, **files: str | bytes) -> str:
+def make(folder: Path, config: Pretrain | Finetune = MAE, **files: str | bytes) -> str:
     """A run folder; the suffix of a file follows from its name."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config.to_json()))
     for name, content in files.items():
-        suffix = {"environment": ".json", "reconstructions": ".png"}.get(name, ".jsonl")
+        suffix = SUFFIXES.get(name, ".jsonl")
         (folder / f"{name}{suffix}").write_bytes(content if isinstance(content, bytes) else content.encode())
     return str(folder)
 
@@ -99,3 +118,34 @@ def full(folder: Path, config: Pretrain = MAE) -> str:
         skipped=lines(*({"path": f"bad{i}.jpg", "reason": "truncated"} for i in range(12))),
         reconstructions=PIXEL,
     )
+
+
+def validation(step: int, top1: float) -> dict[str, float]:
+    """A line of metrics.jsonl after an epoch."""
+    ends = {"val_low": top1 - 0.1, "val_high": top1 + 0.1}
+    return {"step": step, "epoch": step / 5, "val_top1": top1, "val_loss": 1 - top1, **ends}
+
+
+def results(**more: Any) -> str:
+    """results.json of four images: an ant taken for a bee, the others right; no cat."""
+    return json.dumps(
+        {
+            "data": "labelled", "split": "val", "step": 5, "epoch": 1.0, "weights": "best", "classes": CLASSES, "images": 4,
+            "top1": 0.75, "top1_interval": [0.301, 0.954], "top5": None, "top5_interval": None, "mean_per_class": 0.8333,
+            "per_class": [2 / 3, 1.0, None], "counts": [3, 1, 0], "confusion": [[2, 1, 0], [0, 1, 0], [0, 0, 0]], **more,
+        }
+    )  # fmt: skip
+
+
+def tuned(folder: Path, config: Finetune = FINETUNE, **files: str | bytes) -> str:
+    """A fine-tuning that has everything but what is given otherwise."""
+    labels = {"classes": CLASSES, "train": ["a", "b", "c"], "val": list("wxyz"), "notes": ["3 of 9 labels are used"]}
+    contents: dict[str, str | bytes] = {
+        "environment": json.dumps({"device": "NVIDIA H200"}),
+        "metrics": lines(metric(5), validation(5, 0.75), metric(10), validation(10, 0.5)),
+        "labels": json.dumps(labels),
+        "results": results(),
+        "confusion": PIXEL,
+        "mistakes": PIXEL,
+    }
+    return make(folder, config, **{**contents, **files})

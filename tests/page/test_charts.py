@@ -30,3 +30,9 @@ def test_intervals_are_drawn_inside_the_chart() -> None:
     ((x, low, again, high),) = re.findall(r'<polyline points="([\d.]+),([\d.]+) ([\d.]+),([\d.]+)"/>', svg)
     assert x == again and 36 <= float(high) < float(low) <= 216
     assert svg.count("<polyline") == 2
+
+
+def test_the_axis_of_a_constant_has_marks_that_differ() -> None:
+    svg = chart("accuracy", [Curve([(1.0, 100.0), (2.0, 100.0)], "red", "run")], False, "")
+    marks = re.findall(r'text-anchor="end">([\d.]+)<', svg)
+    assert len(set(marks)) == len(marks) > 2

@@ -7,7 +7,7 @@ from pathlib import Path
 from leanmim.config import Report
 from leanmim.page import report
 from leanmim.recipes import MAE
-from tests.page.pages import Page, lines, make, metric
+from tests.page.pages import FINETUNE, Page, lines, make, metric, results, tuned
 
 
 def test_texts_of_others_are_escaped(tmp_path: Path) -> None:
@@ -23,3 +23,16 @@ def test_texts_of_others_are_escaped(tmp_path: Path) -> None:
     page = Page(report(Report(runs=(run,))))
     assert "<script" not in page.source
     assert page.text.count(evil) > 15
+
+
+def test_texts_of_a_fine_tuning_are_escaped(tmp_path: Path) -> None:
+    evil = "<script>alert('&')<"
+    run = tuned(
+        tmp_path / "run",
+        replace(FINETUNE, start=evil, data=evil, recipe=evil),
+        results=results(classes=[evil] * 3, data=evil, split=evil),
+        labels=json.dumps({"classes": [evil], "train": [], "notes": [evil]}),
+    )
+    page = Page(report(Report(runs=(run,))))
+    assert "<script" not in page.source
+    assert page.text.count(evil) > 10

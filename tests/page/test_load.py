@@ -23,7 +23,7 @@ def test_a_killed_run_is_shown_up_to_its_last_whole_line(tmp_path: Path) -> None
 def test_a_run_that_has_just_begun_says_not_yet(tmp_path: Path) -> None:
     page = Page(report(Report(runs=(make(tmp_path / "run"),))))
     assert page.row("run", "mae")[4:] == ["not yet"] * 9
-    assert "not yet: `leanmim knn`" in page.text
+    assert "not yet: `leanmim evaluate`" in page.text
     assert not page.links
 
 

@@ -1,14 +1,17 @@
 """One frozen dataclass per command. A field's docstring is its help on the command line."""
 
 from leanmim.config.base import Config, Logging, Machine, Model, Optimisation, parse_bytes
-from leanmim.config.evaluate import Evaluate, Knn, Probe
+from leanmim.config.embed import Embed
+from leanmim.config.evaluate import Evaluate, Evaluator, Knn, Probe
 from leanmim.config.explained import explain
+from leanmim.config.finetune import Finetune
+from leanmim.config.predict import Predict
 from leanmim.config.pretrain import Pretrain
 from leanmim.config.tools import Cost, Export, Plan, Report, Show
 
 __all__ = [
-    "Config", "Cost", "Evaluate", "Export", "Knn", "Logging", "Machine", "Model", "Optimisation", "Plan", "Pretrain",
-    "Probe", "Report", "Show", "parse_bytes",
+    "Config", "Cost", "Embed", "Evaluate", "Evaluator", "Export", "Finetune", "Knn", "Logging", "Machine", "Model",
+    "Optimisation", "Plan", "Predict", "Pretrain", "Probe", "Report", "Show", "parse_bytes",
 ]  # fmt: skip
 
-explain(Cost, Export, Knn, Plan, Pretrain, Probe, Report, Show)
+explain(Cost, Embed, Evaluate, Export, Finetune, Knn, Plan, Predict, Pretrain, Probe, Report, Show)

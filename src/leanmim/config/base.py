@@ -34,7 +34,7 @@ def uncut(segments: Segments) -> bool:
     return segments in (1, (1,))
 
 
-def check_ranges(config: Any, *ranges: tuple[str, int | float, int | None]) -> None:
+def check_ranges(config: Any, *ranges: tuple[str, int | float, int | float | None]) -> None:
     """Raise UserError for a number that is not from low to high; NaN never is. None and auto are no numbers."""
     for name, low, high in ranges:
         value = getattr(config, name)
@@ -43,6 +43,16 @@ def check_ranges(config: Any, *ranges: tuple[str, int | float, int | None]) -> N
         if not low <= value <= (math.inf if high is None else high):
             bounds = f"at least {low}, at most {high}" if high else f"at least {low}"
             raise UserError(f"{flag(name)} {value} is out of range; it is {bounds}")
+
+
+def check_pair(name: str, pair: tuple[float, float] | str, most: float) -> None:
+    """Raise UserError for a pair that does not rise from above 0 to at most ``most``; auto is no pair."""
+    if isinstance(pair, str):
+        return
+    low, high = pair
+    if not 0 < low <= high <= most:
+        limits = "0 < low <= high" + (f" <= {most:g}" if math.isfinite(most) else "")
+        raise UserError(f"{flag(name)} {low} {high} must be {limits}")
 
 
 def check_size(size: tuple[int, ...]) -> None:

@@ -1,33 +1,64 @@
 """The configurations of the evaluators of a frozen encoder."""
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import Positional
+from tyro.constructors import PrimitiveConstructorSpec
 
-from leanmim.config.base import Logging, Machine, Pool, check_ranges, check_size
+from leanmim.config.base import Auto, Logging, Machine, Number, Pool, check_ranges, check_size, flag
+from leanmim.errors import UserError
+
+TRIVIAL = ("random", "pixels")
+Baselines = Annotated[
+    tuple[str, ...] | bool,
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[WORD ...]",
+        instance_from_str=lambda words: tuple(words) or TRIVIAL,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=list,
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(Machine):
-    """What all evaluators of a run need."""
+class Evaluator(Machine):
+    """What all evaluators of an encoder need."""
 
     run: Positional[str]
-    """Run folder of `leanmim pretrain`."""
+    """Run folder of `leanmim pretrain` or `leanmim finetune`; or an exported folder, a checkpoint file of timm (with --model),
+    timm's name of published weights, or scratch (with --model). Results and features are kept in run folders only."""
     data: str
     """Labelled folder with train/CLASS and val/CLASS."""
-    pool: Pool = "avg"
-    """Features: mean of the patch tokens, the class token, or what the timm model returns."""
+    model: str | None = None
+    """timm's name of the architecture; for a checkpoint file and scratch."""
+    model_kwargs: dict[str, Number] = field(default_factory=dict)
+    """Further arguments for timm.create_model, as pairs; for a checkpoint file and scratch."""
+    channels: Literal[1, 3] | None = None
+    """Image channels; None is the encoder's own."""
+    pool: Pool | Auto = "auto"
+    """Features: avg, the mean of the patch tokens; token, the class token; timm, what the timm model returns. auto is the mean;
+    for the probe with --solver lars the class token where there is one (MAE)."""
     depth: int | None = None
-    """Of a run with --segments: the first blocks or stages only, up to the end of a segment."""
+    """Only the first blocks or stages: of a run with --segments, up to the end of a segment."""
     input_size: tuple[int, ...] = ()
-    """Pixels: one number or height and width; empty is the size of pre-training."""
+    """Pixels: one number or height and width; empty is each encoder's own."""
     crop: float | None = None
     """Share of the resized image's side kept by the centre crop; None is 0.875 from 128 px on, 1 below."""
     batch_size: int = 256
     """Images per forward pass."""
-    baselines: bool = False
-    """Also measure a random encoder and raw pixels."""
+    baselines: Baselines = ()
+    """Also measure: random, the same model at random; pixels, the raw pixels; or other encoders, named as the run is. Without
+    words: random and pixels."""
+    cache: bool = True
+    """Keep the features in the run folder (cache/), and use those that are there if weights, files and options are the same."""
+
+    def __post_init__(self) -> None:
+        """True stands for the trivial baselines, False for none."""
+        if isinstance(self.baselines, bool):
+            object.__setattr__(self, "baselines", TRIVIAL if self.baselines else ())
+        super().__post_init__()
 
     def check(self) -> None:
         """Raise UserError for an impossible value."""
@@ -38,8 +69,8 @@ class Evaluate(Machine):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knn(Evaluate):
-    """Weighted k-nearest-neighbour accuracy of a run's encoder on a labelled folder."""
+class Knn(Evaluator):
+    """Weighted k-nearest-neighbour accuracy of an encoder on a labelled folder."""
 
     k: int = 20
     """Neighbours."""
@@ -53,31 +84,76 @@ class Knn(Evaluate):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probe(Logging, Evaluate):
-    """Linear-probe accuracy of a run's encoder: the encoder frozen, BatchNorm without affine, one linear layer."""
+class Probe(Logging, Evaluator):
+    """Accuracy of a probe of a frozen encoder: a linear layer, or an attentive pooling and a linear layer."""
 
-    FREE: ClassVar[frozenset[str]] = frozenset({"run", "workers", "overwrite", "checkpoint_minutes", "baselines"})
+    FREE: ClassVar[frozenset[str]] = frozenset(
+        {"run", "workers", "overwrite", "checkpoint_minutes", "baselines", "cache", "queries"}
+    )
 
-    solver: Literal["fast", "lars"] = "fast"
+    solver: Literal["fast", "lars", "attentive"] = "fast"
     """fast solves logistic regression on features computed once. lars is MAE's protocol: augmented images, read again
-    in each epoch, which takes far longer."""
+    in each epoch, which takes far longer. attentive is efficient probing: learned queries pool the patch tokens, which are
+    computed once."""
     epochs: int = 90
-    """lars: passes over the data."""
+    """lars, attentive: passes over the data."""
     warmup_epochs: int = 10
-    """lars: epochs of linear warm-up; then half a cosine to 0."""
-    blr: float = 0.1
-    """lars: base learning rate; lr = blr x probe batch size / 256."""
+    """lars, attentive: epochs of linear warm-up; then half a cosine to 0."""
+    blr: float | Auto = "auto"
+    """lars: base learning rate; lr = blr x images of a step / 256. auto is MAE's 0.1, with the rate of its batch of 16384 for
+    the weights, whose steps LARS adapts, and that of the batch at hand for the bias. attentive chooses its own on held-out
+    images."""
     probe_batch_size: int = 16384
     """lars: images per step, gathered over several forward passes; fewer where 78 would not fill an epoch."""
-    c: float = 1.0
-    """fast: inverse strength of the L2 penalty, as in scikit-learn."""
+    c: float | Auto = 1.0
+    """fast: inverse strength of the L2 penalty, as in scikit-learn; auto chooses by cross-validation on the training images."""
+    queries: int = 32
+    """attentive: learned queries at most; their number divides the width of the tokens."""
     seed: int = 0
-    """lars: seed of the layer, order and crops."""
+    """Of the layers, the order, the crops, the held-out images."""
 
     def check(self) -> None:
         """Raise UserError for an impossible value."""
         super().check()
         check_ranges(
             self, ("epochs", 1, None), ("warmup_epochs", 0, None), ("blr", 0, None), ("probe_batch_size", 2, None),
-            ("c", 1e-9, None), ("seed", 0, None), ("log_every", 1, None), ("checkpoint_minutes", 0, None),
+            ("c", 1e-9, None), ("queries", 1, None), ("seed", 0, None), ("log_every", 1, None),
+            ("checkpoint_minutes", 0, None),
         )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Evaluator):
+    """All measures of a frozen encoder in one table: kNN, linear probe at several layers, attentive probe, few-shot."""
+
+    k: tuple[int, ...] = (1, 5, 10, 20, 50, 200)
+    """kNN: neighbours, as far as there are images."""
+    temperature: float = 0.07
+    """kNN: of the votes' weights, exp(cosine similarity / temperature)."""
+    c: float | Auto = 1.0
+    """Linear probe: inverse strength of the L2 penalty; auto chooses by cross-validation on the training images."""
+    layers: tuple[int, ...] = ()
+    """Linear probe: also after so many blocks or stages. Empty is a quarter, a half and three quarters of them; 0 is none."""
+    attentive: bool = True
+    """The attentive probe too, which takes the longest."""
+    queries: int = 32
+    """Attentive probe: learned queries at most; their number divides the width of the tokens."""
+    epochs: int = 90
+    """Attentive probe: passes over the tokens."""
+    shots: tuple[int, ...] = (1, 5, 10)
+    """Few-shot: training images of each class, as far as every class has them."""
+    draws: int = 10
+    """Few-shot: how often they are drawn."""
+    seed: int = 0
+    """Of the draws, the attentive probe's layers, order and held-out images."""
+
+    def check(self) -> None:
+        """Raise UserError for an impossible value."""
+        super().check()
+        check_ranges(
+            self, ("temperature", 1e-4, None), ("c", 1e-9, None), ("queries", 1, None), ("epochs", 1, None),
+            ("draws", 1, None), ("seed", 0, None),
+        )  # fmt: skip
+        for name, low in (("k", 1), ("layers", 0), ("shots", 1)):
+            if wrong := [number for number in getattr(self, name) if number < low]:
+                raise UserError(f"{flag(name)} {wrong[0]} is out of range; it is at least {low}")

@@ -13,9 +13,9 @@ from leanmim.config.base import (
     Number,
     Optimisation,
     Precision,
+    check_pair,
     check_ranges,
     check_size,
-    flag,
     parse_bytes,
 )
 from leanmim.errors import UserError
@@ -37,6 +37,8 @@ class Finetune(Logging, Machine, Optimisation):
             "memory",
             "effective_batch",
             "hours",
+            "eval_every",
+            "max_bad_share",
         }
     )
 
@@ -76,15 +78,24 @@ class Finetune(Logging, Machine, Optimisation):
     """Weight of each class in the loss: none, or the inverse of its share of the images. auto is balanced where the largest
     class has more than three times the images of the smallest."""
 
+    epochs: int | Auto = "auto"
+    """Passes over the training images. auto is the recipe's number, or as many as fit into --hours if they are fewer."""
+    hours: float | None = None
+    """With --epochs auto: the time there is; without, the recipe's epochs take what they take."""
+    effective_batch: int | Auto = "auto"
+    """With --batch-size auto: images per step, over all processes. auto is the recipe's number, at most all there are."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Of the learning rate after the warm-up. cosine: half a cosine to --min-lr. constant: constant, then linear to --min-lr in
+    the last fifth."""
     blr: float | Auto = "auto"
     """Base learning rate: lr = blr x effective batch / 256."""
-    warmup_epochs: float | Auto | None = "auto"
-    """Linear warm-up in epochs."""
-    weight_decay: float | Auto = "auto"
+    warmup_share: float | Auto = "auto"  # type: ignore[assignment]  # pre-training has no auto
+    """Linear warm-up, as a share of the epochs."""
+    weight_decay: float | Auto = "auto"  # type: ignore[assignment]
     """AdamW's weight decay; never on biases, norms, tokens, nor on what the backbone itself exempts."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's betas."""
-    clip_grad: float | Auto = "auto"
+    clip_grad: float | Auto = "auto"  # type: ignore[assignment]
     """Largest norm of the gradient; 0 is no clipping."""
     min_lr: float | Auto = "auto"
     """Learning rate at the end of the schedule."""
@@ -115,17 +126,18 @@ class Finetune(Logging, Machine, Optimisation):
     crop: float | None = None
     """Evaluation: share of the resized image's side kept by the centre crop; None is 0.875 from 128 px on, 1 below."""
 
+    max_bad_share: float = 0.1
+    """Unreadable files are skipped and listed; a larger share of the images than this ends the run."""
+    eval_every: int | Auto = "auto"
+    """Epochs between two evaluations; there is always one at the end. auto is as many as the validation images are times
+    the training images, at least one."""
+
     precision: Precision = "auto"
     """Of the forward pass; auto is bf16 on GPUs that have it, fp32 elsewhere."""
     compile: bool = False
     """torch.compile the model: slower start, faster steps."""
     seed: int = 0
     """Seed of the head, the split, the order, the augmentations."""
-
-    @property
-    def warmup(self) -> float:
-        """Resolved warm-up, epochs; these are numbers."""
-        return self.warmup_share * int(self.epochs) if self.warmup_epochs in (None, "auto") else float(self.warmup_epochs)
 
     def check(self) -> None:
         """Raise UserError for an impossible value."""
@@ -137,7 +149,7 @@ class Finetune(Logging, Machine, Optimisation):
             ("layer_decay", 0.01, 1), ("drop_path", 0, 1), ("mixup", 0, None), ("cutmix", 0, None), ("mixup_switch", 0, 1),
             ("smoothing", 0, 1), ("erase", 0, 1), ("flip", 0, 1), ("ema", 0, 1), ("head_init", 0, None),
             ("label_share", 0, 1), ("labels_per_class", 1, None), ("val_share", 0.01, 0.9), ("depth", 1, None),
-            ("workers", -1, None), ("log_every", 1, None), ("checkpoint_minutes", 0, None), ("seed", 0, None),
+            ("eval_every", 1, None), ("max_bad_share", 0, 1), ("workers", -1, None), ("log_every", 1, None), ("checkpoint_minutes", 0, None), ("seed", 0, None),
             ("warmup_share", 0, 1), ("warmup_epochs", 0, None),
         )  # fmt: skip
         parse_bytes(self.memory)
@@ -153,7 +165,11 @@ class Finetune(Logging, Machine, Optimisation):
             raise UserError(
                 "--batch-size auto chooses --accum itself; leave --accum out and set --effective-batch, or give --batch-size"
             )
+        if "auto" not in (self.epochs, self.warmup_share) and not 0 <= self.warmup <= int(self.epochs):
+            raise UserError(f"--warmup-epochs {self.warmup_epochs} is not between 0 and the {self.epochs} epochs")
+        check_pair("crop_scale", self.crop_scale, 1.0)
+        for beta in self.betas:
+            if not 0 <= beta < 1:
+                raise UserError(f"--betas {self.betas[0]} {self.betas[1]} must be at least 0 and below 1")
         if self.hours is not None and not 0 < self.hours < math.inf:
             raise UserError(f"--hours {self.hours} must be above 0")
-        if self.schedule == "step":
-            raise UserError(f"{flag('schedule')} step is for pre-training; choose cosine or constant")

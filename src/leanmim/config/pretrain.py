@@ -19,6 +19,7 @@ from leanmim.config.base import (
     Select,
     Start,
     Target,
+    check_pair,
     check_ranges,
     check_size,
     flag,
@@ -277,8 +278,5 @@ class Pretrain(Logging, Machine, Optimisation, Model):
             raise UserError(f"--mean {self.mean} must be finite")
         if not all(0 < value < math.inf for value in self.std or ()):
             raise UserError(f"--std {self.std} must be positive and finite")
-        for name in ("crop_scale", "crop_ratio"):
-            low, high = getattr(self, name)
-            most, limits = (1.0, "0 < low <= high <= 1") if name == "crop_scale" else (math.inf, "0 < low <= high")
-            if not 0 < low <= high <= most:
-                raise UserError(f"{flag(name)} {low} {high} must be {limits}")
+        check_pair("crop_scale", self.crop_scale, 1.0)
+        check_pair("crop_ratio", self.crop_ratio, math.inf)

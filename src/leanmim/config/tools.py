@@ -29,12 +29,14 @@ class Show(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class Export(Config):
-    """Write a run's encoder for other libraries."""
+    """Write a run's encoder, or its classifier, for other libraries."""
 
     run: Positional[str]
-    """Run folder of `leanmim pretrain`."""
-    format: Literal["timm", "transformers"] = "timm"
-    """timm: the backbone. transformers: ViTMAEForPreTraining, decoder included (MAE only)."""
+    """Run folder of `leanmim pretrain` or `leanmim finetune`; or one of its checkpoints, as RUN/checkpoints/best.pt."""
+    format: Literal["timm", "onnx", "transformers"] = "timm"
+    """timm: the backbone; of a fine-tuned run the classifier, with the names of its classes. onnx: the same as a graph, from
+    normalised images to features (their mean) and tokens, or to logits. transformers: ViTMAEForPreTraining, decoder
+    included (MAE only)."""
     depth: int | None = None
     """Of a run with --segments: the first blocks or stages only, up to the end of a segment. ViT and Swin become shorter
     models closed by the segment's own norm; of other families the whole model is written, its later stages untrained."""
@@ -52,7 +54,7 @@ class Report(Config):
     """One self-contained HTML page about one or several runs."""
 
     runs: Positional[tuple[str, ...]]
-    """Run folders of `leanmim pretrain`."""
+    """Run folders of `leanmim pretrain` or `leanmim finetune`."""
     out: str | None = None
     """Page to write; None is report.html in the first run folder."""
 

@@ -1,16 +1,17 @@
 """The cost of a training step: the real `update` on fake tensors."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import AdamW
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from leanmim.caches import empty_caches
 from leanmim.config import Pretrain
@@ -108,8 +109,7 @@ def count_phase(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[s
         model = build(config, backbone.to_empty(device="cpu")).train()
         model.autocast = resolve_precision(config.precision, torch.device(device))
         parameters, of_decoders = (sum(p.numel() for p in part.parameters()) for part in (model, model.decoders))
-        storages, flops, tokens = count_step(model, optimizers_with_state(model, config), config, cuda)
-    peak = storages.peak
+        storages, flops, tokens = count_step(model, with_state(make_optimizers(model, config), model), config, cuda)
     cost = StepCost(
         title=titles([config])[0],
         recipe=config.recipe,
@@ -119,21 +119,28 @@ def count_phase(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[s
         train_flops_per_image=sum(flops["training"].values()),
         encoder_parameters=parameters - of_decoders,
         decoder_parameters=of_decoders,
-        weight_bytes=peak["weights"],
-        gradient_bytes=peak["gradients"],
-        optimizer_bytes=peak["optimizer"],
-        saved_bytes=peak["saved"],
-        transient_bytes=peak["transient"],
-        peak_bytes=peak["all"] + (cuda_workspace() if cuda else 0),
         encoder_tokens=tokens["encoder"],
         decoder_tokens=tokens["decoder"],
+        **peaks(storages, cuda),
     )
     return cost, flops
 
 
-def optimizers_with_state(model: MIM, config: Pretrain) -> list[AdamW]:
-    """Optimizers whose state is there, as before any step but the first."""
-    optimizers = make_optimizers(model, config)
+def peaks(storages: Storages, cuda: bool) -> dict[str, int]:
+    """The bytes of a `StepCost`."""
+    peak = storages.peak
+    return {
+        "weight_bytes": peak["weights"],
+        "gradient_bytes": peak["gradients"],
+        "optimizer_bytes": peak["optimizer"],
+        "saved_bytes": peak["saved"],
+        "transient_bytes": peak["transient"],
+        "peak_bytes": peak["all"] + (cuda_workspace() if cuda else 0),
+    }
+
+
+def with_state(optimizers: list[AdamW], model: nn.Module) -> list[AdamW]:
+    """The optimizers with their state, as before any step but the first."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     for optimizer in optimizers:
@@ -142,7 +149,7 @@ def optimizers_with_state(model: MIM, config: Pretrain) -> list[AdamW]:
     return optimizers
 
 
-def follow_all(model: MIM, optimizers: list[AdamW], cuda: bool) -> Storages:
+def follow_all(model: nn.Module, optimizers: list[AdamW], cuda: bool) -> Storages:
     """Storages that know the weights and the optimizers' state."""
     storages = Storages(round_to=512 if cuda else 1)
     for tensor in (*model.parameters(), *model.buffers()):
@@ -181,6 +188,16 @@ def count_step(
     counter = flop_counter()
     watch = Stopwatch(counter, trained, cast(list[Decoder], model.decoders))
 
+    accum = min(config.accum, 2)  # a third batch finds what the second found
+    with watched(model, storages, counter, cuda):
+        update(watch.losses, optimizers, batches(images, normalise, accum), accum, config.clip_grad)
+    return storages, watch.per_image(batch * accum, of_target.get_total_flops() // batch), watch.tokens
+
+
+@contextmanager
+def watched(model: nn.Module, storages: Storages, counter: FlopCounterMode, cuda: bool) -> Iterator[None]:
+    """Count what is done inside: FLOPs, and the storages of the model's gradients, of what autograd saves, of all else."""
+
     def follow_gradient(parameter: Tensor) -> None:
         storages.follow(cast(Tensor, parameter.grad), "gradients")
 
@@ -192,9 +209,7 @@ def count_step(
         modes += [AsOnCuda()] if cuda else []
         for mode in (*modes, storages, NoneUncounted(counter), counter):  # the last one sees an operator first
             stack.enter_context(mode)
-        accum = min(config.accum, 2)  # a third batch finds what the second found
-        update(watch.losses, optimizers, batches(images, normalise, accum), accum, config.clip_grad)
-    return storages, watch.per_image(batch * accum, of_target.get_total_flops() // batch), watch.tokens
+        yield
 
 
 def batches(images: Tensor, normalise: Normalise, accum: int) -> Iterator[Tensor]:

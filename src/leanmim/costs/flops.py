@@ -1,5 +1,6 @@
 """FLOPs: formulas that torch lacks, operators that must have one, and how they divide among the parts of the model."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -36,7 +37,24 @@ def attention_backward_flops(_: Any, q: Shape, k: Shape, v: Shape, *__: Any, **_
     return 2 * b * heads * queries * keys * (3 * d + 2 * v[3])
 
 
-ON_CPU = {  # torch 2.14 has formulas for the attention kernels of GPUs only
+def convolution_backward_flops(gradient: Shape, x: Shape, weight: Shape, *rest: Any, **_: Any) -> int:
+    """FLOPs of a convolution's backward pass: those of the forward pass for each of the two gradients that is asked for.
+
+    torch counts a convolution in groups, as a depthwise one is, as if its weights' gradient joined all channels.
+
+    Args:
+        gradient: of the output, b c H W.
+        x: the input, b c H W.
+        weight: its second axis is that of one group.
+        rest: bias sizes, stride, padding, dilation, transposed, output padding, groups, and which gradients are asked for.
+    """
+    transposed, asked = rest[4], rest[7]
+    positions = math.prod((x if transposed else gradient)[2:])
+    return 2 * gradient[0] * positions * math.prod(weight) * (bool(asked[0]) + bool(asked[1]))
+
+
+FORMULAS = {  # torch 2.14 has formulas for the attention kernels of GPUs only
+    torch.ops.aten.convolution_backward: convolution_backward_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
 }
@@ -48,8 +66,8 @@ MATRIX_PRODUCTS = frozenset([
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's counter with our formulas for attention on the CPU, so that all versions of torch count the same."""
-    return FlopCounterMode(display=False, custom_mapping=ON_CPU)
+    """torch's counter with our formulas, so that all versions of torch count the same."""
+    return FlopCounterMode(display=False, custom_mapping=FORMULAS)
 
 
 class NoneUncounted(TorchDispatchMode):

@@ -22,7 +22,8 @@ def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
 class Order(torch.utils.data.Sampler):
     """The batches of forward passes ``start`` to ``stop`` for one of several processes, as lists of (epoch, index).
 
-    Every epoch is a fresh permutation; what does not fill a whole step is left to later epochs.
+    Every epoch is a fresh permutation; what does not fill a whole step is left to later epochs. If there are fewer images than
+    the steps of an epoch take, they go on to the next permutation, whose number then is the item's epoch.
     """
 
     def __init__(
@@ -35,8 +36,16 @@ class Order(torch.utils.data.Sampler):
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        stride = max(self.count, self.per_epoch * self.world * self.batch)
         for micro in range(self.start, self.stop):
             epoch, k = divmod(micro, self.per_epoch)
-            first = (k * self.world + self.rank) * self.batch
-            order = epoch_order(self.count, self.seed, epoch)
-            yield [(epoch, index) for index in order[first : first + self.batch].tolist()]
+            first = epoch * stride + (k * self.world + self.rank) * self.batch
+            yield list(self.items(first, first + self.batch))
+
+    def items(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Those at places ``start`` to ``stop`` of all permutations, one after the other."""
+        while start < stop:
+            epoch, place = divmod(start, self.count)
+            indices = epoch_order(self.count, self.seed, epoch)[place : place + stop - start].tolist()
+            yield from ((epoch, index) for index in indices)
+            start += len(indices)

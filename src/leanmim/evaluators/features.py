@@ -1,11 +1,11 @@
-"""Features of a labelled folder: one forward pass over each image.
+"""What is evaluated, and its features: one forward pass over each image of a labelled folder.
 
-b batch, c channels, H W pixels, s tokens, d width.
+b batch, c channels, H W pixels, h w n patches, d width.
 """
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
@@ -17,16 +17,17 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from leanmim.config import Evaluate, Pretrain
+from leanmim.config import Evaluator, Pretrain
 from leanmim.data import Labelled, Normalise, centre_crop, labelled_pair, loader, resolve_workers
 from leanmim.device import device_name, resolve_device
 from leanmim.encoders import encoder_of
-from leanmim.encoders.backbone import Backbone, as_tokens, full_depth
+from leanmim.encoders.backbone import Backbone, Truncated, as_tokens, full_depth
 from leanmim.errors import UserError
 from leanmim.evaluators.accuracy import Accuracy
 from leanmim.progress import track
 from leanmim.run import Run
-from leanmim.weights import load_backbone, truncated
+from leanmim.start import Start, open_start
+from leanmim.weights import truncated
 
 Embed = Callable[[Float[Tensor, "b c H W"]], Float[Tensor, "b d"]]
 
@@ -43,25 +44,63 @@ def embedding(backbone: Backbone, pool: str) -> Embed:
 
     Args:
         backbone: a timm model without head.
-        pool: ``avg``, the mean of the patch tokens after the backbone's own norm; ``token``, the class token;
-            ``timm``, what the model returns.
+        pool: ``avg``, the mean of the patch tokens after the backbone's own norm, or before it where timm's model norms
+            the mean (``fc_norm``, as of a fine-tuned ViT); ``token``, the class token; ``timm``, what the model returns.
 
     Raises:
         UserError: the model has no class token.
     """
     if pool == "timm":
         return backbone
-    if pool == "token" and not getattr(backbone, "has_class_token", False):
+    if pool == "token" and not has_class_token(backbone):
         raise UserError("--pool token: this model has no class token; use avg")
-    last = getattr(backbone, "fc_norm", nn.Identity())
 
     def embed(images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b d"]:
-        tokens = backbone.forward_features(images)
-        if pool == "token":
-            return last(tokens[:, 0])
-        return last(as_tokens(backbone, tokens).mean(1))
+        return pooled(backbone, pool, backbone.forward_features(images))
 
     return embed
+
+
+def pooled(backbone: Backbone, pool: str, features: Tensor) -> Float[Tensor, "b d"]:
+    """One vector for each image, from what the backbone's ``forward_features`` returns."""
+    if pool == "timm":
+        return backbone.forward_head(features) if hasattr(backbone, "forward_head") else features.mean(1)
+    last = getattr(backbone, "fc_norm", nn.Identity())
+    return last(features[:, 0] if pool == "token" else as_tokens(backbone, features).mean(1))
+
+
+def has_class_token(backbone: Backbone) -> bool:
+    """Whether the first token is a class token."""
+    return bool(getattr(backbone, "has_class_token", False))
+
+
+def uncovered(backbone: Backbone) -> Backbone:
+    """timm's model itself, without the norm that closes it where it was cut."""
+    return backbone.backbone if isinstance(backbone, Truncated) else backbone
+
+
+@torch.inference_mode()
+def layer_count(backbone: Backbone, image: Float[Tensor, "1 c H W"]) -> int:
+    """Blocks or stages whose output timm gives, also of a model that was cut; 0 of a model that gives none."""
+    inner = uncovered(backbone)
+    return len(inner.forward_intermediates(image)[1]) if hasattr(inner, "forward_intermediates") else 0
+
+
+def only_layer(backbone: Backbone, images: Float[Tensor, "b c H W"], layer: int, **options: Any) -> Any:
+    """The patches after so many blocks or stages, before any norm, ``b d h w``, as timm returns them; no layer after it runs."""
+    wanted: dict[str, Any] = dict(intermediates_only=True, stop_early=True, **options)
+    return uncovered(backbone).forward_intermediates(images, indices=[layer - 1], **wanted)[0]
+
+
+def read_layers(
+    backbone: Backbone, images: Float[Tensor, "b c H W"], layers: Sequence[int]
+) -> tuple[Tensor, list[Float[Tensor, "b d h w"]]]:
+    """One forward pass: what ``forward_features`` returns, and the patches after so many blocks or stages, before any norm."""
+    if not layers:
+        return backbone.forward_features(images), []
+    inner = uncovered(backbone)
+    features, maps = inner.forward_intermediates(images, indices=[layer - 1 for layer in layers])
+    return features if inner is backbone else backbone.norm(as_tokens(inner, features)), maps
 
 
 def raw_pixels(images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b d"]:
@@ -104,7 +143,7 @@ def extract(
 
 
 class Subject(NamedTuple):
-    """Something to evaluate: the pre-trained encoder, or a baseline."""
+    """Something to evaluate: an encoder, or a baseline."""
 
     name: str
     embed: Embed
@@ -114,42 +153,59 @@ class Subject(NamedTuple):
     workers: int
     step: int = 0  # of pre-training
     facts: dict[str, Any] | None = None  # depth, parameters, ...: of a run whose segments give models of several depths
+    backbone: Backbone | None = None  # None is no encoder: raw pixels
+    pool: str = "avg"
+    size: tuple[int, int] = (0, 0)  # of the images, px
+    crop: float | None = None
 
 
-def extract_pair(subject: Subject, batch_size: int) -> tuple[Features, Features]:
-    """Features of the training and of the validation images."""
-    title = f"{subject.name} features"
-    train, val = (
-        extract(subject.embed, data, subject.normalise, batch_size, subject.workers, title=title)
-        for data in (subject.train, subject.val)
-    )
-    return train, val
+def subjects(config: Evaluator) -> Iterator[Subject]:
+    """The encoder, then the baselines.
 
-
-def subjects(config: Evaluate) -> Iterator[Subject]:
-    """The run's encoder, then (with ``baselines``) a freshly initialised one and raw pixels."""
+    Raises:
+        UserError: an encoder or the labelled folder cannot be read, or an option does not go with them.
+    """
     config.check()
-    size = (config.input_size[0], config.input_size[-1]) if config.input_size else None
-    backbone, trained, state = load_backbone(config.run, size, config.depth)
+    start = open_start(config.run, config.model, config.model_kwargs, config.input_size, config.channels, config.depth)
     device = resolve_device(config.device)
-    size = size or trained.size
-    train, val = labelled_pair(config.data, trained.channels, centre_crop(size, config.crop))
-    rest = (train, val, Normalise(state["mean"], state["std"], device), resolve_workers(config.workers))
-    embed = embedding(backbone.to(device), config.pool)
-    facts: dict[str, Any] | None = None
-    if trained.cut:
-        facts = {
-            "depth": config.depth or trained.depth or full_depth(backbone),
-            "parameters": sum(p.numel() for p in backbone.parameters()),
-            "step": state["step"],
-            "device": device_name(device),
-            "latency_ms": 1e3 * latency(embed, torch.zeros(1, trained.channels, *size, device=device)),
-        }
-    yield Subject("pretrained", embed, *rest, state["step"], facts)
-    if config.baselines:
-        random = random_backbone(trained, size, config.depth).to(device)
-        yield Subject("random", embedding(random, config.pool), *rest)
-        yield Subject("pixels", raw_pixels, *rest)
+    first = subject_of("pretrained", start, start.encoder().to(device), config)
+    yield first._replace(step=start.step, facts=facts_of(start, first, config.depth))
+    assert isinstance(config.baselines, tuple)  # its __post_init__ made it one
+    for word in config.baselines:
+        if word == "pixels":
+            yield first._replace(name=word, embed=raw_pixels, backbone=None)
+        elif word == "random":
+            yield subject_of(word, start, random_start(start).to(device), config)
+        else:
+            other = open_start(word, input_size=config.input_size, channels=start.model.channels)
+            yield subject_of(word, other, other.encoder().to(device), config)._replace(step=other.step)
+
+
+def subject_of(name: str, start: Start, backbone: Backbone, config: Evaluator) -> Subject:
+    """An encoder with the images that it is evaluated on."""
+    size, pool = start.model.size, config.pool
+    if pool == "auto":
+        pool = "token" if getattr(config, "solver", "") == "lars" and has_class_token(backbone) else "avg"
+    train, val = labelled_pair(config.data, start.model.channels, centre_crop(size, config.crop))
+    normalise = Normalise(start.mean, start.std, resolve_device(config.device))
+    embed = embedding(backbone, pool)
+    return Subject(
+        name, embed, train, val, normalise, resolve_workers(config.workers), 0, None, backbone, pool, size, config.crop
+    )
+
+
+def facts_of(start: Start, subject: Subject, depth: int | None) -> dict[str, Any] | None:
+    """What the report draws accuracies of several depths against; None if the run has one depth."""
+    trained, backbone, device = start.pretrained, subject.backbone, subject.normalise.device
+    if trained is None or not trained.cut or backbone is None:
+        return None
+    return {
+        "depth": depth or trained.depth or full_depth(backbone),
+        "parameters": sum(p.numel() for p in backbone.parameters()),
+        "step": start.step,
+        "device": device_name(device),
+        "latency_ms": 1e3 * latency(subject.embed, torch.zeros(1, trained.channels, *subject.size, device=device)),
+    }
 
 
 @torch.inference_mode()
@@ -163,6 +219,13 @@ def latency(embed: Embed, image: Float[Tensor, "1 c H W"], repeats: int = 10) ->
     return median(times[1:])
 
 
+def random_start(start: Start) -> Backbone:
+    """The encoder at random: as it was before pre-training started from nothing, or of the same architecture."""
+    if start.pretrained is not None:
+        return random_backbone(start.pretrained, start.model.size, start.depth)
+    return replace(start, weights=None, run=None).encoder()
+
+
 def random_backbone(config: Pretrain, size: tuple[int, int], depth: int | None = None) -> nn.Module:
     """The encoder as it was before pre-training started from nothing, or its first blocks or stages."""
     with torch.random.fork_rng(devices=[]):
@@ -171,8 +234,21 @@ def random_backbone(config: Pretrain, size: tuple[int, int], depth: int | None =
         return truncated(encoder_of(sized), sized, depth).eval()
 
 
-def record(config: Evaluate, what: str, subject: Subject, accuracy: Accuracy) -> tuple[str, Accuracy]:
-    """Append a result to the run's evaluations.jsonl, for the report."""
+def run_folder(config: Evaluator) -> Path | None:
+    """Where results and features are kept; None if the encoder is not a run's."""
+    return Path(config.run) if Run(Path(config.run)).last.is_file() else None
+
+
+def record(config: Evaluator, what: str, subject: Subject, accuracy: Accuracy, **more: Any) -> tuple[str, Accuracy]:
+    """Append a result to the evaluations.jsonl of a run folder, for the report.
+
+    Args:
+        config: how it was measured.
+        what: the measure.
+        subject: of what.
+        accuracy: the result.
+        more: further entries of the line; ``options`` replaces those of the configuration.
+    """
     line = {
         "what": what,
         "name": subject.name,
@@ -180,8 +256,9 @@ def record(config: Evaluate, what: str, subject: Subject, accuracy: Accuracy) ->
         "interval": accuracy.interval,
         "images": accuracy.images,
         "data": config.data,
-        "options": asdict(config),
+        "options": asdict(config) | {"pool": subject.pool},
     }
-    with open(Run(Path(config.run)).evaluations, "a") as file:
-        file.write(json.dumps(line | (subject.facts or {})) + "\n")
+    if (folder := run_folder(config)) is not None:
+        with open(Run(folder).evaluations, "a") as file:
+            file.write(json.dumps(line | (subject.facts or {}) | more) + "\n")
     return subject.name, accuracy

@@ -7,7 +7,8 @@ from torch import nn
 
 from leanmim.config import Knn
 from leanmim.evaluators.accuracy import Accuracy
-from leanmim.evaluators.features import Features, extract_pair, record, subjects
+from leanmim.evaluators.cache import storage
+from leanmim.evaluators.features import Features, record, subjects
 
 
 def knn_accuracy(train: Features, val: Features, k: int = 20, temperature: float = 0.07) -> Accuracy:
@@ -31,7 +32,8 @@ def knn_accuracy(train: Features, val: Features, k: int = 20, temperature: float
 
 
 def knn(config: Knn) -> Iterator[tuple[str, Accuracy]]:
-    """The accuracy of the run's encoder, and of the baselines where asked for."""
-    for subject in subjects(config):
-        train, val = extract_pair(subject, config.batch_size)
-        yield record(config, "knn", subject, knn_accuracy(train, val, config.k, config.temperature))
+    """The accuracy of the encoder, and of the baselines where asked for."""
+    with storage(config) as store:
+        for subject in subjects(config):
+            train, val = store.pair(subject)
+            yield record(config, "knn", subject, knn_accuracy(train, val, config.k, config.temperature))

@@ -1,4 +1,4 @@
-"""A run's weights for other libraries: ``timm`` is the backbone alone, ``transformers`` encoder and decoder."""
+"""A run's weights for other libraries: ``timm`` is the model alone, ``onnx`` its graph, ``transformers`` encoder and decoder."""
 
 import sys
 from collections.abc import Callable
@@ -7,28 +7,39 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors.torch import save_file
+from torch import nn
 
+from leanmim.classifier.model import build_classifier
 from leanmim.config import Export, Pretrain
 from leanmim.errors import UserError
-from leanmim.formats.timm_format import timm_files, timm_lines
+from leanmim.formats.onnx_format import onnx_classifier, onnx_encoder
+from leanmim.formats.timm_format import timm_classifier, timm_files, timm_lines
 from leanmim.formats.vitmae import vitmae_files
 from leanmim.mim import MIM
-from leanmim.run import write_atomically, write_json
-from leanmim.weights import restore
+from leanmim.run import Run, load, write_atomically, write_json
+from leanmim.start import Start, checkpoint_of, open_start
+from leanmim.weights import rebuild
 
 __all__ = ["FORMATS", "Format", "export", "timm_files", "timm_lines", "vitmae_files"]
 
-Files = dict[str, dict[str, Any]]  # tensors by their names for NAME.safetensors, JSON values for NAME.json
+Files = dict[str, Any]  # tensors by their names for NAME.safetensors, bytes for NAME.onnx, JSON values for NAME.json
 
 
 class Format(NamedTuple):
-    """A row of the table of formats."""
+    """A row of the table of formats: what it makes of each kind of run."""
 
-    files: Callable[[Pretrain, MIM, dict[str, Any], int | None], Files]  # of a configuration, model, checkpoint, depth
+    encoder: Callable[
+        [Pretrain, MIM, dict[str, Any], int | None], Files
+    ]  # of a configuration, model, checkpoint, depth
+    classifier: Callable[[Start, nn.Module, dict[str, Any]], Files] | None  # of a fine-tuned run and its checkpoint
     shallow: bool  # whether it can hold the first blocks or stages of a model
 
 
-FORMATS = {"timm": Format(timm_files, True), "transformers": Format(vitmae_files, False)}
+FORMATS = {
+    "timm": Format(timm_files, timm_classifier, True),
+    "onnx": Format(onnx_encoder, onnx_classifier, True),
+    "transformers": Format(vitmae_files, None, False),
+}
 """By the name that --format gives."""
 
 
@@ -44,7 +55,30 @@ def export(config: Export) -> Path:
     """
     if config.all_depths and config.depth is not None:
         raise UserError("--depth and --all-depths: give one of them")
-    trained, model, state = restore(config.run)
+    path = Path(config.run)
+    found = checkpoint_of(path)
+    state = load(found) if found else Run(path).read()
+    return export_classifier(config, state) if "classes" in state else export_encoder(config, state)
+
+
+def export_classifier(config: Export, state: dict[str, Any]) -> Path:
+    """Write the classifier of a fine-tuned run. As `export`."""
+    make = FORMATS[config.format].classifier
+    if make is None:
+        able = " or ".join(name for name, row in FORMATS.items() if row.classifier)
+        raise UserError(f"--format {config.format} takes no fine-tuned run; use --format {able}")
+    if config.all_depths or config.depth is not None:
+        option = "--all-depths" if config.all_depths else "--depth"
+        raise UserError(f"{option}: a fine-tuned run is written as a whole; give --depth to `leanmim finetune`")
+    folder = folder_of(config, None)
+    start = open_start(config.run)
+    write(folder, make(start, build_classifier(start), state))
+    return folder
+
+
+def export_encoder(config: Export, state: dict[str, Any]) -> Path:
+    """Write the encoder of a pre-training run. As `export`."""
+    trained, model = rebuild(state, config.run)
     target, whole = FORMATS[config.format], model.encoder.depths[-1]
     depths = model.encoder.depths if config.all_depths else (config.depth,)
     if not target.shallow and not {*depths} <= {None, whole}:
@@ -52,7 +86,7 @@ def export(config: Export) -> Path:
         raise UserError(f"{option}: --format {config.format} writes whole models; use --format timm")
     folders = [folder_of(config, depth) for depth in depths]  # checked before anything is written
     for folder, depth in zip(folders, depths, strict=True):
-        files = target.files(trained, model, state, depth)
+        files = target.encoder(trained, model, state, depth)
         if files["config.json"].get("leanmim", {}).get("not_pretrained"):
             short = f"--depth {trained.depth}" if trained.depth else f"timm does not build {trained.model} shorter"
             print(
@@ -62,7 +96,15 @@ def export(config: Export) -> Path:
         write(folder, files)
     if not config.all_depths:
         return folders[0]
-    return Path(config.out) if config.out else Path(config.run) / "export"
+    return Path(config.out) if config.out else home(config)
+
+
+def home(config: Export) -> Path:
+    """The folder of a run's exports."""
+    path = Path(config.run)
+    if path.suffix == ".pt":
+        path = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    return path / "export"
 
 
 def folder_of(config: Export, depth: int | None) -> Path:
@@ -76,17 +118,19 @@ def folder_of(config: Export, depth: int | None) -> Path:
         if not config.overwrite and folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{str(folder)!r} is not empty; choose another --out, or --overwrite")
     else:
-        folder = Path(config.run) / "export" / (config.format if depth is None else f"{config.format}-depth{depth}")
+        folder = home(config) / (config.format if depth is None else f"{config.format}-depth{depth}")
     if folder.is_file():
         raise UserError(f"{str(folder)!r} is a file; --out takes a folder")
     return folder
 
 
 def write(folder: Path, files: Files) -> None:
-    """Write each file atomically: tensors as safetensors, anything else as JSON."""
+    """Write each file atomically: tensors as safetensors, bytes as they are, anything else as JSON."""
     for name, content in files.items():
         if name.endswith(".safetensors"):
             tensors = {key: value.detach().contiguous().clone() for key, value in content.items()}
             write_atomically(folder / name, partial(save_file, tensors, metadata={"format": "pt"}))
+        elif isinstance(content, bytes):
+            write_atomically(folder / name, partial(Path.write_bytes, data=content))
         else:
             write_json(folder / name, content)

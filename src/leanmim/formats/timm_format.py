@@ -1,4 +1,4 @@
-"""timm: ``model.safetensors`` with the backbone's own keys, and timm's ``config.json``."""
+"""timm: ``model.safetensors`` with the model's own keys, and timm's ``config.json``."""
 
 from pathlib import Path
 from typing import Any
@@ -6,8 +6,10 @@ from typing import Any
 import torch
 
 from leanmim.config import Pretrain
+from leanmim.config.base import Model
 from leanmim.encoders.backbone import Backbone, Truncated, backbone_arguments, backbone_of, shallower
 from leanmim.mim import MIM
+from leanmim.start import Start
 from leanmim.weights import truncated
 
 
@@ -33,64 +35,92 @@ def timm_files(config: Pretrain, model: MIM, state: dict[str, Any], depth: int |
         backbone, trained_depth = encoder, config.depth
     else:  # a shallower model of timm's
         backbone, trained_depth = encoder, None
-    arguments, weights = timm_arguments(config, model, depth), backbone.state_dict()
+    arguments, weights = timm_arguments(config, model.encoder.backbone), backbone.state_dict()
+    if depth is not None and depth != model.encoder.depths[-1]:
+        arguments |= shallower(model.encoder.backbone, depth)
     if trained_depth is None:
-        return {"model.safetensors": weights, "config.json": describe(backbone, arguments, config, state)}
+        return {
+            "model.safetensors": weights,
+            "config.json": describe(backbone, config, state) | {"model_args": arguments},
+        }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         whole = backbone_of(config)
-    description = describe(whole, arguments, config, state)
+    description = describe(whole, config, state) | {"model_args": arguments}
     fresh = sorted(whole.state_dict().keys() - weights.keys())
     description["leanmim"] |= {"depth": trained_depth, "not_pretrained": fresh}
     return {"model.safetensors": whole.state_dict() | weights, "config.json": description}
 
 
-def describe(backbone: Backbone, arguments: dict[str, Any], config: Pretrain, state: dict[str, Any]) -> dict[str, Any]:
-    """timm's description of a backbone, which timm.create_model makes with these arguments."""
-    description = {
-        "architecture": config.model.partition(".")[0],
-        "num_classes": 0,
-        "num_features": backbone.num_features,
-        "model_args": arguments,
-        "pretrained_cfg": {
-            "custom_load": False,
-            "input_size": [config.channels, *config.size],
-            "fixed_input_size": "img_size" in backbone_arguments(config),  # timm gives it to those models only
-            "interpolation": "bicubic",
-            "crop_pct": 0.875,
-            "crop_mode": "center",
-            "mean": state["mean"],
-            "std": state["std"],
-            "num_classes": 0,
-            "first_conv": backbone.pretrained_cfg["first_conv"],
-            "classifier": backbone.pretrained_cfg["classifier"],
-        },
-        "leanmim": {"recipe": config.recipe, "step": state["step"], "epochs": config.epochs},
+def timm_classifier(start: Start, model: Backbone, state: dict[str, Any]) -> dict[str, Any]:
+    """The weights of a classifier, head included, and timm's description of it with the names of the classes.
+
+    Args:
+        start: the fine-tuned run.
+        model: its classifier.
+        state: its checkpoint.
+    """
+    description = describe(model, start.model, state, start.classes)
+    description["model_args"] = timm_arguments(start.model, model)
+    return {"model.safetensors": model.state_dict(), "config.json": description}
+
+
+def describe(backbone: Backbone, own: Model, state: dict[str, Any], classes: tuple[str, ...] = ()) -> dict[str, Any]:
+    """timm's description of a model, but for the arguments that make it.
+
+    Args:
+        backbone: the model.
+        own: its architecture.
+        state: the checkpoint of its run.
+        classes: what its head tells apart, if it has one.
+    """
+    trained = state["config"]
+    crop = trained.get("crop") or (0.875 if not classes or min(own.size) >= 128 else 1.0)  # as `leanmim finetune`
+    known: dict[str, Any] = {
+        "custom_load": False,
+        "input_size": [own.channels, *own.size],
+        "fixed_input_size": "img_size" in backbone_arguments(own),  # timm gives it to those models only
+        "interpolation": "bicubic",
+        "crop_pct": crop,
+        "crop_mode": "center",
+        "mean": state["mean"],
+        "std": state["std"],
+        "num_classes": len(classes),
+        "first_conv": backbone.pretrained_cfg["first_conv"],
+        "classifier": backbone.pretrained_cfg["classifier"],
     }
+    description: dict[str, Any] = {
+        "architecture": own.model.partition(".")[0],
+        "num_classes": len(classes),
+        "num_features": backbone.num_features,
+        "pretrained_cfg": known,
+        "leanmim": {"recipe": trained.get("recipe"), "step": state["step"], "epochs": trained.get("epochs")},
+    }
+    if classes:
+        description["label_names"] = list(classes)
     if isinstance(pool := getattr(backbone, "global_pool", None), str):  # elsewhere it is a module, or the head's
         description["global_pool"] = pool
     return description
 
 
-def timm_arguments(config: Pretrain, model: MIM, depth: int | None = None) -> dict[str, Any]:
-    """What timm.create_model needs beside the name to build the run's backbone, or its first ``depth`` blocks or stages."""
-    taken = backbone_arguments(config)
-    arguments: dict[str, Any] = dict(config.model_kwargs)
-    default = tuple(model.encoder.backbone.pretrained_cfg["input_size"][1:])
-    for name in ("img_size", "window_size") if config.size != default else ():
+def timm_arguments(own: Model, backbone: Backbone) -> dict[str, Any]:
+    """What timm.create_model needs beside the name to build a model of this architecture."""
+    taken = backbone_arguments(own)
+    arguments: dict[str, Any] = dict(own.model_kwargs)
+    default = tuple(backbone.pretrained_cfg["input_size"][1:])
+    for name in ("img_size", "window_size") if own.size != default else ("window_size",):
         if name in taken and name not in arguments:
             sides = taken[name]
             arguments[name] = sides[0] if sides[0] == sides[1] else list(sides)
-    if config.channels != 3:
-        arguments["in_chans"] = config.channels
-    if depth is not None and depth != model.encoder.depths[-1]:
-        arguments |= shallower(model.encoder.backbone, depth)
+    if own.channels != 3:
+        arguments["in_chans"] = own.channels
     return arguments
 
 
 def timm_lines(folder: Path, config: Pretrain, model: MIM) -> str:
     """Three lines of Python that load the exported encoder in timm."""
-    arguments = "".join(f", {key}={value!r}" for key, value in timm_arguments(config, model).items())
+    known = timm_arguments(config, model.encoder.backbone)
+    arguments = "".join(f", {key}={value!r}" for key, value in known.items())
     return (
         "import timm, torch\n"
         f'model = timm.create_model("{config.model}", num_classes=0{arguments}, '

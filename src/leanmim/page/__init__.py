@@ -26,7 +26,9 @@ def report(config: Report) -> Path:
         UserError: a folder is not a run, its configuration cannot be read, or the page cannot be written.
     """
     if not config.runs:
-        raise UserError("give the run folder of a `leanmim pretrain`, or several: leanmim report run")
+        raise UserError(
+            "give the run folder of a `leanmim pretrain` or `leanmim finetune`, or several: leanmim report run"
+        )
     names = [Path(folder).resolve().name for folder in config.runs]
     if len(set(names)) < len(names):  # a/run and b/run
         names = list(config.runs)
@@ -34,8 +36,9 @@ def report(config: Report) -> Path:
     path = Path(config.out) if config.out else Path(config.runs[0]) / "report.html"
     if path.is_dir():
         raise UserError(f"{str(path)!r} is a folder; give the name of a page with --out")
+    page = render(runs).encode("utf-8", "backslashreplace")  # the name of a file or folder need not be text
     try:
-        write_atomically(path, lambda file: file.write_text(render(runs), encoding="utf-8"))
+        write_atomically(path, lambda file: file.write_bytes(page))
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be written ({error}); choose another --out") from error
     return path

@@ -54,7 +54,8 @@ def plot(curves: Sequence[Curve], zero: bool, across: str) -> list[str]:
     ys += [y for curve in curves for _, *ends in curve.intervals for y in ends]
     last = max(x for curve in curves for x, _ in curve.points)
     scale = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10])
-    marks = scale.tick_values(min(ys), max(ys) or 1.0)  # they enclose the lowest and the highest value
+    room = 0.05 * abs(ys[0]) if min(ys) == max(ys) else 0.0  # a constant would leave the axis without a length
+    marks = scale.tick_values(min(ys) - room, max(ys) + room or 1.0)  # they enclose the lowest and the highest value
     low, high = marks[0], marks[-1]
 
     def place(x: float, y: float) -> Point:

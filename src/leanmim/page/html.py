@@ -1,5 +1,6 @@
-"""Pieces of HTML: escaped values, tables, remarks."""
+"""Pieces of HTML: escaped values, tables, remarks, pictures."""
 
+import base64
 from collections.abc import Iterable
 from html import escape
 from typing import Any
@@ -38,6 +39,12 @@ def row(head: Any, cells: Iterable[Any], style: str = "", span: int = 1) -> Html
 def soft(text: str) -> Html:
     """A remark, in a softer colour."""
     return Html(f'<span class="soft">{escape(text)}</span>')
+
+
+def picture(png: bytes, alt: str) -> Html:
+    """A PNG picture, embedded in the page."""
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return Html(f'<img alt="{escape(alt)}" src="{source}">')
 
 
 NOT_YET = soft("not yet")

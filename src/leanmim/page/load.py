@@ -1,45 +1,87 @@
-"""What a run folder holds so far, read for the page."""
+"""What run folders hold so far, read for the page."""
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from leanmim.config import Pretrain
+from leanmim.config.base import Config
+from leanmim.config.finetune import Finetune
 from leanmim.errors import UserError
 from leanmim.page.html import Html
 from leanmim.run import Run
 
 
-class Loaded(NamedTuple):
+@dataclass(frozen=True)
+class Loaded:
     """The contents of a run folder, and the run's name and colour on the page.
 
-    What the run has not written yet is empty.
+    What the run has not written yet is empty. Pictures are PNG.
     """
 
     name: str
     colour: str
-    config: Pretrain
+    config: Config
     environment: dict[str, Any]
     cost: dict[str, Any]
     metrics: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     skipped: list[dict[str, Any]]
-    picture: bytes  # PNG
 
     @property
     def title(self) -> Html:
         """The name behind a dot of the run's colour."""
         return Html(f'<span class="dot" style="background:{self.colour}"></span>{escape(self.name)}')
 
+    def lines(self, key: str) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that have a metric."""
+        return [line for line in self.metrics if line.get(key) is not None]
+
     def values(self, key: str) -> list[tuple[float, float]]:
         """(epoch, value) pairs of a metric."""
         per_epoch = next((line["step"] / line["epoch"] for line in self.metrics if line.get("epoch")), math.inf)
-        pairs = [(line["step"] / per_epoch, float(line[key])) for line in self.metrics if key in line]
+        pairs = [(line["step"] / per_epoch, float(line[key])) for line in self.lines(key)]
         return [pair for pair in pairs if per_epoch < math.inf and math.isfinite(pair[1])]
+
+
+@dataclass(frozen=True)
+class Pretrained(Loaded):
+    """A run of `leanmim pretrain`."""
+
+    config: Pretrain
+    reconstructions: bytes
+
+
+@dataclass(frozen=True)
+class Finetuned(Loaded):
+    """A run of `leanmim finetune`."""
+
+    config: Finetune
+    labels: dict[str, Any]
+    results: dict[str, Any]
+    confusion: bytes
+    mistakes: bytes
+
+
+def pretrained(runs: Iterable[Loaded]) -> list[Pretrained]:
+    """The runs of `leanmim pretrain`."""
+    return [run for run in runs if isinstance(run, Pretrained)]
+
+
+def finetuned(runs: Iterable[Loaded]) -> list[Finetuned]:
+    """The runs of `leanmim finetune`."""
+    return [run for run in runs if isinstance(run, Finetuned)]
+
+
+def by_kind(runs: Sequence[Loaded]) -> dict[str, list[Loaded]]:
+    """The runs of each command, by a heading; commands without runs are left out."""
+    kinds = {"Pre-training": list[Loaded](pretrained(runs)), "Fine-tuning": list[Loaded](finetuned(runs))}
+    return {heading: own for heading, own in kinds.items() if own}
 
 
 def load(folder: Path, name: str, colour: str) -> Loaded:
@@ -50,25 +92,35 @@ def load(folder: Path, name: str, colour: str) -> Loaded:
     """
     run = Run(folder)
     if not run.config.is_file():
-        raise UserError(f"{str(folder)!r} is not a run folder of `leanmim pretrain`: it has no config.json")
+        raise UserError(
+            f"{str(folder)!r} is not a run folder of `leanmim pretrain` or `leanmim finetune`: it has no config.json"
+        )
     try:
-        config = Pretrain.from_json(json.loads(run.config.read_text(encoding="utf-8")))
+        values = json.loads(run.config.read_text(encoding="utf-8"))
+        config: Pretrain | Finetune = (Finetune if "start" in values else Pretrain).from_json(values)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"{str(run.config)!r} cannot be read ({error}); put back the one that this version of leanmim wrote, "
             "or leave the run out"
         ) from error
-    picture = folder / "reconstructions.png"
-    return Loaded(
-        name=name,
-        colour=colour,
+    shared: dict[str, Any] = {
+        "name": name,
+        "colour": colour,
+        "environment": read_object(folder / "environment.json"),
+        "cost": read_object(run.cost),
+        "metrics": read_lines(run.metrics),
+        "evaluations": read_lines(run.evaluations),
+        "skipped": read_lines(run.skipped),
+    }
+    if isinstance(config, Pretrain):
+        return Pretrained(config=config, reconstructions=read_bytes(folder / "reconstructions.png"), **shared)
+    return Finetuned(
         config=config,
-        environment=read_object(folder / "environment.json"),
-        cost=read_object(run.cost),
-        metrics=read_lines(run.metrics),
-        evaluations=read_lines(run.evaluations),
-        skipped=read_lines(run.skipped),
-        picture=picture.read_bytes() if picture.is_file() else b"",
+        labels=read_object(folder / "labels.json"),
+        results=read_object(folder / "results.json"),
+        confusion=read_bytes(folder / "confusion.png"),
+        mistakes=read_bytes(folder / "mistakes.png"),
+        **shared,
     )
 
 
@@ -82,9 +134,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return parse(read(path).splitlines())
 
 
+def read_bytes(path: Path) -> bytes:
+    """What a file holds; empty if there is none."""
+    return path.read_bytes() if path.is_file() else b""
+
+
 def read(path: Path) -> str:
     """The text of a file; empty if there is none."""
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return read_bytes(path).decode(errors="replace")
 
 
 def parse(texts: Iterable[str]) -> list[dict[str, Any]]:

@@ -60,9 +60,12 @@ def coarse_masks(model: MIM, config: Pretrain) -> Iterator[str]:
     yield f"masks are drawn on a grid of only {height} x {width} squares, so there are few different ones: give {unit}a larger --input-size"
 
 
-def continuing(config: Pretrain, state: dict[str, Any] | None) -> Iterator[str]:
+def continuing(config: Pretrain, state: dict[str, Any] | None, steps: int) -> Iterator[str]:
     """Where a run goes on, if it does."""
     if not state:
+        return
+    if state["step"] == steps:
+        yield f"finished after step {steps}: more --epochs train on; what a finished run leaves is written again"
         return
     yield f"continuing after step {state['step']}"
     if (before := state["config"]["epochs"]) < int(config.epochs):

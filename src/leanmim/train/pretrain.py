@@ -79,7 +79,11 @@ def train(config: Pretrain, process: Process, device: torch.device) -> Path:
 
     with Loop(run, config, steps, state, process, device, config.recipe) as loop:
         notes += [f"starting from {origin}"] if origin else []
-        for line in (*header(config, plan, len(source), predicted, training), *notes, *continuing(config, state)):
+        for line in (
+            *header(config, plan, len(source), predicted, training),
+            *notes,
+            *continuing(config, state, steps),
+        ):
             loop.console.print(line)
         for phase in plan:
             if start >= phase.stop:

@@ -1,25 +1,28 @@
 """The numbers of a run in place of every ``auto``, by the rules of `leanmim.auto`; the memory guard."""
 
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leanmim.auto import HOURS, MOST, epochs_within, images_a_step, peak_rate
 from leanmim.caches import empty_caches
-from leanmim.config import Pretrain, parse_bytes
-from leanmim.costs import StepCost, readable
+from leanmim.config import Optimisation, Pretrain, parse_bytes
+from leanmim.costs import StepCost, count, readable
 from leanmim.data import Source
 from leanmim.encoders import Encoder, encoder_of
 from leanmim.encoders.backbone import backbone_of
 from leanmim.errors import UserError
 from leanmim.factory import decoder_shape
-from leanmim.planner import available, average_throughput, fit
+from leanmim.planner import Trained, available, average_throughput, fit
 from leanmim.processes import Process
 from leanmim.recipes import hyphens
 from leanmim.run import Run
 
+Counted = Callable[[Any, str], tuple[StepCost, Any]]
 CHOSEN = ("epochs", "batch_size", "blr", "decoder_depth", "decoder_width", "decoder_heads")
 
 
@@ -45,7 +48,8 @@ def right_sized(
         chosen.append(f"decoder {depth} x {width}")
     if config.epochs == "auto":
         hours = config.hours or HOURS
-        speed = process.world * min(process.gather(trial_speed(config, source, process, device)))
+        with Console(stderr=True).status("measuring the speed of some steps"):
+            speed = process.world * min(process.gather(trial_speed(config, source, process, device)))
         config = replace(config, epochs=epochs_within(hours, speed, len(source)))
         chosen.append(f"{config.epochs} epochs, for {hours:g} hours at {speed:.0f} images/s")
         config.check()
@@ -75,13 +79,21 @@ def right_sized(
     return config, notes
 
 
-def as_begun(config: Pretrain, stored: dict[str, Any], world: int) -> tuple[Pretrain, dict[str, int | float]]:
+def as_begun(
+    config: Trained, stored: dict[str, Any], world: int, chosen: Collection[str] = CHOSEN
+) -> tuple[Trained, dict[str, Any]]:
     """What is ``auto`` as it is stored; the batch only if it makes up the same step with this number of processes.
+
+    Args:
+        config: of the command.
+        stored: that of the run folder; empty if there is none.
+        world: processes.
+        chosen: fields that may be ``auto``.
 
     Returns:
         The configuration, and the fields that were taken over.
     """
-    kept = {key: stored[key] for key in CHOSEN if getattr(config, key) == "auto" and is_number(stored.get(key))}
+    kept = {key: stored[key] for key in chosen if getattr(config, key) == "auto" and is_number(stored.get(key))}
     if "batch_size" in kept and is_number(stored.get("accum")):
         step = kept["batch_size"] * stored["accum"] * world
         wanted = stored.get("effective_batch", step) if config.effective_batch == "auto" else config.effective_batch
@@ -110,12 +122,12 @@ def trial_speed(config: Pretrain, source: Source, process: Process, device: torc
     most = min(MOST, len(source))
     trial = replace(config, blr=0.0, phase_batches=(), phase_accums=(), phase_blrs=())
     trial, _, _ = batch_that_fits(trial, most * process.world, process, device)
-    return average_throughput(trial, source, device)
+    return average_throughput(trial, source, device, process)
 
 
 def batch_that_fits(
-    config: Pretrain, effective: int, process: Process, device: torch.device
-) -> tuple[Pretrain, StepCost, int]:
+    config: Trained, effective: int, process: Process, device: torch.device, counted: Counted = count
+) -> tuple[Trained, StepCost, int]:
     """Batch and accumulation for so many images a step, the predicted cost, and the memory that it must fit.
 
     Raises:
@@ -125,23 +137,34 @@ def batch_that_fits(
     if effective % world:
         raise UserError(f"--effective-batch {effective} does not divide among {world} processes")
     memory = memory_of(config, process, device)
-    found = fit(replace(config, batch_size=1), effective // world, memory, device)
+    start: Trained = replace(config, batch_size=1)
+    found = fit(start, effective // world, memory, device, counted)
     if found is None:
         raise UserError(
             f"--batch-size auto: not even one image fits into {readable(memory)}; choose a smaller --model or "
             "--input-size, or give more --memory"
         )
-    return *found, memory
+    fitting, cost = found
+    return fitting, cost, memory
 
 
-def memory_of(config: Pretrain, process: Process, device: torch.device) -> int:
+def memory_of(config: Optimisation, process: Process, device: torch.device) -> int:
     """Bytes that a process may use; the same number for all, so that they choose alike."""
     free = min(process.gather(parse_bytes(config.memory) or available(device)))
     return free // (1 if device.type == "cuda" else process.world)
 
 
-def guard_memory(config: Pretrain, predicted: StepCost, process: Process, device: torch.device) -> None:
+def guard_memory(
+    config: Trained, predicted: StepCost, process: Process, device: torch.device, counted: Counted = count
+) -> None:
     """Refuse a run that is predicted to need more memory than there is.
+
+    Args:
+        config: of the run; its numbers are resolved.
+        predicted: the cost of its step.
+        process: this one among all.
+        device: where it will run.
+        counted: gives the cost of a step of a configuration as on a device.
 
     Raises:
         UserError: it does; the message names a batch that fits.
@@ -150,7 +173,8 @@ def guard_memory(config: Pretrain, predicted: StepCost, process: Process, device
     if predicted.peak_bytes <= memory:
         return
     effective = int(config.batch_size) * config.accum
-    found = fit(replace(config, phase_batches=(), phase_accums=()), effective, memory, device)
+    plain = replace(config, phase_batches=(), phase_accums=()) if isinstance(config, Pretrain) else config
+    found = fit(plain, effective, memory, device, counted)
     remedy = "not even one image fits: choose a smaller --model or --input-size"
     if found:
         fitting = found[0]

@@ -1,0 +1,1 @@
+"""Classifiers: fine-tuning from a START, measuring, and predicting."""

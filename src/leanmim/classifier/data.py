@@ -1,0 +1,214 @@
+"""The batches of fine-tuning and of its evaluation, from labelled files, read ahead by workers.
+
+b batch, c channels, H W pixels, k classes.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from leanmim.classifier.augment import seeded
+from leanmim.classifier.labels import Labels
+from leanmim.config.finetune import Finetune
+from leanmim.data import UNREADABLE, Bad, Files, Order, Source, loader, resolve_workers, seed_of
+from leanmim.errors import UserError
+from leanmim.processes import ALONE, Process
+
+CPU = torch.device("cpu")
+UNBALANCED = 3  # times the smallest class
+
+
+class TrainImages(Dataset):
+    """Augmented images with their labels. The item (epoch, index) is a pure function of (seed, epoch, index).
+
+    An unreadable image is replaced by the next readable one of its class, or else of the set, and reported.
+
+    Args:
+        labels: the images.
+        transform: from an RGB picture to a normalised tensor.
+        seed: of the augmentations.
+    """
+
+    def __init__(self, labels: Labels, transform: Callable, seed: int) -> None:
+        self.source = Files(labels.root, labels.train, channels=3)
+        self.labels = torch.tensor(labels.train_labels)
+        self.transform, self.seed = transform, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Float[Tensor, "c H W"], int, list[Bad]]:
+        epoch, index = item
+        bad: list[Bad] = []
+        for place in self.candidates(index):
+            image = read(self.source, place)
+            if isinstance(image, Bad):
+                bad.append(image)
+                continue
+            with seeded(seed_of(self.seed, epoch, index)):
+                return self.transform(image), int(self.labels[place]), bad
+        raise nothing_readable(len(self), bad[0])
+
+    def candidates(self, index: int) -> Iterator[int]:
+        """The image itself, the next ones of its class, the next ones of other classes."""
+        yield index
+        ring = torch.arange(index + 1, index + len(self)) % len(self)
+        same = self.labels[ring] == self.labels[index]
+        yield from ring[same].tolist()
+        yield from ring[~same].tolist()
+
+
+class Pictures(Dataset):
+    """Images of a source, transformed, in the place of unreadable ones why they are. An item is (place, either of them)."""
+
+    def __init__(self, source: Source, transform: Callable) -> None:
+        self.source, self.transform = source, transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, place: int) -> tuple[int, UInt8[Tensor, "c H W"] | Bad]:
+        image = read(self.source, place)
+        return place, image if isinstance(image, Bad) else self.transform(image)
+
+
+def read(source: Source, place: int) -> Image.Image | Bad:
+    """An image, or why it cannot be read."""
+    try:
+        return source.read(place)
+    except UNREADABLE as error:
+        return Bad(source.where(place), f"{type(error).__name__}: {error}")
+
+
+def nothing_readable(count: int, first: Bad) -> UserError:
+    """The error of a set without any readable image."""
+    return UserError(f"none of the {count} image files can be read; the first: {first.path} ({first.reason})")
+
+
+def steps_per_epoch(images: int, effective: int) -> int:
+    """Steps of an epoch: as many whole ones as there are images for, and one at least."""
+    return max(1, images // effective)
+
+
+def train_batches(
+    config: Finetune,
+    labels: Labels,
+    transform: Callable,
+    start: int,
+    stop: int,
+    process: Process = ALONE,
+    device: torch.device = CPU,
+) -> Iterator[tuple[Float[Tensor, "b c H W"], Int[Tensor, "b"], list[Bad]]]:
+    """The augmented images of steps ``start`` to ``stop``, ``config.accum`` batches for each, with their labels and the images
+    that could not be read.
+
+    The order is that of a run of this configuration alone, as in pre-training. Every batch is full: what does not fill a whole
+    step is left to later epochs, and where there are fewer images than a step takes, it goes on to the next permutation.
+
+    Args:
+        config: batch, accumulation, workers, seed.
+        labels: the images.
+        transform: `train_transform`.
+        start: steps that came before.
+        stop: the step after the last one.
+        process: which part of each step's images is asked for.
+        device: where the batches will go; for a GPU they wait in pinned memory.
+    """
+    batch, accum, count = int(config.batch_size), config.accum, len(labels.train)
+    per_epoch = steps_per_epoch(count, batch * accum * process.world) * accum
+    order = Order(count, batch, per_epoch, start * accum, stop * accum, config.seed, *process)
+    dataset = TrainImages(labels, transform, config.seed)
+    return loader(dataset, order, resolve_workers(config.workers), device, collate)
+
+
+def collate(
+    items: list[tuple[Tensor, int, list[Bad]]],
+) -> tuple[Float[Tensor, "b c H W"], Int[Tensor, "b"], list[Bad]]:
+    """Stack the images and the labels, gather the reports."""
+    images, labels, bads = zip(*items, strict=True)
+    return torch.stack(images), torch.tensor(labels), [bad for found in bads for bad in found]
+
+
+def val_batches(
+    config: Finetune,
+    labels: Labels,
+    transform: Callable,
+    report: Callable[[list[Bad]], object],
+    device: torch.device = CPU,
+) -> Iterator[tuple[UInt8[Tensor, "b c H W"], Int[Tensor, "b"], list[int]]]:
+    """The images to validate with, in the order of ``labels.val``: bytes, labels, and positions in that list.
+
+    Args:
+        config: channels, batch, workers.
+        labels: the images.
+        transform: `eval_transform`.
+        report: told of those that cannot be read, which are left out.
+        device: where the batches will go.
+
+    Raises:
+        UserError: none can be read.
+    """
+    source = Files(labels.root, labels.val, config.channels or 3)
+    workers = resolve_workers(config.workers)
+    for images, places in image_batches(source, transform, int(config.batch_size), workers, report, device):
+        yield images, torch.tensor([labels.val_labels[place] for place in places]), places
+
+
+def image_batches(
+    source: Source,
+    transform: Callable,
+    batch_size: int,
+    workers: int,
+    report: Callable[[list[Bad]], object],
+    device: torch.device = CPU,
+) -> Iterator[tuple[UInt8[Tensor, "b c H W"], list[int]]]:
+    """Every readable image of a source once, in its order, with its position there.
+
+    Args:
+        source: the images.
+        transform: from a picture to bytes.
+        batch_size: images at once, at most.
+        workers: processes that read images.
+        report: told of those that cannot be read, which are left out.
+        device: where the batches will go.
+
+    Raises:
+        UserError: none can be read.
+    """
+    order = [list(range(a, min(a + batch_size, len(source)))) for a in range(0, len(source), batch_size)]
+    first: Bad | None = None
+    some = False
+    for images, places, bad in loader(Pictures(source, transform), order, workers, device, collate_readable):
+        report(bad)
+        first, some = first or next(iter(bad), None), some or bool(places)
+        if places:
+            yield images, places
+    if first and not some:
+        raise nothing_readable(len(source), first)
+
+
+def collate_readable(items: list[tuple[int, Tensor | Bad]]) -> tuple[Tensor | None, list[int], list[Bad]]:
+    """Stack what could be read, gather its positions and the reports."""
+    images = [image for _, image in items if not isinstance(image, Bad)]
+    places = [place for place, image in items if not isinstance(image, Bad)]
+    return torch.stack(images) if images else None, places, [image for _, image in items if isinstance(image, Bad)]
+
+
+def class_weights(labels: Labels, mode: str) -> Float[Tensor, "k"] | None:
+    """What each class weighs in the loss, 1 on average over the training images; None is the same for all.
+
+    They are for torch's cross_entropy, which weighs soft targets class by class.
+
+    Args:
+        labels: the images.
+        mode: ``none``; ``balanced``, the inverse of the number of images; ``auto``, balanced where the largest class has
+            more than three times the images of the smallest.
+    """
+    counts = torch.tensor(labels.counts, dtype=torch.float32)
+    if mode == "none" or (mode == "auto" and counts.max() <= UNBALANCED * counts.min()):
+        return None
+    return counts.sum() / (len(counts) * counts)

@@ -1,0 +1,231 @@
+"""Fine-tuning: from a pre-trained encoder to a classifier, on the loop of pre-training."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from leanmim.classifier.augment import eval_transform, mix, mixing, train_transform
+from leanmim.classifier.data import class_weights, steps_per_epoch, train_batches, val_batches
+from leanmim.classifier.header import header
+from leanmim.classifier.labels import Labels, choose_labels
+from leanmim.classifier.model import Made, make_classifier
+from leanmim.classifier.results import Predictions, top_accuracy, write_results
+from leanmim.classifier.right_size import right_sized
+from leanmim.classifier.tuning import Batch, Tuning
+from leanmim.config import Export, Finetune, Report
+from leanmim.data import Files, Normalise, seed_of
+from leanmim.device import peak_memory
+from leanmim.environment import environment
+from leanmim.errors import UserError
+from leanmim.formats import export
+from leanmim.loop import Loop
+from leanmim.page import report
+from leanmim.processes import Process, processes
+from leanmim.run import Run, load, save, write_json
+from leanmim.start import Start, open_start
+from leanmim.train.bad_files import BadFiles
+from leanmim.train.pretrain import measured
+
+
+def finetune(config: Finetune) -> Path:
+    """Fine-tune an encoder to a classifier on labelled images; continue if the run folder holds the same run.
+
+    The run folder gets config.json, environment.json, labels.json, metrics.jsonl, tensorboard/, checkpoints/last.pt and
+    best.pt, skipped.jsonl if files were unreadable, and at the end results.json, predictions.csv, confusion.png,
+    mistakes.png, export/timm/ and report.html.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: something in the configuration, the start, the data or the run folder is wrong.
+    """
+    config.check()
+    for name, what in (
+        ("start", "what to start from"),
+        ("data", "a labelled folder"),
+        ("out", "the run folder to write"),
+    ):
+        if not getattr(config, name):
+            raise UserError(f"{'START' if name == 'start' else f'--{name}'} is needed: {what}")
+    with processes(config.device) as (process, device):
+        return tune(config, process, device)
+
+
+def tune(config: Finetune, process: Process, device: torch.device) -> Path:
+    """`finetune` in one of several processes."""
+    # Everything that can be wrong is looked at before anything is written.
+    run = Run(Path(config.out))
+    start = open_start(
+        config.start, config.model, config.model_kwargs, config.input_size, config.channels, config.depth
+    )
+    if run.folder.exists() and any(run.folder.samefile(place) for place in own_folders(config.start)):
+        raise UserError(f"--out {config.out!r} is where the start's weights are; choose another folder")
+    labels = choose_labels(config)
+    classes = tuple(labels.classes)
+    config, predicted, notes = right_sized(config, run, start, labels, process, device)
+    state = run.to_resume(config, config.overwrite)
+    if state:
+        labels.check_same(Labels.from_json(run.read_labels()))
+        if state["start"] != start.digest:
+            raise UserError(
+                f"{config.start!r} holds other weights than those that this run began with; give its own START, another --out, "
+                "or --overwrite"
+            )
+    per_epoch = steps_per_epoch(len(labels.train), int(config.batch_size) * config.accum * process.world)
+    steps, first = int(config.epochs) * per_epoch, state["step"] if state else 0
+    memory_before = psutil.Process().memory_info().rss
+    made = make_classifier(start, classes, config.pool, float(config.drop_path), config.head_init, config.seed)
+    made.model.to(device)
+    tuning = Tuning(config, made, per_epoch, class_weights(labels, config.class_weights), device, process)
+    if state:
+        tuning.restore(state)
+    transform, mixup = train_transform(config, start.mean, start.std), mixing(config, len(classes))
+
+    process.wait()  # all have read the folder before the first one writes to it
+    if process.first:
+        run.prepare(config, first)
+        write_json(run.labels, labels.to_json())
+        write_json(run.folder / "environment.json", environment(device, process.world) | {"origin": start.origin})
+    process.wait()
+    if process.first and first < steps:
+        write_json(run.cost, {"predicted": asdict(predicted)})
+    bad = BadFiles(run, len(labels.train) + len(labels.val), config.max_bad_share, process)
+    judge = Judge(config, labels, start, made, run, tuple(state["best"]) if state else (-1.0, 0.0))
+
+    with Loop(run, config, steps, state, process, device, "finetune") as loop:
+        for line in (*header(config, start, labels, made, tuning, predicted, steps), *notes):
+            loop.console.print(line)
+        if state:
+            loop.console.print(f"{'continuing' if first < steps else 'finished'} after step {first}")
+        feed = loop.timed(train_batches(config, labels, transform, first, steps, process, device))
+
+        def batches(step: int) -> Iterator[Batch]:
+            for micro, (images, targets, found) in enumerate(islice(feed, config.accum)):
+                bad.add(found)
+                seed = seed_of(config.seed, process.rank, step, micro)
+                mixed, soft = mix(mixup, images, targets, seed)
+                yield mixed.to(device, non_blocking=True), soft.to(device, non_blocking=True)
+
+        for step in loop.until(steps):
+            lr = tuning.set_learning_rate(step)
+            losses = tuning.step(step, batches(step))
+            epoch = (step + 1) / per_epoch
+            loop.record(losses, images=tuning.images, epoch=epoch, lr=lr, line=step + 1 == steps)
+            if epoch.is_integer():
+                bad.merge()
+                if epoch % int(config.eval_every) == 0 or step + 1 == steps:
+                    judge.evaluate(tuning, loop, bad, epoch)
+            if loop.checkpoint_due:
+                loop.save(judge.facts(tuning) | {"best": list(judge.best), **tuning.state()})
+
+    if process.first:
+        if speed := loop.images_per_second:
+            peak = peak_memory(device) - (0 if device.type == "cuda" else memory_before)
+            write_json(run.cost, {"predicted": asdict(predicted), "measured": measured(predicted, peak, speed)})
+        judge.conclude(tuning, bad, loop)
+    process.wait()
+    return run.folder
+
+
+def own_folders(start: str) -> list[Path]:
+    """The folders that hold a start, up to three levels above a checkpoint."""
+    path = Path(start.removeprefix("local-dir:"))
+    return [folder for folder in (path, *path.absolute().parents[:3]) if folder.is_dir()] if path.exists() else []
+
+
+class Judge:
+    """Evaluates on the validation images, keeps the best weights, and writes what the run leaves.
+
+    Args:
+        config: of the run.
+        labels: the images.
+        start: of the run.
+        made: the classifier's architecture.
+        run: where to write.
+        best: the highest accuracy so far, and of equal ones the least loss, negated.
+    """
+
+    def __init__(
+        self, config: Finetune, labels: Labels, start: Start, made: Made, run: Run, best: tuple[float, float]
+    ) -> None:
+        self.config, self.labels, self.start, self.made, self.run, self.best = config, labels, start, made, run, best
+
+    def facts(self, tuning: Tuning) -> dict[str, Any]:
+        """What a checkpoint needs to be a classifier again."""
+        return {
+            "config": self.config.to_json(),
+            "start": self.start.digest,
+            "architecture": self.made.architecture.to_json(),
+            "classes": self.labels.classes,
+            "mean": self.start.mean,
+            "std": self.start.std,
+            "step": tuning.done,
+        }
+
+    def predict(self, tuning: Tuning, bad: BadFiles) -> tuple[Predictions, float]:
+        """The probabilities of every readable validation image, and the mean cross-entropy."""
+        normalise = Normalise(self.start.mean, self.start.std, tuning.device)
+        transform = eval_transform(self.config)
+        probabilities, truths, places = [], [], []
+        feed = val_batches(self.config, self.labels, transform, bad.add, tuning.device)
+        with tuning.evaluated() as logits:
+            for images, targets, where in feed:
+                probabilities.append(logits(normalise(images)).softmax(1).cpu())
+                truths.append(targets)
+                places += where
+        shares, labels = torch.cat(probabilities), torch.cat(truths)
+        loss = -shares.gather(1, labels[:, None]).clamp(min=1e-12).log().mean().item()
+        names = [self.labels.val[place] for place in places]
+        return Predictions(self.labels.classes, names, labels.numpy(), shares.numpy().astype(np.float64)), loss
+
+    def evaluate(self, tuning: Tuning, loop: Loop, bad: BadFiles, epoch: float) -> None:
+        """Write the accuracy into the log, and the weights to best.pt where they are the best so far."""
+        with loop.paused():
+            if not loop.process.first:
+                return
+            found, loss = self.predict(tuning, bad)
+            top1 = top_accuracy(found)
+            low, high = top1.interval
+            top5 = {"val_top5": float(top_accuracy(found, 5))} if len(self.labels.classes) > 5 else {}
+            loop.write(
+                epoch=epoch,
+                val_top1=float(top1),
+                val_low=low,
+                val_high=high,
+                val_images=top1.images,
+                val_loss=loss,
+                **top5,
+            )
+            loop.say(f"epoch {epoch:.0f}  accuracy {top1}")
+            if (float(top1), -loss) > self.best:
+                self.best = (float(top1), -loss)
+                save(
+                    self.run.best,
+                    self.facts(tuning) | {"accuracy": float(top1), "epoch": epoch, "model": tuning.weights()},
+                )
+
+    def conclude(self, tuning: Tuning, bad: BadFiles, loop: Loop) -> None:
+        """Results, pictures, export and report, of the best weights."""
+        last = top_accuracy(self.predict(tuning, bad)[0])
+        best = load(self.run.best)
+        tuning.take(best["model"])
+        found, _ = self.predict(tuning, bad)
+        source = Files(self.labels.root, found.names, self.start.model.channels)
+        write_results(
+            self.run.folder, found, source.read, data=self.config.data, split="val", step=best["step"], epoch=best["epoch"],
+            weights="best",
+        )  # fmt: skip
+        say = loop.console.print
+        if bad.seen:
+            say(f"{len(bad.seen)} unreadable files were skipped; they are listed in {self.run.skipped}")
+        say(f"accuracy after epoch {best['epoch']:.0f}, the best: {top_accuracy(found)}; after the last: {last}")
+        folder = export(Export(run=self.config.out, overwrite=True))
+        page = report(Report(runs=(self.config.out,)))
+        say(f"done: classifier in {folder}, predictions in {self.run.folder / 'predictions.csv'}, report in {page}")

@@ -1,0 +1,218 @@
+"""What a fine-tuning leaves behind: accuracies, predictions, the confusion matrix, the worst mistakes.
+
+n images, c classes, k classes of an image, the likeliest first.
+"""
+
+import csv
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float, Int
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from PIL import Image
+
+from leanmim.data import UNREADABLE, centre_crop
+from leanmim.evaluators.accuracy import Accuracy
+from leanmim.pictures import draw
+from leanmim.run import write_atomically, write_json
+
+COUNTED, NAMED = 15, 40  # classes up to which the cells of the confusion matrix hold numbers, and the axes names
+MISTAKES = 16
+PICTURE = (160, 160)  # of a mistake, px
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a classifier says of labelled images."""
+
+    classes: Sequence[str]
+    names: Sequence[str]
+    """Of the images: their paths."""
+    labels: Int[np.ndarray, "n"]
+    probabilities: Float[np.ndarray, "n c"]
+
+
+def likeliest(probabilities: Float[np.ndarray, "n c"], k: int) -> Int[np.ndarray, "n k"]:
+    """The k likeliest classes of each image; all where there are fewer."""
+    return np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
+
+
+def top_accuracy(found: Predictions, k: int = 1) -> Accuracy:
+    """Share of images whose class is among the k likeliest."""
+    right = (likeliest(found.probabilities, k) == found.labels[:, None]).any(1)
+    return Accuracy(int(right.sum()), len(right))
+
+
+def confusion_matrix(found: Predictions) -> Int[np.ndarray, "c c"]:
+    """How many images of each class (row) were taken for each class (column)."""
+    c = len(found.classes)
+    predicted = likeliest(found.probabilities, 1)[:, 0]
+    return np.bincount(found.labels * c + predicted, minlength=c * c).reshape(c, c)
+
+
+def class_accuracies(confusion: Int[np.ndarray, "c c"]) -> list[float | None]:
+    """Share of each class's images that is right; None of a class without images."""
+    counts = confusion.sum(1)
+    return [int(confusion[i, i]) / int(count) if count else None for i, count in enumerate(counts)]
+
+
+def measures(found: Predictions) -> dict[str, Any]:
+    """All accuracies, as results.json holds them. Top-5 is None where there are no more than five classes."""
+    confusion = confusion_matrix(found)
+    per_class = class_accuracies(confusion)
+    top1, top5 = top_accuracy(found), top_accuracy(found, 5) if len(found.classes) > 5 else None
+    return {
+        "classes": list(found.classes),
+        "images": len(found.labels),
+        "top1": top1,
+        "top1_interval": top1.interval,
+        "top5": top5,
+        "top5_interval": None if top5 is None else top5.interval,
+        "mean_per_class": float(np.mean([share for share in per_class if share is not None])),
+        "per_class": per_class,
+        "counts": confusion.sum(1).tolist(),
+        "confusion": confusion.tolist(),
+    }
+
+
+def write_results(
+    folder: Path,
+    found: Predictions,
+    read: Callable[[int], Image.Image],
+    *,
+    data: str,
+    split: str,
+    step: int,
+    epoch: float,
+    weights: Literal["best", "last"],
+    top: int = 5,
+) -> dict[str, Any]:
+    """Write results.json, predictions.csv, confusion.png and, where there are mistakes, mistakes.png.
+
+    Args:
+        folder: of the run.
+        found: the predictions, of at least one image.
+        read: gives an image by its place among the predictions; for the pictures of mistakes.
+        data: where the images are from.
+        split: which part of the data they are.
+        step: of the weights.
+        epoch: of the weights.
+        weights: the best of the run, or the last.
+        top: how many classes of each image predictions.csv names.
+
+    Returns:
+        What results.json holds.
+    """
+    results = {"data": data, "split": split, "step": step, "epoch": epoch, "weights": weights, **measures(found)}
+    write_atomically(folder / "predictions.csv", lambda path: write_predictions(path, found, top))
+    title = f"top-1: {top_accuracy(found)}"
+    save_figure(draw_confusion(found.classes, confusion_matrix(found), title), folder / "confusion.png")
+    if mistakes := worst_mistakes(found, read):
+        save_figure(draw_mistakes(found, mistakes), folder / "mistakes.png")
+    else:
+        (folder / "mistakes.png").unlink(missing_ok=True)
+    write_json(folder / "results.json", results)
+    return results
+
+
+def rank_columns(k: int) -> list[str]:
+    """The titles of the cells of `ranks`."""
+    return ["class", "probability", *(f"{what}_{i}" for i in range(2, k + 1) for what in ("class", "probability"))]
+
+
+def ranks(classes: Sequence[str], probabilities: Float[np.ndarray, "n c"], k: int) -> Iterable[list[str]]:
+    """For each image its k likeliest classes and their probabilities, in turn."""
+    for row, best in zip(probabilities, likeliest(probabilities, k), strict=True):
+        yield [cell for i in best for cell in (classes[i], f"{row[i]:.6f}")]
+
+
+def write_predictions(path: Path, found: Predictions, top: int) -> None:
+    """Write a CSV table: path, label, and the likeliest classes with their probabilities."""
+    k = min(top, len(found.classes))
+    # a file's name need not be text: its bytes are kept
+    with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["path", "label", *rank_columns(k)])
+        rows = zip(found.names, found.labels, ranks(found.classes, found.probabilities, k), strict=True)
+        table.writerows([name, found.classes[label], *cells] for name, label, cells in rows)
+
+
+def worst_mistakes(found: Predictions, read: Callable[[int], Image.Image]) -> dict[int, Image.Image]:
+    """The wrong predictions of highest probability, the highest first: the places of the images, and their pictures."""
+    predicted, sure = found.probabilities.argmax(1), found.probabilities.max(1)
+    wrong = np.flatnonzero(predicted != found.labels)
+    mistakes: dict[int, Image.Image] = {}
+    for i in wrong[np.argsort(-sure[wrong], kind="stable")].tolist():
+        try:
+            mistakes[i] = read(i)
+        except UNREADABLE:  # gone since it was classified
+            continue
+        if len(mistakes) == MISTAKES:
+            break
+    return mistakes
+
+
+def draw_confusion(classes: Sequence[str], confusion: Int[np.ndarray, "c c"], title: str) -> Figure:
+    """The confusion matrix; colours are shares of a row, so that classes of few images are seen too."""
+    c = len(classes)
+    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    side = min(10.0, max(4.0, 2.2 + 0.34 * c))
+    figure = Figure(figsize=(side + 1.4, side + 0.6), dpi=130, layout="constrained")
+    axis = figure.subplots()
+    # rare mistakes would hardly be seen on a linear scale
+    image = axis.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+    bar = figure.colorbar(image, ax=axis, ticks=[0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1], shrink=0.8)
+    bar.ax.set_yticklabels(["0", "1 %", "5 %", "10 %", "25 %", "50 %", "75 %", "100 %"], fontsize=8)
+    bar.set_label("share of the class's images", fontsize=8)
+    axis.tick_params(labelsize=8)
+    if c <= NAMED:
+        names = [shortened(name, 24) for name in classes]
+        axis.set_xticks(range(c), names, rotation=90 if c > 4 else 0, parse_math=False)
+        axis.set_yticks(range(c), names, parse_math=False)
+        axis.tick_params(length=0)
+    if c <= COUNTED:
+        for i, j in zip(*np.nonzero(confusion), strict=True):
+            colour = "white" if share[i, j] > 0.4 else "black"
+            axis.text(j, i, f"{confusion[i, j]}", ha="center", va="center", fontsize=8, color=colour)
+    number = "" if c <= NAMED else ", by number; results.json has the names"
+    axis.set_xlabel(f"predicted class{number}", fontsize=9)
+    axis.set_ylabel("class", fontsize=9)
+    axis.set_title(title, fontsize=9)
+    return figure
+
+
+def draw_mistakes(found: Predictions, mistakes: dict[int, Image.Image]) -> Figure:
+    """Pictures side by side, above each its class and what it was taken for, below it the name of the file."""
+    across = min(4, len(mistakes))
+    down = -(-len(mistakes) // across)
+    figure = Figure(figsize=(2.4 * across + 0.2, 3.0 * down), dpi=100, layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).ravel()
+    cut = centre_crop(PICTURE, 1.0)
+    for axis, (i, picture) in zip(axes, mistakes.items(), strict=False):
+        draw(axis, cut(picture) / 255, PICTURE, None)
+        predicted = int(found.probabilities[i].argmax())
+        label, taken = (shortened(found.classes[j], 28) for j in (found.labels[i], predicted))
+        title = f"{label}\n\N{RIGHTWARDS ARROW} {taken}, {100 * found.probabilities[i, predicted]:.0f} %"
+        axis.set_title(title, fontsize=8, parse_math=False)
+        axis.set_xlabel(shortened(Path(found.names[i]).name, 34), fontsize=6, parse_math=False)
+    for axis in axes[len(mistakes) :]:
+        axis.set_axis_off()
+    return figure
+
+
+def shortened(text: str, most: int) -> str:
+    """The text, or its beginning and end; what is no UTF-8 in the name of a file or folder is escaped."""
+    text, half = text.encode("utf-8", "backslashreplace").decode(), most // 2
+    return text if len(text) <= most else f"{text[: half - 1]}...{text[-half + 2 :]}"
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG atomically; characters that the font has not are drawn as boxes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
+        write_atomically(path, lambda file: figure.savefig(file, format="png"))

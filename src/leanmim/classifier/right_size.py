@@ -1,0 +1,122 @@
+"""The numbers of a fine-tuning in place of every ``auto``: the recipe's, or by the rules of the small recipe."""
+
+import math
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from leanmim.auto import epochs_within
+from leanmim.classifier.augment import mix, mixing, train_transform
+from leanmim.classifier.cost import count_tuning
+from leanmim.classifier.data import train_batches
+from leanmim.classifier.labels import Labels
+from leanmim.classifier.model import make_classifier, pooling
+from leanmim.classifier.recipes import choose, filled, small_batch, small_epochs, small_rate
+from leanmim.classifier.tuning import Tuning
+from leanmim.config import Finetune
+from leanmim.costs import StepCost, readable
+from leanmim.planner import counted_as
+from leanmim.processes import ALONE, Process
+from leanmim.run import Run
+from leanmim.start import Start
+from leanmim.train.right_size import as_begun, batch_that_fits, guard_memory
+
+SECONDS, LEAST_STEPS, MOST_STEPS, WARM_UP = 5.0, 3, 100, 1  # of the trial that measures the speed
+
+
+def right_sized(
+    config: Finetune, run: Run, start: Start, labels: Labels, process: Process, device: torch.device
+) -> tuple[Finetune, StepCost, list[str]]:
+    """The configuration with numbers in place of every ``auto``, and with what the start says of the images.
+
+    A run that is continued keeps the numbers that it began with.
+
+    Returns:
+        The configuration, the predicted cost of a step, and what was chosen, for people to read.
+
+    Raises:
+        UserError: there is no such recipe, a number is impossible, or the step does not fit the memory.
+    """
+    images, classes = len(labels.train), len(labels.classes)
+    architecture = replace(start.model, model_kwargs=start.model.model_kwargs | pooling(start, config.pool))
+    config = replace(
+        config,
+        input_size=architecture.input_size,
+        channels=architecture.channels,
+        data=str(Path(config.data).absolute()),
+    )
+    choices = [field.name for field in fields(config) if getattr(config, field.name) == "auto"]
+    stored = {} if config.overwrite else run.stored()
+    if isinstance(stored.get("recipe"), str) and config.recipe == "auto":
+        config = replace(config, recipe=stored["recipe"])
+    config, kept = as_begun(config, stored, process.world, choices)
+    recipe = choose(config, start, images)
+    if start.weights is None:  # lower layers know nothing that smaller steps would keep
+        recipe = replace(recipe, layer_decay=1.0)
+    config = filled(config, recipe)
+
+    def counted(own: Finetune, as_device: str) -> tuple[StepCost, object]:
+        return count_tuning(own, architecture, classes, as_device)
+
+    chosen: list[str] = []
+    effective = small_batch(images) if config.effective_batch == "auto" else int(config.effective_batch)
+    if "effective_batch" in choices:
+        effective = min(effective, images)
+    if config.batch_size == "auto":
+        effective = max(process.world, effective // process.world * process.world)
+        trial = replace(config, epochs=1) if config.epochs == "auto" else config
+        fitting, cost, memory = batch_that_fits(trial, effective, process, device, counted)
+        config = replace(config, batch_size=fitting.batch_size, accum=fitting.accum)
+        chosen.append(
+            f"batch {config.batch_size} x accum {config.accum}, {readable(cost.peak_bytes)} predicted of {readable(memory)}"
+        )
+    effective = int(config.batch_size) * config.accum * process.world
+    config = replace(config, effective_batch=effective)
+    if config.lr is not None or config.blr == "auto":
+        rate = small_rate(effective) if config.lr is None else config.lr
+        config = replace(config, blr=rate * 256 / effective, lr=None)
+        chosen.append(f"lr {rate:.2g}")
+    if config.epochs == "auto":
+        config = replace(config, epochs=small_epochs(images))
+        chosen.append(f"{config.epochs} epochs")
+    if config.hours is not None and "epochs" in choices and "epochs" not in kept:
+        with Console(stderr=True).status("measuring the speed of some steps"):
+            speed = process.world * min(process.gather(trial_speed(config, start, labels, process, device)))
+        config = replace(config, epochs=min(int(config.epochs), epochs_within(config.hours, speed, images)))
+        chosen.append(f"{config.epochs} epochs, for {config.hours:g} hours at {speed:.0f} images/s")
+    if config.eval_every == "auto":
+        config = replace(config, eval_every=max(1, math.ceil(len(labels.val) / images)))
+    config.check()
+    predicted, _ = counted(config, counted_as(device))
+    guard_memory(config, predicted, process, device, counted)
+    return config, predicted, [f"auto: {'; '.join(chosen)}"] if chosen else []
+
+
+def trial_speed(config: Finetune, start: Start, labels: Labels, process: Process, device: torch.device) -> float:
+    """Images per second of this process in a few real steps, after one to warm up."""
+    trial = replace(config, blr=0.0, compile=False)
+    with torch.random.fork_rng():
+        made = make_classifier(start, tuple(labels.classes), config.pool, float(config.drop_path))
+        made.model.to(device)
+        tuning = Tuning(trial, made, 1, None, device, ALONE)
+        mixup = mixing(config, len(labels.classes))
+        transform = train_transform(config, start.mean, start.std)
+        feed = train_batches(trial, labels, transform, 0, MOST_STEPS + WARM_UP, device=device)
+        began, steps = time.perf_counter(), -WARM_UP
+        # the processes average their gradients, so they must agree on the last step
+        while steps < LEAST_STEPS or (
+            steps < MOST_STEPS and max(process.gather(time.perf_counter() - began)) < SECONDS
+        ):
+            if steps == 0:
+                began = time.perf_counter()
+            batches = (
+                mix(mixup, images, targets, 0)
+                for _, (images, targets, _) in zip(range(config.accum), feed, strict=False)
+            )
+            loss = tuning.step(0, ((images.to(device), soft.to(device)) for images, soft in batches))
+            loss.item()  # waits for the device
+            steps += 1
+        return steps * tuning.images / (time.perf_counter() - began)

@@ -1,0 +1,164 @@
+"""Features on disk: computed once for each encoder and set of images, streamed into files, used again as long as nothing
+has changed.
+
+An entry of the cache is a folder named by a digest of the weights, the input size, the crop and the files; it holds an array
+for each kind of features: a pooling (``avg``, ``token``, ``timm``), the mean of the patches after some block (``layer 6``),
+the patch tokens themselves (``tokens``, in half precision).
+
+b batch, c channels, H W pixels, n patches, d width.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from leanmim.config import Evaluator
+from leanmim.data import Labelled, loader
+from leanmim.encoders.backbone import Backbone, as_tokens
+from leanmim.evaluators.features import Features, Subject, pooled, read_layers, run_folder
+from leanmim.progress import track
+from leanmim.version import __version__
+
+TOKENS = "tokens"
+
+
+def layer_name(layer: int) -> str:
+    """Of the mean of the patches after so many blocks or stages."""
+    return f"layer {layer}"
+
+
+class Store:
+    """Features in a folder.
+
+    Args:
+        folder: of the cache.
+        batch_size: images per forward pass.
+    """
+
+    def __init__(self, folder: Path, batch_size: int) -> None:
+        self.folder, self.batch_size = folder, batch_size
+        self.digests: dict[str, str] = {}  # of the weights of subjects, by their names
+
+    def pair(self, subject: Subject, name: str = "", also: Sequence[str] = ()) -> tuple[Features, Features]:
+        """Features of the training and of the validation images, in memory.
+
+        Args:
+            subject: whose.
+            name: of the features; empty is the subject's own pooling.
+            also: names of those that will be asked for next, to be computed in the same pass.
+        """
+        own, device = name or subject.pool, subject.normalise.device
+
+        def read(data: Labelled) -> Features:
+            array = self.arrays(subject, data, [own, *also])[own]
+            return Features(torch.tensor(np.asarray(array), device=device), torch.tensor(data.labels, device=device))
+
+        return read(subject.train), read(subject.val)
+
+    def arrays(self, subject: Subject, data: Labelled, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Features of a set as read-only arrays on disk; those that are not there are computed, all in one pass."""
+        entry = self.folder / self.digest(subject, data)
+        missing = [name for name in names if not (entry / f"{name}.npy").is_file()]
+        if missing:
+            self.forget(subject)
+            with TemporaryDirectory(dir=self.folder) as part:
+                stream(subject, data, missing, self.batch_size, Path(part))
+                about = {"name": subject.name, "step": subject.step, "folder": str(data.source.root)}
+                Path(part, "about.json").write_text(json.dumps(about))
+                entry.mkdir(exist_ok=True)
+                for file in Path(part).iterdir():
+                    os.replace(file, entry / file.name)
+        return {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in names}
+
+    def digest(self, subject: Subject, data: Labelled) -> str:
+        """Of all that features depend on."""
+        if subject.name not in self.digests:
+            self.digests[subject.name] = digest_of_weights(subject.backbone)
+        files = [file_facts(name, data.source.where(i)) for i, name in enumerate(data.source.names)]
+        mean, std = (value.flatten().tolist() for value in (subject.normalise.mean, subject.normalise.std))
+        weights, versions = self.digests[subject.name], (__version__, timm.__version__)
+        facts = (weights, versions, subject.size, subject.crop, data.source.channels, mean, std, files)
+        return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+
+    def forget(self, subject: Subject) -> None:
+        """Remove what an earlier step of the same run left: nobody will ask for it again."""
+        for about in self.folder.glob("*/about.json"):
+            there = json.loads(about.read_text())
+            if there["name"] == subject.name and there["step"] != subject.step:
+                shutil.rmtree(about.parent)
+
+
+@contextmanager
+def storage(config: Evaluator) -> Iterator[Store]:
+    """Where features are kept: in the run folder, or until the end only if there is none or --no-cache."""
+    folder = run_folder(config) if config.cache else None
+    if folder is not None:
+        (folder / "cache").mkdir(exist_ok=True)
+        yield Store(folder / "cache", config.batch_size)
+        return
+    with TemporaryDirectory() as temporary:
+        yield Store(Path(temporary), config.batch_size)
+
+
+def digest_of_weights(backbone: Backbone | None) -> str:
+    """Of an encoder's structure and weights."""
+    structure = re.sub(r"0x[0-9a-f]+", "", repr(backbone))  # addresses differ from process to process
+    found = hashlib.blake2b(structure.encode(), digest_size=16)
+    for name, value in backbone.state_dict().items() if backbone is not None else ():
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def file_facts(name: str, path: str) -> tuple[str, int, int]:
+    """A file's name, its size and when it was written: enough to see that it has changed."""
+    known = os.stat(path)
+    return name, known.st_size, known.st_mtime_ns
+
+
+@torch.inference_mode()
+def stream(subject: Subject, data: Labelled, names: Sequence[str], batch_size: int, folder: Path) -> None:
+    """Compute features and write them as NAME.npy, never more than a batch of them in memory."""
+    order = [[(0, i) for i in range(a, min(a + batch_size, len(data)))] for a in range(0, len(data), batch_size)]
+    feed = loader(data, order, subject.workers, subject.normalise.device, default_collate)
+    arrays: dict[str, Any] = {}
+    done = 0
+    for images, _ in track(feed, f"{subject.name} features of {len(data)} images", len(order)):
+        for name, value in kinds(subject, subject.normalise(images), names).items():
+            kind, shape = np.float16 if name == TOKENS else np.float32, (len(data), *value.shape[1:])
+            if name not in arrays:
+                arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", kind, shape)
+            arrays[name][done : done + len(value)] = value.float().cpu().numpy()
+        done += len(images)
+    for array in arrays.values():
+        array.flush()
+
+
+def kinds(subject: Subject, images: Float[Tensor, "b c H W"], names: Sequence[str]) -> dict[str, Tensor]:
+    """Features of several kinds, from one forward pass."""
+    backbone = subject.backbone
+    if list(names) == [subject.pool] or backbone is None:
+        return {name: subject.embed(images) for name in names}
+    layers = sorted(int(name.split()[1]) for name in names if name.startswith("layer "))
+    features, maps = read_layers(backbone, images, layers)
+    found = {layer_name(layer): part.mean((2, 3)) for layer, part in zip(layers, maps, strict=True)}
+    for name in names:
+        if name == TOKENS:
+            found[name] = getattr(backbone, "fc_norm", nn.Identity())(as_tokens(backbone, features))
+        elif name not in found:
+            found[name] = pooled(backbone, name, features)
+    return found

@@ -1,0 +1,161 @@
+"""All measures of a frozen encoder in one table."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from io import StringIO
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from leanmim.config import Evaluate, Evaluator, Knn, Probe
+from leanmim.encoders.backbone import Backbone, Truncated
+from leanmim.errors import UserError
+from leanmim.evaluators.accuracy import Accuracy
+from leanmim.evaluators.cache import TOKENS, Store, layer_name, storage
+from leanmim.evaluators.features import Subject, record, subjects
+from leanmim.evaluators.few_shot import Draws, few_shot
+from leanmim.evaluators.knn import knn_accuracy
+from leanmim.evaluators.probe import attentive, fast_probe
+
+WIDTH = 80
+COLUMNS = 3  # accuracies with their intervals that fit beside each other
+
+
+class Result(NamedTuple):
+    """An accuracy, and its place in the table."""
+
+    order: tuple[int, int]  # kind of measure, number of neighbours, layer, shots
+    measure: str
+    name: str
+    accuracy: Accuracy
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found; printed, a table with a row for each measure and a column for each encoder."""
+
+    title: str
+    results: list[Result]
+
+    def __str__(self) -> str:
+        text = StringIO()
+        console = Console(file=text, width=WIDTH, highlight=False, markup=False)
+        console.print(self.title, soft_wrap=True)
+        names = list(dict.fromkeys(result.name for result in self.results))
+        for first in range(0, len(names), COLUMNS):
+            console.print()
+            console.print(table(self.results, names[first : first + COLUMNS]))
+        console.print("In %; in brackets Wilson's 95 % interval, for the choice of validation images.")
+        return "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines())
+
+
+def table(results: Sequence[Result], names: Sequence[str]) -> Table:
+    """Measures of some encoders."""
+    form = Table(box=SIMPLE, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    form.add_column("measure", no_wrap=True)
+    for name in names:
+        form.add_column(name, overflow="fold", justify="right")
+    rows: dict[tuple[tuple[int, int], str], dict[str, Accuracy]] = {}
+    for result in results:
+        rows.setdefault((result.order, result.measure), {})[result.name] = result.accuracy
+    for (_, measure), found in sorted(rows.items(), key=lambda item: item[0]):
+        form.add_row(measure, *(cell(found.get(name)) for name in names))
+        if spreads := {name: value for name, value in found.items() if isinstance(value, Draws)}:
+            count = len(next(iter(spreads.values())).rights)
+            deviations = (f"± {100 * spreads[name].deviation:.1f}" if name in spreads else "-" for name in names)
+            form.add_row(f"  ± of {count} draws", *deviations)
+    return form
+
+
+def cell(accuracy: Accuracy | None) -> str:
+    """An accuracy with its interval, in per cent."""
+    if accuracy is None:
+        return "-"
+    low, high = (100 * end for end in accuracy.interval)
+    return f"{100 * accuracy:.1f} ({low:.1f}-{high:.1f})"
+
+
+def evaluate(config: Evaluate) -> Evaluation:
+    """kNN over several k, linear probe at several layers, attentive probe and few-shot accuracy of an encoder and baselines.
+
+    Raises:
+        UserError: an encoder or the labelled folder cannot be read, or an option does not go with them.
+    """
+    results: list[Result] = []
+    title = ""
+    with storage(config) as store:
+        for subject in subjects(config):
+            if not title:
+                count = f"{len(subject.train):,} training and {len(subject.val):,} validation images"
+                title = f"{config.run} on {config.data}: {count}, {' x '.join(map(str, subject.size))} px"
+            results += measures(config, subject, store)
+    return Evaluation(title, results)
+
+
+def measures(config: Evaluate, subject: Subject, store: Store) -> Iterator[Result]:
+    """All of one encoder, each written down as soon as it is known."""
+    layers = chosen_layers(config.layers, subject)
+    names = [layer_name(layer) for layer in layers]
+    deep = config.attentive and subject.backbone is not None
+    train, val = store.pair(subject, also=[*names, *([TOKENS] if deep else [])])
+    shared = {own.name: getattr(config, own.name) for own in fields(Evaluator)}
+    how = {name: asdict(config)[name] for name in ("depth", "input_size", "crop")} | {"pool": subject.pool}
+
+    for k in sorted({k for k in config.k if k <= len(train.y)}):
+        as_knn = Knn(**shared, k=k, temperature=config.temperature)
+        found = record(as_knn, "knn", subject, knn_accuracy(train, val, k, config.temperature))
+        yield Result((0, k), f"kNN, k = {k}", *found)
+    for layer, name in zip(layers, names, strict=True):
+        options = how | {"c": config.c, "pool": "avg"}
+        accuracy = fast_probe(*store.pair(subject, name), config.c)
+        yield Result(
+            (1, layer), f"linear, {name}", *record(config, f"linear {name}", subject, accuracy, options=options)
+        )
+    found = record(Probe(**shared, c=config.c), "probe", subject, fast_probe(train, val, config.c))
+    yield Result((2, 0), "linear", *found)
+    if deep:
+        how_deep: dict[str, Any] = dict(queries=config.queries, epochs=config.epochs, seed=config.seed)
+        own = Probe(**shared, solver="attentive", **how_deep)
+        found = record(
+            own, "attentive", subject, attentive(subject, store, warmup_epochs=own.warmup_epochs, **how_deep)
+        )
+        yield Result((3, 0), "attentive", *found)
+    for shots in sorted(set(config.shots)):
+        if shots <= int(np.unique(train.y.cpu().numpy(), return_counts=True)[1].min()):
+            drawn = few_shot(train, val, shots, config.draws, config.seed)
+            options = how | {"draws": config.draws, "seed": config.seed}
+            more = {"options": options, "deviation": drawn.deviation}
+            yield Result(
+                (4, shots), f"few-shot, {shots} a class", *record(config, f"few-shot {shots}", subject, drawn, **more)
+            )
+
+
+def chosen_layers(layers: Sequence[int], subject: Subject) -> list[int]:
+    """The blocks or stages after which a linear probe is fitted too; of a baseline those that it has.
+
+    Raises:
+        UserError: the encoder has no such layer.
+    """
+    if subject.backbone is None or tuple(layers) == (0,):
+        return []
+    image = torch.zeros(1, subject.train.source.channels, *subject.size, device=subject.normalise.device)
+    count = layer_count(subject.backbone, image)
+    if not layers:
+        return sorted({round(count * share) for share in (0.25, 0.5, 0.75)} - {0, count})
+    wrong = [layer for layer in layers if not 0 < layer <= count]
+    if wrong and subject.name == "pretrained":
+        raise UserError(
+            f"--layers {wrong[0]}: this encoder has {count} blocks or stages; choose among them, or leave it out"
+        )
+    return sorted(set(layers) - set(wrong))
+
+
+@torch.inference_mode()
+def layer_count(backbone: Backbone, image: torch.Tensor) -> int:
+    """Blocks or stages whose output timm gives; 0 of a model that gives none."""
+    inner = backbone.backbone if isinstance(backbone, Truncated) else backbone
+    return len(inner.forward_intermediates(image)[1]) if hasattr(inner, "forward_intermediates") else 0

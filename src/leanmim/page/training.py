@@ -1,0 +1,150 @@
+"""How the training of runs went: a table, and curves against epochs."""
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from statistics import median
+from typing import Any
+
+from leanmim.page.accuracies import percent
+from leanmim.page.charts import Curve, chart
+from leanmim.page.html import NOT_YET, Html, row, soft, table
+from leanmim.page.load import Finetuned, Loaded, Pretrained, by_kind, finetuned, pretrained
+
+MACHINE_CHARTS = (  # key in metrics.jsonl, title with unit, factor to that unit, whether the axis includes 0
+    ("lr", "learning rate (10⁻³)", 1e3, True),
+    ("images_per_second", "speed (images/s)", 1, True),
+    ("memory_bytes", "peak memory (GiB)", 2**-30, True),
+    ("data_wait", "waiting for data (% of time)", 100, True),
+)
+PRETRAIN_CHARTS = (("loss", "loss", 1, False), ("knn", "online kNN accuracy (%)", 100, False), *MACHINE_CHARTS)
+FINETUNE_CHARTS = (
+    ("val_top1", "validation top-1 accuracy (%)", 100, False),
+    ("val_loss", "validation loss", 1, False),
+    ("loss", "training loss", 1, False),
+    *MACHINE_CHARTS,
+)
+LOSS_DEPENDS_ON = (
+    "recipe", "target", "hog_cell", "loss", "mask_ratio", "mask_unit", "segments", "throw", "select", "fill",
+)  # fmt: skip
+FINETUNE_LOSS_DEPENDS_ON = ("class_weights", "mixup", "cutmix", "smoothing", "randaugment", "erase", "crop_scale")
+MACHINE_TITLES = (
+    "images/s, median", "waiting for data (%)", "peak memory (GiB)", "training time (h:min:s)", "device",
+)  # fmt: skip
+
+
+def each_kind(runs: Sequence[Loaded], section: Callable[[Sequence[Loaded]], Html]) -> Html:
+    """A section, made for pre-training and fine-tuning apart: they have other columns, and losses of other meaning."""
+    kinds = by_kind(runs)
+    if len(kinds) == 1:
+        return section(runs)
+    return Html("\n".join(f"<h3>{heading}</h3>\n{section(own)}" for heading, own in kinds.items()))
+
+
+def summary(runs: Sequence[Loaded]) -> Html:
+    """One row for each run."""
+    return each_kind(runs, lambda own: Html(pretrain_summary(pretrained(own)) + finetune_summary(finetuned(own))))
+
+
+def pretrain_summary(runs: Sequence[Pretrained]) -> Html:
+    """One row for each run of `leanmim pretrain`."""
+    head = ("run", "recipe", "model", "input (px)", "epochs", "images seen", "loss", "kNN (%)", *MACHINE_TITLES)
+    rows = []
+    for run in runs:
+        lines, knn = run.lines("loss"), run.lines("knn")
+        cells: list[Any] = [run.config.recipe, run.config.model, " x ".join(map(str, run.config.input_size))]
+        if lines:
+            cells += [
+                f"{lines[-1]['epoch']:.4g} / {run.config.epochs}",
+                f"{sum(line['images_per_second'] * line['seconds'] for line in lines):,.0f}",
+                f"{lines[-1]['loss']:.4f}",
+                percent(knn[-1], "knn") if knn else NOT_YET if run.config.knn_data else "-",
+            ]
+        else:
+            cells += [NOT_YET] * 4
+        rows.append(row(run.title, cells + machine_cells(run)))
+    return table(head, rows, "short") if rows else Html("")
+
+
+def finetune_summary(runs: Sequence[Finetuned]) -> Html:
+    """One row for each run of `leanmim finetune`."""
+    head = (
+        "run", "recipe", "input (px)", "training images", "classes", "epochs", "training loss", "top-1 (%)",
+        *MACHINE_TITLES, "start",
+    )  # fmt: skip
+    rows = []
+    for run in runs:
+        lines, labels = run.lines("loss"), run.labels
+        rows.append(row(run.title, [
+            run.config.recipe,
+            " x ".join(map(str, run.config.input_size)) or "-",
+            f"{len(labels['train']):,}" if labels else NOT_YET,
+            len(labels["classes"]) if labels else NOT_YET,
+            f"{lines[-1]['epoch']:.4g} / {run.config.epochs}" if lines else NOT_YET,
+            f"{lines[-1]['loss']:.4f}" if lines else NOT_YET,
+            top1(run),
+            *machine_cells(run),
+            run.config.start,
+        ]))  # fmt: skip
+    return table(head, rows, "short notes") if rows else Html("")
+
+
+def top1(run: Finetuned) -> str:
+    """The accuracy at the end, or the best one so far."""
+    if run.results:
+        return percent({"value": run.results["top1"], "interval": run.results["top1_interval"]})
+    if not (lines := run.lines("val_top1")):
+        return NOT_YET
+    best = max(lines, key=lambda line: line["val_top1"])
+    ends = [best[key] for key in ("val_low", "val_high") if key in best]
+    return f"{percent({'value': best['val_top1'], 'interval': ends})}, best so far"
+
+
+def machine_cells(run: Loaded) -> list[Any]:
+    """Speed, waiting for data, memory, time and device of a run."""
+    lines, device = run.lines("loss"), run.environment.get("device", NOT_YET)
+    if not lines:
+        return [NOT_YET] * 4 + [device]
+    seconds = sum(line["seconds"] for line in lines)
+    return [
+        f"{median(line['images_per_second'] for line in lines):,.0f}",
+        f"{100 * sum(line['data_wait'] * line['seconds'] for line in lines) / seconds:.1f}",
+        f"{max(line['memory_bytes'] for line in lines) / 2**30:.2f}",
+        str(timedelta(seconds=round(seconds))),
+        device,
+    ]
+
+
+def training(runs: Sequence[Loaded]) -> Html:
+    """Metrics against epochs: a chart for each metric with all runs of a kind in it, under one legend."""
+    return each_kind(runs, curves)
+
+
+def curves(runs: Sequence[Loaded]) -> Html:
+    """The charts of runs of one kind."""
+    if not any(run.metrics for run in runs):
+        return Html(f"<p>{NOT_YET}</p>")
+    fine, drawn, notes = bool(finetuned(runs)), [], []
+    empty = "not yet" if any(run.config.knn_data for run in pretrained(runs)) else "no run has --knn-data"
+    for key, title, factor, zero in FINETUNE_CHARTS if fine else PRETRAIN_CHARTS:
+        lines = [line for run in runs for line in segment_losses(run)] if key == "loss" else []
+        if lines:
+            notes.append("Thin lines: the loss of each segment, the deeper the stronger.")
+        lines += [Curve([(x, y * factor) for x, y in run.values(key)], run.colour, run.name) for run in runs]
+        svg = chart(title, [line for line in lines if line.points], zero, empty if key == "knn" else "not yet")
+        drawn.append(f'<figure class="card">{svg}</figure>')
+    depends_on = FINETUNE_LOSS_DEPENDS_ON if fine else LOSS_DEPENDS_ON
+    if differing := [key for key in depends_on if len({str(getattr(run.config, key)) for run in runs}) > 1]:
+        losses = "training losses" if fine else "losses"
+        notes.append(f"The runs differ in {', '.join(differing)}: compare their accuracies, not their {losses}.")
+    legend = "".join(f"<span>{run.title}</span>" for run in runs)
+    remarks = "".join(f"<p>{soft(note)}</p>" for note in notes)
+    return Html(f'<div class="legend">{legend}</div>{remarks}<div class="grid">{"".join(drawn)}</div>')
+
+
+def segment_losses(run: Loaded) -> list[Curve]:
+    """The loss of each segment against epochs; empty where the run has one segment."""
+    count = len({name for line in run.metrics for name in line if name.startswith("loss_")})
+    return [
+        Curve(run.values(f"loss_{i}"), run.colour, f"{run.name}, segment {i}", 1.0, 0.8 * (i + 1) / count)
+        for i in range(count)
+    ]
