@@ -30,17 +30,19 @@ SHARES = (0.01, 0.1, 1.0)
 EPOCHS = {0.01: 100, 0.1: 30, 1.0: 5}  # what two CPU cores can do; the recipe's own are more
 SCREEN: dict[str, dict[str, Any]] = {  # changes of the small recipe
     "small": {},
-    "lr / 2": dict(lr=0.5),
     "lr x 2": dict(lr=2.0),
+    "lr / 2": dict(lr=0.5),
+    "Mixup 0.8, CutMix 1.0": dict(mixup=0.8, cutmix=1.0),
     "layer decay 0.65": dict(layer_decay=0.65),
     "layer decay 0.9": dict(layer_decay=0.9),
-    "Mixup 0.8, CutMix 1.0": dict(mixup=0.8, cutmix=1.0),
+    "no RandAugment": dict(randaugment="none"),
+    "lr x 4": dict(lr=4.0),
+    "drop path 0": dict(drop_path=0.0),
     "random erasing 0.25": dict(erase=0.25),
     "crops from 8 %": dict(crop_scale=(0.08, 1.0)),
-    "no RandAugment": dict(randaugment="none"),
-    "drop path 0": dict(drop_path=0.0),
-    "moving average 0.999": dict(ema=0.999),
+    "moving average 0.99": dict(ema=0.99),
 }
+SCREEN_EPOCHS = 12
 
 
 def cells(names: list[str], starts: dict[str, str], seeds: int, shares: list[float]) -> list[dict[str, Any]]:
@@ -81,7 +83,8 @@ def run_cell(cell: dict[str, Any], arguments: argparse.Namespace) -> dict[str, A
     out = arguments.work / "runs" / file_of(cell, arguments.work).stem
     changes = dict(SCREEN[cell["changes"]])
     config = Finetune(
-        start="scratch" if scratch else starts[name], data=data, out=str(out), recipe="small", epochs=EPOCHS[cell["share"]],
+        start="scratch" if scratch else starts[name], data=data, out=str(out), recipe="small",
+        epochs=SCREEN_EPOCHS if cell["kind"] == "screen" else EPOCHS[cell["share"]],
         label_share=cell["share"] if cell["share"] < 1 else None, seed=cell["seed"], workers=0, device="cpu", eval_every=1000,
     )  # fmt: skip
     if scratch:
@@ -173,7 +176,7 @@ def main() -> None:
     configuration = {
         "data": arguments.data.name, "test images": 10 * arguments.val,
         "starts": {name: f"{c.recipe}, {c.model}, {c.size[0]} px, {c.epochs} epochs" for name, c in about.items()},
-        "epochs by share of the labels": EPOCHS, "recipe's own epochs": {s: small_epochs(round(s * IMAGES)) for s in SHARES},
+        "epochs of the screen": SCREEN_EPOCHS, "epochs by share of the labels": EPOCHS, "recipe's own epochs": {s: small_epochs(round(s * IMAGES)) for s in SHARES},
     }  # fmt: skip
     for name, rows in tables(found, names).items():
         note = "Accuracy after the last epoch; mean, sample deviation and number of seeds." if name == "tune" else ""

@@ -80,7 +80,7 @@ class Loop:
         if state and "losses" in state:
             self.losses = [losses.to(device) for losses in state["losses"]]
         self.logged -= len(self.losses)
-        self.console = console or Console(quiet=not process.first, highlight=False, soft_wrap=True)
+        self.console = console or Console(quiet=not process.first, highlight=False, soft_wrap=True, markup=False)
         self.progress = progress_bar(self.console, transient=False, disable=not process.first or self.done == steps)
         self.text = ""  # of the bar, as of the last line
         self.task = self.progress.add_task(title, total=steps, completed=self.start, text="")

@@ -159,6 +159,15 @@ def test_mistakes_in_a_folder_are_errors_with_a_remedy(tmp_path: Path, files: li
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_two_classes_in_one_folder_are_named(part: str, tmp_path: Path) -> None:
+    touch(tmp_path, "train/a/1.png", "train/b/1.png", "val/a/1.png", "val/b/1.png")
+    touch(tmp_path, "train/z/1.png") if part == "val" else None
+    (tmp_path / part / "z").symlink_to("b")
+    with pytest.raises(UserError, match=rf"'.*/{part}/b' and '.*/{part}/z' are one folder, by a link; remove one"):
+        choice(tmp_path)
+
+
 def test_a_missing_folder_and_a_file_are_named(tmp_path: Path) -> None:
     touch(tmp_path, "a.zip")
     for name, words in (("a.zip", "is a file"), ("nowhere", "is no folder")):

@@ -80,6 +80,22 @@ def test_layers_that_pre_training_left_out_are_fresh(tiny: Pretrain) -> None:
     }
 
 
+def test_after_fastmim_the_last_norm_of_a_swin_is_fresh_too(tiny_simmim: Pretrain) -> None:
+    name, kwargs = SWIN
+    for masking, fresh in (("token", False), ("pixel", True)):
+        own = replace(
+            tiny_simmim,
+            model=name,
+            model_kwargs=kwargs,
+            input_size=(64,),
+            mask_unit=32,
+            masking=masking,
+            out=f"{tiny_simmim.out}-{masking}",
+        )
+        made = make_classifier(open_start(str(untrained(own))), CLASSES)
+        assert ("norm.weight" in made.fresh) == fresh
+
+
 def test_the_first_segments_of_a_run_are_a_shallower_classifier(tiny: Pretrain) -> None:
     folder = str(untrained(replace(tiny, segments=2)))
     made = make_classifier(open_start(folder, depth=2), CLASSES)

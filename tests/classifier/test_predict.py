@@ -22,6 +22,7 @@ from leanmim.config.predict import Predict
 from leanmim.data import Files, Normalise, centre_crop, list_images
 from leanmim.errors import UserError
 from leanmim.start import Start
+from tests.config.docstrings import docstrings
 from tests.runs import untrained
 
 CLASSES = ("bee", "cat, or kitten", "crab", "lemur", "macaw", "sheep")
@@ -134,7 +135,7 @@ def test_nothing_is_left_where_no_file_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "bad" / "a.jpg").write_bytes(b"")
     with pytest.raises(UserError, match=r"none of the 1 image files can be read; the first: .*a\.jpg"):
         predict(options(tmp_path / "table.csv", tmp_path / "bad"))
-    assert not (tmp_path / "table.csv").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["bad"]
 
 
 def test_a_table_is_not_replaced_unasked_nor_by_a_part(
@@ -154,7 +155,7 @@ def test_a_table_is_not_replaced_unasked_nor_by_a_part(
     monkeypatch.setattr(module, "build_classifier", lambda start: classifier)
     with pytest.raises(KeyboardInterrupt):
         predict(options(out, images, overwrite=True, batch_size=1))
-    assert out.read_text() == "mine"
+    assert out.read_text() == "mine" and not list(tmp_path.glob("*.part"))
     hook.remove()
     predict(options(out, images, overwrite=True, batch_size=1))
     assert len(rows(out)) == 6
@@ -178,6 +179,12 @@ def test_a_run_of_pre_training_is_no_classifier(
     assert not (tmp_path / "a.csv").exists()
 
 
+def test_the_help_promises_what_there_is() -> None:
+    """Published classifiers come without names of classes; the crop is the fine-tuning's, as `classify` takes it."""
+    helps = docstrings(Predict)
+    assert "published" not in helps["run"] and "None is the fine-tuning's own" in helps["crop"]
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -193,6 +200,15 @@ def test_a_run_of_pre_training_is_no_classifier(
 def test_mistakes_are_named(change: dict[str, Any], message: str, images: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         predict(options(tmp_path / "a.csv", images, **change))
+
+
+def test_names_that_are_no_text_are_kept(images: Path, tmp_path: Path) -> None:
+    list_images(images)[0].rename(images / "a\udcfe.jpg")
+    (images / "bad\udcff.png").write_bytes(b"no picture")
+    out = predict(options(tmp_path / "table.csv", images))
+    assert f"{images}/a".encode() + b"\xfe.jpg" in out.read_bytes()
+    (listed,) = map(json.loads, (tmp_path / "table.csv.skipped.jsonl").read_text().splitlines())
+    assert listed["path"] == f"{images}/bad\udcff.png"
 
 
 def test_a_place_that_cannot_be_written_is_named(images: Path, tmp_path: Path) -> None:

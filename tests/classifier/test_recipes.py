@@ -59,7 +59,15 @@ def test_an_unknown_recipe_is_an_error() -> None:
 
 
 def test_given_numbers_stay() -> None:
-    given = dict(mixup=0.3, layer_decay=0.9, epochs=7, warmup_epochs=1.0, warmup_share=0.3, randaugment="none", crop_scale=(0.5, 1.0))
+    given = dict(
+        mixup=0.3,
+        layer_decay=0.9,
+        epochs=7,
+        warmup_epochs=1.0,
+        warmup_share=0.3,
+        randaugment="none",
+        crop_scale=(0.5, 1.0),
+    )
     config = filled(Finetune(start="s", data="d", out="o", **given), RECIPES["mae"])  # type: ignore[arg-type]
     assert {name: getattr(config, name) for name in given} == given
     assert (config.recipe, config.cutmix, config.effective_batch, config.batch_size) == ("mae", 1.0, 1024, "auto")

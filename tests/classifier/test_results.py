@@ -173,3 +173,13 @@ def test_names_are_no_formulas_and_may_be_in_any_script(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         write(tmp_path, Predictions(["$\\frac$", "猫", "c" * 99], ["$x_$.jpg"] * 20, found.labels, found.probabilities))
     assert (tmp_path / "mistakes.png").is_file()
+
+
+def test_names_that_are_no_text_are_drawn_and_kept(tmp_path: Path) -> None:
+    """Of class folders and files."""
+    found = drawn(3, 20, right=0.0)
+    write(tmp_path, Predictions(["a\udcff", "b", "c"], ["x\udcfe.jpg"] * 20, found.labels, found.probabilities))
+    assert (tmp_path / "confusion.png").is_file() and (tmp_path / "mistakes.png").is_file()
+    table = (tmp_path / "predictions.csv").read_bytes()
+    assert b"x\xfe.jpg" in table and b"a\xff" in table
+    assert json.loads((tmp_path / "results.json").read_text())["classes"][0] == "a\udcff"

@@ -1,6 +1,11 @@
 """Features on disk: what the encoder computes, computed once, and again when something has changed."""
 
 import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from leanmim.config import Knn, Pretrain, Probe
+from leanmim.config import Evaluate, Knn, Pretrain, Probe
 from leanmim.errors import UserError
 from leanmim.evaluators import cache
 from leanmim.evaluators.cache import TOKENS, Store, storage
+from leanmim.evaluators.evaluate import evaluate
 from leanmim.evaluators.features import extract, subjects
 from leanmim.evaluators.knn import knn
 from leanmim.evaluators.probe import probe
@@ -152,6 +158,60 @@ def test_features_are_those_of_the_blocks(
     np.testing.assert_allclose(found["layer 2"], mean(second), atol=1e-5)
     assert found[TOKENS].dtype == np.float16
     np.testing.assert_allclose(found[TOKENS].astype(np.float32).mean(1), avg.x, atol=2e-3)
+
+
+def test_a_link_to_nowhere_is_named(options: Options) -> None:
+    (Path(str(options["data"])) / "train/red/zz.png").symlink_to("nowhere.png")
+    with pytest.raises(UserError, match=r"red/zz\.png cannot be read .*; remove it from the labelled folder"):
+        list(knn(Knn(**options)))  # type: ignore[arg-type]
+
+
+def test_what_does_not_fit_on_the_disk_is_not_begun(
+    options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tokens of 72 images are 72 x 16 x 32 numbers of two bytes; the mean of each image is 32 of four."""
+    config = Evaluate(**options, layers=0)  # type: ignore[arg-type]
+    needed, used = 72 * (16 * 32 * 2 + 32 * 4), shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: used._replace(free=needed - 1))
+    message = r"of 72 images take 0\.1 MiB in '.*cache', which has 0\.1 MiB free; make room, .* \(--no-attentive, or"
+    with pytest.raises(UserError, match=message):
+        evaluate(config)
+    assert list((Path(str(options["run"])) / "cache").iterdir()) == []
+    assert list(knn(Knn(**options)))  # type: ignore[arg-type]
+    monkeypatch.setattr(cache, "LARGE", needed - 1)  # without those that are there
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: used._replace(free=needed))
+    capsys.readouterr()
+    evaluate(replace(config, crop=0.9, epochs=1))
+    assert capsys.readouterr().err.count("images take 0.1 MiB in") == 1  # of train, not of val
+
+
+def test_what_a_killed_command_left_is_removed(options: Options) -> None:
+    """But nothing of a command that may be at work."""
+    gone, here, folder = (
+        subprocess.Popen([sys.executable, "-c", ""]),
+        platform.node(),
+        Path(str(options["run"])) / "cache",
+    )
+    gone.wait()
+    keep = [f"part-{os.getppid()}-{here}-a", f"part-{gone.pid}-else-where-b"]
+    left = [f"part-{gone.pid}-{here}-c", f"part-{os.getpid()}-{here}-d", "part-1-else-where-e"]
+    for name in (*keep, *left):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "tokens.npy").touch()
+    os.utime(folder / left[2], (0, time.time() - cache.DAY - 1))
+    list(knn(Knn(**options)))  # type: ignore[arg-type]
+    assert sorted(path.name for path in folder.glob("part-*")) == sorted(keep)
+
+
+def test_what_an_earlier_step_of_a_baseline_left_is_removed(options: Options, tiny: Pretrain, tmp_path: Path) -> None:
+    other = Run(untrained(replace(tiny, out=str(tmp_path / "other"))))
+    for step in (7, 8):
+        save(other.last, {**other.read(), "step": step})
+        state = other.read()
+        state["model"]["encoder.backbone.norm.bias"] += 1
+        save(other.last, state)
+        list(knn(Knn(**options, baselines=(str(other.folder),))))  # type: ignore[arg-type]
+    assert len(entries(options)) == 4
 
 
 def test_arrays_are_read_from_disk(options: Options, tmp_path: Path) -> None:

@@ -7,15 +7,17 @@ import numpy as np
 import pytest
 import torch
 from timm import create_model
-from torch import Tensor
+from torch import Tensor, nn
 
-from leanmim.config import Pretrain
+from leanmim.config import Knn, Pretrain
 from leanmim.config.embed import Embed
 from leanmim.data import Normalise, centre_crop, list_images, read_image
 from leanmim.errors import UserError
+from leanmim.evaluators.cache import TOKENS, storage
 from leanmim.evaluators.embed import embed
+from leanmim.evaluators.features import subjects
 from leanmim.weights import load_backbone
-from tests.helpers import PHOTOS, PLAIN, fake_run
+from tests.helpers import PHOTOS, PLAIN, fake_run, in_segments
 from tests.runs import labelled
 
 PATHS = [str(path) for path in list_images(PHOTOS)]
@@ -150,6 +152,36 @@ def test_what_is_refused(run: Pretrain, wrong: dict[str, object], message: str) 
     with pytest.raises(UserError, match=message):
         embed(config_of(run, **wrong))
     assert set(Path(run.out).parent.iterdir()) == before
+
+
+def test_the_mean_of_patches_is_what_is_pooled_but_for_a_norm_after_the_pool(tmp_path: Path) -> None:
+    """And features are those of the evaluators, in half precision their tokens."""
+    tiles = labelled(tmp_path / "labelled")
+    for pool, normed in (("token", False), ("avg", True)):
+        vit: dict = dict(model="vit_tiny_patch16_224", model_kwargs=PLAIN | {"global_pool": pool}, input_size=(32,))
+        own: dict = dict(start="scratch", data=str(tiles / "val"), device="cpu", workers=0, overwrite=True)
+        patches, pooled = (
+            np.load(embed(Embed(**own, **vit, features=features, out=str(tmp_path / "f.npy"))))
+            for features in ("patches", "pooled")
+        )
+        mean = torch.from_numpy(patches.mean(1))
+        expected = nn.functional.layer_norm(mean, mean.shape[1:], eps=1e-6) if normed else mean
+        assert_close(pooled, expected)
+        assert np.allclose(pooled, mean, atol=1e-3) is not normed
+        config = Knn(run="scratch", data=str(tiles), device="cpu", workers=0, **vit)
+        (subject,) = subjects(config)
+        with storage(config) as store:
+            found = store.arrays(subject, subject.val, ["avg", TOKENS])
+        assert_close(found["avg"], torch.from_numpy(pooled))
+        np.testing.assert_allclose(found[TOKENS], patches, rtol=2e-3, atol=1e-3)
+
+
+def test_layers_of_a_model_that_was_cut(tmp_path: Path) -> None:
+    """timm still lists the stages that it cut off."""
+    run = fake_run(in_segments("convnext", "pixel"), tmp_path / "run")
+    assert np.load(embed(config_of(run, depth=2, layer=2))).shape == (len(PATHS), 80)
+    with pytest.raises(UserError, match="--layer 3 is out of range; the model has 2"):
+        embed(config_of(run, depth=2, layer=3, overwrite=True))
 
 
 def test_models_without_such_layers_or_tokens(tmp_path: Path) -> None:

@@ -147,6 +147,16 @@ def test_unreadable_files_are_listed_and_left_out(config: Embed, capsys: pytest.
     assert not any("g.npy" in name for name in files(config))
 
 
+def test_names_that_are_no_text(config: Embed) -> None:
+    data = Path(str(config.data))
+    (data / "00.png").rename(data / "00\udcfe.png")
+    (data / "01\udcff.png").write_bytes(b"no picture")
+    out = embed(config)
+    assert out.with_suffix(".txt").read_text().splitlines()[0] == f"{data}/00\\udcfe.png"
+    (listed,) = map(json.loads, Path(f"{out}.skipped.jsonl").read_text().splitlines())
+    assert listed["path"] == f"{data}/01\udcff.png"
+
+
 def test_a_complete_file_is_left_as_it_is(config: Embed, capsys: pytest.CaptureFixture[str]) -> None:
     before = embed(config).stat().st_mtime_ns
     assert embed(replace(config, workers=1)) == Path(config.out)

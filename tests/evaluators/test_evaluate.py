@@ -136,6 +136,12 @@ def test_many_encoders_make_several_tables_of_80_columns(options: Options) -> No
     assert text.count("kNN, k = 1") == 2
 
 
+def test_names_that_are_no_text_can_be_printed(options: Options, tmp_path: Path) -> None:
+    data = Path(str(options["data"])).rename(tmp_path / "tiles\udcff")
+    text = str(evaluate(small({**options, "data": str(data)}, k=(1,), shots=(1,), attentive=False, layers=0)))
+    assert f"{tmp_path}/tiles\\udcff: 72 training" in text.encode().decode()
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

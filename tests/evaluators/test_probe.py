@@ -12,10 +12,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from leanmim.config import Pretrain, Probe
+from leanmim.config import Knn, Pretrain, Probe
 from leanmim.data import Labelled, Normalise, centre_crop, labelled_pair
 from leanmim.evaluators import probe as probe_module
 from leanmim.evaluators.features import Features, Subject, embedding
+from leanmim.evaluators.knn import knn
 from leanmim.evaluators.probe import fast_probe, lars_probe, probe
 from leanmim.run import load
 from leanmim.weights import load_backbone
@@ -166,7 +167,8 @@ def test_a_stopped_lars_probe_continues_and_ends_alike(tiny: Pretrain, tiles: Pa
 def test_a_lars_probe_of_other_options_or_another_encoder_starts_afresh(
     tiny: Pretrain, tiles: Path, change: str
 ) -> None:
-    _, subject, config = lars_setting(tiny, tiles, epochs=2)
+    backbone, subject, config = lars_setting(tiny, tiles, epochs=2)
+    subject = subject._replace(backbone=backbone)
     lars_probe(subject, config)
     calls: list[int] = []
 
@@ -179,7 +181,40 @@ def test_a_lars_probe_of_other_options_or_another_encoder_starts_afresh(
     if change == "options":
         config = replace(config, blr=0.05)
     else:
-        subject = subject._replace(step=7)
+        with torch.no_grad():
+            backbone.norm.bias += 0.1
     calls.clear()
     lars_probe(subject._replace(embed=counted), config)
     assert len(calls) == 3
+
+
+def test_a_lars_probe_of_a_baseline_that_was_trained_anew_starts_afresh(
+    options: dict[str, object], tiny: Pretrain, tmp_path: Path
+) -> None:
+    """With as many steps as before."""
+    other = replace(tiny, out=str(tmp_path / "other"))
+    config = Probe(**options, solver="lars", epochs=2, baselines=(other.out,))  # type: ignore[arg-type]
+    last = Path(config.run) / "probe" / other.out.replace("/", "_") / "checkpoints" / "last.pt"
+    heads = []
+    for seed in (1, 2, 2):
+        untrained(other, seed)
+        list(probe(config))
+        heads.append(load(last)["head"]["1.weight"])
+    assert not torch.equal(heads[0], heads[1]) and torch.equal(heads[1], heads[2])
+
+
+def test_brackets_in_a_name_are_no_markup(
+    options: dict[str, object], tiny: Pretrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """On a terminal, where bars are drawn: rich would take a closing tag without its opening one for a mistake."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "400")
+    other = str(untrained(replace(tiny, out=str(tmp_path / "a[" / "bold]")), seed=6))
+    for own in (Knn(**options, baselines=(other,)), *(  # type: ignore[arg-type]
+        Probe(**options, baselines=(other,), solver=solver, epochs=1)  # type: ignore[arg-type]
+        for solver in ("fast", "lars", "attentive")
+    )):  # fmt: skip
+        found = knn(own) if isinstance(own, Knn) else probe(own)
+        assert [name for name, _ in found] == ["pretrained", other]
+        assert other in capsys.readouterr().err

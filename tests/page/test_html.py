@@ -36,3 +36,14 @@ def test_texts_of_a_fine_tuning_are_escaped(tmp_path: Path) -> None:
     page = Page(report(Report(runs=(run,))))
     assert "<script" not in page.source
     assert page.text.count(evil) > 10
+
+
+def test_names_that_are_no_text_are_written_as_escapes(tmp_path: Path) -> None:
+    run = tuned(
+        tmp_path / "run",
+        results=results(classes=["a\udcff", "b", "c"]),
+        labels=json.dumps({"classes": ["a\udcff", "b", "c"], "train": [], "notes": ["of a\udcff"]}),
+        skipped=lines({"path": "x\udcfe.png", "reason": "x\udcfe.png is none"}),
+    )
+    page = Page(report(Report(runs=(run,))))
+    assert page.text.count("a\\udcff") >= 2 and page.text.count("x\\udcfe.png") == 2

@@ -131,7 +131,10 @@ def take_weights(backbone: Backbone, start: Start, classes: tuple[str, ...]) -> 
         for keys in (own, start.weights)
     )
     # another norm than the start's, or one that has yet to learn what the mean of the tokens is
-    pooled_otherwise = not after <= before or (start.masked and "fc_norm" in after)
+    painted = (
+        start.pretrained is not None and start.pretrained.masking == "pixel"
+    )  # FastMIM: a fresh norm of any backbone
+    pooled_otherwise = not after <= before or (start.masked and ("fc_norm" in after or painted))
     dropped = (*(() if kept else heads(backbone)), *(("norm", "fc_norm") if pooled_otherwise else ()))
     prefixes = tuple(f"{name}." for name in dropped)
     weights = (

@@ -4,7 +4,6 @@ b batch, c classes.
 """
 
 import csv
-import json
 import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -23,6 +22,7 @@ from leanmim.data import SUFFIXES, Bad, Files, Normalise, Source, centre_crop, o
 from leanmim.data.source import Joined
 from leanmim.device import resolve_device
 from leanmim.errors import UserError
+from leanmim.evaluators.embed_file import write_skipped
 from leanmim.progress import track
 from leanmim.run import write_atomically
 from leanmim.start import Start, open_start
@@ -57,11 +57,7 @@ def predict(config: Predict) -> Path:
     skipped = out.with_name(out.name + ".skipped.jsonl")
     try:
         write_atomically(out, lambda path: write_table(path, config, start, source, bad))
-        if bad:
-            lines = "".join(json.dumps({"path": item.path, "reason": item.reason}) + "\n" for item in bad)
-            write_atomically(skipped, lambda path: path.write_text(lines))
-        else:
-            skipped.unlink(missing_ok=True)  # of an earlier table
+        write_skipped(skipped, bad)
     except OSError as error:
         raise UserError(f"--out {config.out!r} cannot be written ({error}); choose another name") from error
     if bad:

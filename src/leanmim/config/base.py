@@ -26,6 +26,12 @@ Pool = Literal["avg", "token", "timm"]
 Auto = Literal["auto"]  # chosen from the data, the model and the time there is: see auto.py
 Segments = int | tuple[int, ...]  # so many equal ones, or the block or stage after which each ends
 
+FREE_IN_TRAINING = frozenset({
+    "data", "out", "workers", "overwrite", "checkpoint_minutes", "log_every", "memory", "effective_batch", "hours",
+    "max_bad_share",
+})  # fmt: skip
+"""Fields of a training that may differ when it is continued: none of them changes a weight."""
+
 Self = TypeVar("Self", bound="Config")
 
 

@@ -27,7 +27,8 @@ class Embed(Machine):
     the columns path and embedding. Unreadable images are left out and listed in FILE.npy.skipped.jsonl. The same command
     again continues where it was interrupted."""
     features: Literal["pooled", "patches"] = "pooled"
-    """One vector for each image, or one for each of its patches, row by row."""
+    """One vector for each image, or one for each of its patches, row by row. The mean of the patches is what --pool avg gives;
+    where the model norms that mean (fc_norm, as a fine-tuned ViT does), they are those before this norm."""
     pool: Pool = "avg"
     """Of pooled features: mean of the patch tokens, the class token, or what the timm model returns."""
     layer: int | None = None

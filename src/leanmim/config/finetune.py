@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from tyro.conf import Positional
 
 from leanmim.config.base import (
+    FREE_IN_TRAINING,
     Auto,
     Logging,
     Machine,
@@ -25,22 +26,7 @@ from leanmim.errors import UserError
 class Finetune(Logging, Machine, Optimisation):
     """Everything that defines a fine-tuning. The recipes are values of this class; ``auto`` is the recipe's number."""
 
-    FREE: ClassVar[frozenset[str]] = frozenset(
-        {
-            "start",
-            "data",
-            "out",
-            "workers",
-            "overwrite",
-            "checkpoint_minutes",
-            "log_every",
-            "memory",
-            "effective_batch",
-            "hours",
-            "eval_every",
-            "max_bad_share",
-        }
-    )
+    FREE: ClassVar[frozenset[str]] = FREE_IN_TRAINING | {"start", "eval_every"}
 
     start: Positional[str]
     """A run folder of `leanmim pretrain` or `leanmim finetune`, an exported folder, a checkpoint file of timm (with --model),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from leanmim.config.base import (
+    FREE_IN_TRAINING,
     Auto,
     Interpolation,
     LinearInit,
@@ -36,23 +37,7 @@ class Pretrain(Logging, Machine, Optimisation, Model):
     A value is checked by `check`, and names of maskings and targets where they are looked up: a third party may add some.
     """
 
-    FREE: ClassVar[frozenset[str]] = frozenset(
-        {
-            "data",
-            "out",
-            "workers",
-            "overwrite",
-            "checkpoint_minutes",
-            "log_every",
-            "memory",
-            "effective_batch",
-            "hours",
-            "offload",
-            "max_bad_share",
-            "knn_data",
-            "knn_every",
-        }
-    )
+    FREE: ClassVar[frozenset[str]] = FREE_IN_TRAINING | {"offload", "knn_data", "knn_every"}
     GROWING: ClassVar[frozenset[str]] = frozenset({"epochs"})
     RENAMED: ClassVar[dict[str, str]] = {
         f"stage_{name}": f"phase_{name}" for name in ("scales", "starts", "batches", "accums", "blrs")

@@ -3,7 +3,7 @@ has changed.
 
 An entry of the cache is a folder named by a digest of the weights, the input size, the crop and the files; it holds an array
 for each kind of features: a pooling (``avg``, ``token``, ``timm``), the mean of the patches after some block (``layer 6``),
-the patch tokens themselves (``tokens``, in half precision).
+the patch tokens themselves as the model's last norm before any pooling leaves them (``tokens``, in half precision).
 
 b batch, c channels, H W pixels, n patches, d width.
 """
@@ -11,29 +11,39 @@ b batch, c channels, H W pixels, n patches, d width.
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import psutil
 import timm
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from rich.markup import escape
+from torch import Tensor
 from torch.utils.data import default_collate
 
 from leanmim.config import Evaluator
+from leanmim.costs import readable
 from leanmim.data import Labelled, loader
 from leanmim.encoders.backbone import Backbone, as_tokens
+from leanmim.errors import UserError
 from leanmim.evaluators.features import Features, Subject, pooled, read_layers, run_folder
 from leanmim.progress import track
 from leanmim.version import __version__
 
 TOKENS = "tokens"
+LARGE = 2**30  # bytes of features from which on it is said how much they take
+DAY = 86400.0  # s
 
 
 def layer_name(layer: int) -> str:
@@ -75,7 +85,7 @@ class Store:
         missing = [name for name in names if not (entry / f"{name}.npy").is_file()]
         if missing:
             self.forget(subject)
-            with TemporaryDirectory(dir=self.folder) as part:
+            with TemporaryDirectory(prefix=f"part-{os.getpid()}-{platform.node()}-", dir=self.folder) as part:
                 stream(subject, data, missing, self.batch_size, Path(part))
                 about = {"name": subject.name, "step": subject.step, "folder": str(data.source.root)}
                 Path(part, "about.json").write_text(json.dumps(about))
@@ -101,6 +111,17 @@ class Store:
             if there["name"] == subject.name and there["step"] != subject.step:
                 shutil.rmtree(about.parent)
 
+    def clean(self) -> None:
+        """Remove what killed commands left unfinished; no command of this process is at work yet."""
+        for part in self.folder.glob("part-*"):
+            _, pid, *host, _ = part.name.split("-")
+            if "-".join(host) != platform.node():  # whose processes are not seen from here
+                killed = time.time() - part.stat().st_mtime > DAY
+            else:
+                killed = int(pid) == os.getpid() or not psutil.pid_exists(int(pid))
+            if killed:
+                shutil.rmtree(part)
+
 
 @contextmanager
 def storage(config: Evaluator) -> Iterator[Store]:
@@ -108,7 +129,9 @@ def storage(config: Evaluator) -> Iterator[Store]:
     folder = run_folder(config) if config.cache else None
     if folder is not None:
         (folder / "cache").mkdir(exist_ok=True)
-        yield Store(folder / "cache", config.batch_size)
+        store = Store(folder / "cache", config.batch_size)
+        store.clean()
+        yield store
         return
     with TemporaryDirectory() as temporary:
         yield Store(Path(temporary), config.batch_size)
@@ -120,32 +143,57 @@ def digest_of_weights(backbone: Backbone | None) -> str:
     found = hashlib.blake2b(structure.encode(), digest_size=16)
     for name, value in backbone.state_dict().items() if backbone is not None else ():
         found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        found.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return found.hexdigest()
 
 
 def file_facts(name: str, path: str) -> tuple[str, int, int]:
-    """A file's name, its size and when it was written: enough to see that it has changed."""
-    known = os.stat(path)
+    """A file's name, its size and when it was written: enough to see that it has changed; -1 where there is none."""
+    try:
+        known = os.stat(path)
+    except OSError:  # a link to nowhere: who reads it says so
+        return name, -1, -1
     return name, known.st_size, known.st_mtime_ns
 
 
 @torch.inference_mode()
 def stream(subject: Subject, data: Labelled, names: Sequence[str], batch_size: int, folder: Path) -> None:
-    """Compute features and write them as NAME.npy, never more than a batch of them in memory."""
+    """Compute features and write them as NAME.npy, never more than a batch of them in memory.
+
+    Raises:
+        UserError: they do not fit on the disk.
+    """
+    image = torch.zeros(1, data.source.channels, *subject.size, device=subject.normalise.device)
+    shapes = {name: (len(data), *value.shape[1:]) for name, value in kinds(subject, image, names).items()}
+    types = {name: np.dtype(np.float16 if name == TOKENS else np.float32) for name in shapes}
+    check_room(folder, subject, len(data), {name: prod(shapes[name]) * types[name].itemsize for name in shapes})
+    arrays: dict[str, Any] = {
+        name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", types[name], shape)
+        for name, shape in shapes.items()
+    }
     order = [[(0, i) for i in range(a, min(a + batch_size, len(data)))] for a in range(0, len(data), batch_size)]
     feed = loader(data, order, subject.workers, subject.normalise.device, default_collate)
-    arrays: dict[str, Any] = {}
     done = 0
-    for images, _ in track(feed, f"{subject.name} features of {len(data)} images", len(order)):
+    for images, _ in track(feed, f"{escape(subject.name)} features of {len(data)} images", len(order)):
         for name, value in kinds(subject, subject.normalise(images), names).items():
-            kind, shape = np.float16 if name == TOKENS else np.float32, (len(data), *value.shape[1:])
-            if name not in arrays:
-                arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", kind, shape)
             arrays[name][done : done + len(value)] = value.float().cpu().numpy()
         done += len(images)
     for array in arrays.values():
         array.flush()
+
+
+def check_room(folder: Path, subject: Subject, images: int, sizes: dict[str, int]) -> None:
+    """Say how much room features take if it is much, and raise UserError if there is not so much.
+
+    Arrays on disk take room as they are filled, so that a full disk would show late, and as a crash.
+    """
+    needed, free = sum(sizes.values()), shutil.disk_usage(folder).free
+    what = f"{subject.name} features of {images:,} images take {readable(needed)} in {str(folder.parent)!r}"
+    if needed > free:
+        tokens = " or leave the attentive probe out (--no-attentive, or another --solver)" if TOKENS in sizes else ""
+        raise UserError(f"{what}, which has {readable(free)} free; make room, give fewer images{tokens}")
+    if needed >= LARGE:
+        print(what, file=sys.stderr)
 
 
 def kinds(subject: Subject, images: Float[Tensor, "b c H W"], names: Sequence[str]) -> dict[str, Tensor]:
@@ -158,7 +206,7 @@ def kinds(subject: Subject, images: Float[Tensor, "b c H W"], names: Sequence[st
     found = {layer_name(layer): part.mean((2, 3)) for layer, part in zip(layers, maps, strict=True)}
     for name in names:
         if name == TOKENS:
-            found[name] = getattr(backbone, "fc_norm", nn.Identity())(as_tokens(backbone, features))
+            found[name] = as_tokens(backbone, features)
         elif name not in found:
             found[name] = pooled(backbone, name, features)
     return found

@@ -13,16 +13,17 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from leanmim.classifier.data import Pictures, collate_readable
 from leanmim.config.embed import Embed
 from leanmim.data import Normalise, Source, absolute, centre_crop, loader, open_source, resolve_workers
 from leanmim.device import resolve_device
-from leanmim.encoders.backbone import Backbone, Truncated, as_tokens, full_depth
+from leanmim.encoders.backbone import Backbone, as_tokens
 from leanmim.errors import UserError
+from leanmim.evaluators.cache import digest_of_weights
 from leanmim.evaluators.embed_file import WRITERS, Parts, Rows
-from leanmim.evaluators.features import embedding
+from leanmim.evaluators.features import embedding, has_class_token, layer_count, only_layer, uncovered
 from leanmim.progress import track
 from leanmim.start import open_start
 
@@ -45,11 +46,11 @@ def embed(config: Embed) -> Path:
         config.start, config.model, config.model_kwargs, config.input_size, config.channels, config.depth
     )
     device, size = resolve_device(config.device), start.model.size
-    backbone = start.encoder(size).to(device)
-    features, normalise = extractor(backbone, config), Normalise(start.mean, start.std, device)
+    backbone, image = start.encoder(size).to(device), torch.zeros(1, start.model.channels, *size, device=device)
+    features, normalise = extractor(backbone, config, image), Normalise(start.mean, start.std, device)
     source = open_source(config.data, start.model.channels)
     with torch.inference_mode():
-        shape = tuple(features(torch.zeros(1, start.model.channels, *size, device=device)).shape[1:])
+        shape = tuple(features(image).shape[1:])
     config = replace(config, data=absolute(config.data))
     parts = Parts(config, source, shape, identity(config, backbone, start.origin, source))
     if parts.finished():
@@ -72,48 +73,48 @@ def embed(config: Embed) -> Path:
     return parts.out
 
 
-def extractor(backbone: Backbone, config: Embed) -> Extractor:
+def extractor(backbone: Backbone, config: Embed, image: Float[Tensor, "1 c H W"]) -> Extractor:
     """The function from normalised images to the features that are asked for.
+
+    Args:
+        backbone: a timm model without head.
+        config: which features.
+        image: any that the model takes.
 
     Raises:
         UserError: the model has no such layer, or no class token.
     """
-    if config.layer is None:
+    layer = config.layer
+    if layer is None:
         if config.features == "pooled":
             return embedding(backbone, config.pool)
         return lambda images: as_tokens(backbone, backbone.forward_features(images))
-    inner = backbone.backbone if isinstance(backbone, Truncated) else backbone
-    if not hasattr(inner, "forward_intermediates"):
+    inner, count = uncovered(backbone), layer_count(backbone, image)
+    if not count:
         raise UserError(f"--layer: timm's {type(inner).__name__} shows no layers but the last; leave --layer out")
-    if config.layer > full_depth(inner):
-        raise UserError(f"--layer {config.layer} is out of range; the model has {full_depth(inner)}")
-    if config.pool == "token" and not getattr(inner, "has_class_token", False):
+    if layer > count:
+        raise UserError(f"--layer {layer} is out of range; the model has {count}")
+    if config.pool == "token" and not has_class_token(inner):
         raise UserError("--pool token: this model has no class token; use avg")
-    wanted: dict[str, Any] = dict(indices=[config.layer - 1], intermediates_only=True, stop_early=True)
 
     def of_layer(images: Float[Tensor, "b c H W"]) -> Tensor:
         if config.pool == "token":
-            ((_, prefix),) = inner.forward_intermediates(images, return_prefix_tokens=True, **wanted)
-            return prefix[:, 0]
-        (grid,) = inner.forward_intermediates(images, output_fmt="NCHW", **wanted)
-        tokens = grid.flatten(2).transpose(1, 2)
+            return only_layer(backbone, images, layer, return_prefix_tokens=True)[1][:, 0]
+        tokens = only_layer(backbone, images, layer).flatten(2).transpose(1, 2)
         return tokens if config.features == "patches" else tokens.mean(1)
 
     return of_layer
 
 
-def identity(config: Embed, backbone: nn.Module, origin: str, source: Source) -> dict[str, Any]:
+def identity(config: Embed, backbone: Backbone, origin: str, source: Source) -> dict[str, Any]:
     """What decides on the numbers in the file: the configuration, the weights, the images by name."""
-    weights, names = hashlib.sha256(), hashlib.sha256()
-    for name, value in backbone.state_dict().items():
-        weights.update(name.encode())
-        weights.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    names = hashlib.sha256()
     for name in source.names:
         names.update(name.encode("utf-8", "surrogateescape") + b"\0")
     return {
         "config": config.to_json(),
         "start": origin,
-        "weights": weights.hexdigest(),
+        "weights": digest_of_weights(backbone),
         "images": len(source),
         "names": names.hexdigest(),
     }

@@ -190,14 +190,21 @@ class Parts:
         if not images:
             shutil.rmtree(self.folder)
             raise nothing_readable(len(self.source), skipped[0])
-        listed.unlink(missing_ok=True)
+        write_skipped(listed, skipped)
         if skipped:
-            text = "".join(json.dumps({"path": bad.path, "reason": bad.reason}) + "\n" for bad in skipped)
-            write_atomically(listed, lambda file: file.write_text(text))
             print(f"{len(skipped)} unreadable images are left out, listed in {listed}", file=sys.stderr)
         write_json(self.beside(".json"), self.identity | {"shape": [images, *self.shape]})
         write(self, images)
         shutil.rmtree(self.folder)
+
+
+def write_skipped(path: Path, bad: list[Bad]) -> None:
+    """List unreadable files, one JSON object a line; without any, remove the list of an earlier call."""
+    if not bad:
+        path.unlink(missing_ok=True)
+        return
+    text = "".join(json.dumps({"path": one.path, "reason": one.reason}) + "\n" for one in bad)
+    write_atomically(path, lambda file: file.write_text(text))
 
 
 def line(path: str) -> str:

@@ -12,11 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from leanmim.config import Evaluate, Evaluator, Knn, Probe
-from leanmim.encoders.backbone import Backbone, Truncated
 from leanmim.errors import UserError
 from leanmim.evaluators.accuracy import Accuracy
 from leanmim.evaluators.cache import TOKENS, Store, layer_name, storage
-from leanmim.evaluators.features import Subject, record, subjects
+from leanmim.evaluators.features import Subject, layer_count, record, subjects
 from leanmim.evaluators.few_shot import Draws, few_shot
 from leanmim.evaluators.knn import knn_accuracy
 from leanmim.evaluators.probe import attentive, fast_probe
@@ -50,7 +49,8 @@ class Evaluation:
             console.print()
             console.print(table(self.results, names[first : first + COLUMNS]))
         console.print("In %; in brackets Wilson's 95 % interval, for the choice of validation images.")
-        return "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines())
+        lines = "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines())
+        return lines.encode("utf-8", "backslashreplace").decode()  # the name of a folder need not be text
 
 
 def table(results: Sequence[Result], names: Sequence[str]) -> Table:
@@ -152,10 +152,3 @@ def chosen_layers(layers: Sequence[int], subject: Subject) -> list[int]:
             f"--layers {wrong[0]}: this encoder has {count} blocks or stages; choose among them, or leave it out"
         )
     return sorted(set(layers) - set(wrong))
-
-
-@torch.inference_mode()
-def layer_count(backbone: Backbone, image: torch.Tensor) -> int:
-    """Blocks or stages whose output timm gives; 0 of a model that gives none."""
-    inner = backbone.backbone if isinstance(backbone, Truncated) else backbone
-    return len(inner.forward_intermediates(image)[1]) if hasattr(inner, "forward_intermediates") else 0

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from rich.console import Console
+from rich.markup import escape
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
@@ -24,7 +25,7 @@ from leanmim.data import epoch_order, loader, seed_of
 from leanmim.errors import UserError
 from leanmim.evaluators.accuracy import Accuracy
 from leanmim.evaluators.attentive import Tokens, attentive_probe
-from leanmim.evaluators.cache import TOKENS, Store, storage
+from leanmim.evaluators.cache import TOKENS, Store, digest_of_weights, storage
 from leanmim.evaluators.features import Features, Subject, extract, record, run_folder, subjects
 from leanmim.loop import Loop
 from leanmim.processes import ALONE
@@ -72,7 +73,7 @@ def attentive(subject: Subject, store: Store, queries: int, epochs: int, warmup_
         Tokens(store.arrays(subject, data, [TOKENS])[TOKENS], torch.tensor(data.labels, device=device))
         for data in (subject.train, subject.val)
     )
-    return attentive_probe(train, val, queries, epochs, warmup_epochs, seed, title=subject.name)
+    return attentive_probe(train, val, queries, epochs, warmup_epochs, seed, title=escape(subject.name))
 
 
 class LoopFreeCrop(nn.Module):
@@ -199,18 +200,19 @@ def lars_in(run: Run, subject: Subject, config: Probe) -> Accuracy:
 
     same = not config.changes(run.stored())
     state = run.to_resume(config, overwrite=config.overwrite or not same)
-    state = state if state and state["encoder_step"] == subject.step else None
+    weights = digest_of_weights(subject.backbone)
+    state = state if state and state.get("encoder") == weights else None
     linear = Linear.restored(state, config.seed, device) if state else None
     start = state["step"] if state else 0
     run.prepare(config, start)
 
     order = image_order(len(train), config, batch, start, steps)
     feed = loader(augmented, order, subject.workers, device, default_collate)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    with Loop(run, config, steps, state, ALONE, device, subject.name, console) as loop:
+    console, name = Console(stderr=True, highlight=False, soft_wrap=True), escape(subject.name)
+    with Loop(run, config, steps, state, ALONE, device, name, console) as loop:
         if start < steps:
             console.print(
-                f"{subject.name}: MAE's protocol, {config.epochs} epochs of {len(train)} images, {steps} steps of {batch} "
+                f"{name}: MAE's protocol, {config.epochs} epochs of {len(train)} images, {steps} steps of {batch} "
                 f"images, lr {peaks[0]:g}, of the bias {peaks[1]:g}; --solver fast reads each image once"
             )
         features = gather(loop.timed(iter(feed)), subject, batch)
@@ -222,9 +224,9 @@ def lars_in(run: Run, subject: Subject, config: Probe) -> Accuracy:
             loss = linear.step(x, y, *lrs)
             loop.record(loss[None], images=batch, epoch=(step + 1) / per_epoch, lr=lrs[0])
             if loop.checkpoint_due:
-                loop.save({"config": config.to_json(), "encoder_step": subject.step, **linear.state()})
+                loop.save({"config": config.to_json(), "encoder": weights, **linear.state()})
     assert linear is not None
-    title = f"{subject.name} features"
+    title = f"{name} features"
     val = extract(subject.embed, subject.val, subject.normalise, config.batch_size, subject.workers, title=title)
     return linear.accuracy(val)
 
@@ -264,6 +266,8 @@ def probe(config: Probe) -> Iterator[tuple[str, Accuracy]]:
                 accuracy = lars_probe(subject, config)
             else:
                 train, val = store.pair(subject)
-                with Console(stderr=True).status(f"{subject.name}: logistic regression on {len(train.y)} features"):
+                with Console(stderr=True).status(
+                    f"{escape(subject.name)}: logistic regression on {len(train.y)} features"
+                ):
                     accuracy = fast_probe(train, val, config.c)
             yield record(config, "probe", subject, accuracy)
