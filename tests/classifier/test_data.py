@@ -16,14 +16,13 @@ from leanmim.classifier.augment import eval_transform, mix, mixing, train_transf
 from leanmim.classifier.data import (
     TrainImages,
     class_weights,
-    image_batches,
     steps_per_epoch,
     train_batches,
     val_batches,
 )
 from leanmim.classifier.labels import Labels, choose_labels
 from leanmim.config.finetune import Finetune
-from leanmim.data import IMAGENET, Bad, Folder, Normalise, centre_crop, read_image
+from leanmim.data import IMAGENET, Bad, Normalise, read_image
 from leanmim.errors import UserError
 from leanmim.processes import Process
 from tests.classifier.folders import photos, resolved
@@ -198,13 +197,6 @@ def test_nothing_readable_to_validate_with_is_an_error(config: Finetune) -> None
     with pytest.raises(UserError, match="none of the 7 image files can be read"):
         list(val_batches(config, labels, eval_transform(config), bad.extend))
     assert len(bad) == 7
-
-
-def test_any_source_can_be_read_in_batches(config: Finetune) -> None:
-    source = Folder(Path(config.data), 3)
-    batches = list(image_batches(source, centre_crop((8, 8)), 5, 0, print))
-    assert [place for _, places in batches for place in places] == list(range(17))
-    assert [len(images) for images, _ in batches] == [5, 5, 5, 2]
 
 
 # Class weights

@@ -14,11 +14,11 @@ from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor
 
-from leanmim.classifier.data import image_batches
 from leanmim.classifier.model import build_classifier
 from leanmim.classifier.results import rank_columns, ranks
 from leanmim.config.predict import Predict
 from leanmim.data import SUFFIXES, Bad, Files, Normalise, Source, centre_crop, open_source, resolve_workers
+from leanmim.data.readable import image_batches
 from leanmim.data.source import Joined
 from leanmim.device import resolve_device
 from leanmim.errors import UserError

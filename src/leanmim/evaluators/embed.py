@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from leanmim.classifier.data import Pictures, collate_readable
 from leanmim.config.embed import Embed
 from leanmim.data import Normalise, Source, absolute, centre_crop, loader, open_source, resolve_workers
+from leanmim.data.readable import Pictures, collate_readable
 from leanmim.device import resolve_device
 from leanmim.encoders.backbone import Backbone, as_tokens
 from leanmim.errors import UserError

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leanmim.classifier.data import nothing_readable
 from leanmim.config.embed import Embed
 from leanmim.data import Bad, Source
+from leanmim.data.readable import nothing_readable
 from leanmim.errors import UserError
 from leanmim.run import write_atomically, write_json
 
