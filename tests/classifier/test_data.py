@@ -20,9 +20,9 @@ from leanmim.classifier.data import (
     train_batches,
     val_batches,
 )
-from leanmim.classifier.labels import Labels, choose_labels
 from leanmim.config.finetune import Finetune
 from leanmim.data import IMAGENET, Bad, Normalise, read_image
+from leanmim.data.labels import Labels, choose_labels
 from leanmim.errors import UserError
 from leanmim.processes import Process
 from tests.classifier.folders import photos, resolved
@@ -47,11 +47,11 @@ def plain(config: Finetune, **changes: Any) -> Finetune:
 
 
 def images_of(config: Finetune) -> TrainImages:
-    return TrainImages(choose_labels(config), train_transform(config, *IMAGENET[3]), config.seed)
+    return TrainImages(choose_labels(config.data), train_transform(config, *IMAGENET[3]), config.seed)
 
 
 def feed(config: Finetune, start: int = 0, stop: int = 6, process: Process = Process(0, 1)) -> list[Batch]:  # noqa: B008
-    labels = choose_labels(config)
+    labels = choose_labels(config.data)
     return list(train_batches(config, labels, train_transform(config, *IMAGENET[3]), start, stop, process))
 
 
@@ -154,7 +154,7 @@ def test_of_an_unreadable_class_the_next_of_another_is_taken(config: Finetune) -
 @forks
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_set_without_readable_images_is_an_error(config: Finetune, workers: int) -> None:
-    damage(Path(config.data), *choose_labels(config).train)
+    damage(Path(config.data), *choose_labels(config.data).train)
     with pytest.raises(UserError, match=r"^none of the 10 image files can be read; the first: .*png \(Unident"):
         feed(resolved(config.data, workers=workers))
 
@@ -177,7 +177,7 @@ def test_a_feed_goes_on_where_files_are_unreadable(config: Finetune, workers: in
 def test_validation_is_the_centres_in_the_order_of_the_files(config: Finetune, workers: int, channels: int) -> None:
     config = resolved(config.data, workers=workers, channels=channels, batch_size=3)
     damage(Path(config.data), "val/a/002.png", *(f"val/b/00{i}.png" for i in range(3)))
-    labels, transform = choose_labels(config), eval_transform(config)
+    labels, transform = choose_labels(config.data), eval_transform(config)
     bad: list[Bad] = []
     batches = list(val_batches(config, labels, transform, bad.extend))
     assert [places for *_, places in batches] == [[0, 1], [6]]  # of three batches the middle one is empty
@@ -191,7 +191,7 @@ def test_validation_is_the_centres_in_the_order_of_the_files(config: Finetune, w
 
 
 def test_nothing_readable_to_validate_with_is_an_error(config: Finetune) -> None:
-    labels = choose_labels(config)
+    labels = choose_labels(config.data)
     damage(Path(config.data), *labels.val)
     bad: list[Bad] = []
     with pytest.raises(UserError, match="none of the 7 image files can be read"):

@@ -7,6 +7,7 @@ import torch
 from torchvision.transforms import v2
 
 from leanmim.data import centre_crop, labelled_pair, loader
+from leanmim.data.labels import choose_labels
 from leanmim.errors import UserError
 from tests.data.pictures import CPU, forks, tree
 
@@ -35,7 +36,7 @@ def test_a_labelled_item_is_a_function_of_its_seed(tmp_path: Path) -> None:
     ("names", "words"),
     [
         (["val/a/1.png", "val/b/1.png"], ["has no folder 'train'", "train/CLASS and val/CLASS"]),
-        (["train/a/1.png", "train/b/1.png"], ["has no folder 'val'", "train/CLASS and val/CLASS"]),
+        (["train/a/1.png", "train/b/1.png"], ["has one image a class and no val folder"]),
         (["train/a/1.png", "val/a/1.png"], ["train", "one class only", "two or more"]),
         (["train/a/1.png", "train/b/1.png", "val/c/1.png"], ["val", "classes that training has not: c"]),
         (["train/a/1.png", "train/b/1.png", "train/1.png", "val/a/1.png"], ["train", "outside of class folders"]),
@@ -68,3 +69,14 @@ def test_an_unreadable_labelled_file_is_named(tmp_path: Path, workers: int) -> N
         list(loader(val, [[(0, 0)]], workers, CPU, torch.utils.data.default_collate))
     assert str(error.value).startswith(f"{tmp_path}/val/a/1.png cannot be read")
     assert "remove it" in str(error.value) and "Traceback" not in str(error.value)
+
+
+@pytest.mark.parametrize("layout", ["train/", ""])
+def test_without_val_the_images_are_those_that_fine_tuning_would_hold_out(tmp_path: Path, layout: str) -> None:
+    tree(tmp_path, *(f"{layout}{name}/{i}.png" for name in "ab" for i in range(20)))
+    train, val = labelled_pair(tmp_path, 3, centre_crop((8, 8)))
+    chosen = choose_labels(tmp_path)
+    assert (train.source.names, val.source.names) == (chosen.train, chosen.val)
+    assert (train.labels, val.labels) == (chosen.train_labels, chosen.val_labels)
+    assert len(val) == 4 and train.classes == val.classes == ["a", "b"]
+    assert val[0][0].shape == (3, 8, 8)

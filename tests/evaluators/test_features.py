@@ -163,7 +163,10 @@ Break = Callable[[Path], None]
 
 
 BREAKS: dict[str, tuple[Break, str]] = {
-    "no val": (lambda root: (root / "val").rename(root / "test"), r"has no folder 'val'; .*train/CLASS and val/CLASS"),
+    "no train": (
+        lambda root: (root / "train").rename(root / "test"),
+        r"has no folder 'train', .*train/CLASS and val/CLASS",
+    ),
     "broken image": (
         lambda root: (root / "train/red/3.png").write_bytes(b"?") and None,
         r"red/3\.png cannot be read.*remove",

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from leanmim.classifier.augment import seeded
-from leanmim.classifier.labels import Labels
 from leanmim.config.finetune import Finetune
 from leanmim.data import Bad, Files, Order, loader, resolve_workers, seed_of
+from leanmim.data.labels import Labels
 from leanmim.data.readable import image_batches, nothing_readable, read
 from leanmim.processes import ALONE, Process
 

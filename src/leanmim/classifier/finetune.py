@@ -13,13 +13,13 @@ import torch
 from leanmim.classifier.augment import eval_transform, mix, mixing, train_transform
 from leanmim.classifier.data import class_weights, steps_per_epoch, train_batches, val_batches
 from leanmim.classifier.header import header
-from leanmim.classifier.labels import Labels, choose_labels
 from leanmim.classifier.model import Made, make_classifier
 from leanmim.classifier.results import Predictions, top_accuracy, write_results
 from leanmim.classifier.right_size import right_sized
 from leanmim.classifier.tuning import Batch, Tuning
 from leanmim.config import Export, Finetune, Report
 from leanmim.data import Files, Normalise, seed_of
+from leanmim.data.labels import Labels, choose_labels
 from leanmim.device import peak_memory
 from leanmim.environment import environment
 from leanmim.errors import UserError
@@ -67,7 +67,7 @@ def tune(config: Finetune, process: Process, device: torch.device) -> Path:
     )
     if run.folder.exists() and any(run.folder.samefile(place) for place in own_folders(config.start)):
         raise UserError(f"--out {config.out!r} is where the start's weights are; choose another folder")
-    labels = choose_labels(config)
+    labels = choose_labels(config.data, config.seed, config.val_share, config.label_share, config.labels_per_class)
     classes = tuple(labels.classes)
     config, predicted, notes = right_sized(config, run, start, labels, process, device)
     state = run.to_resume(config, config.overwrite)

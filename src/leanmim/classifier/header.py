@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 from leanmim.auto import few_steps
 from leanmim.classifier.groups import blocks_of
-from leanmim.classifier.labels import Labels
 from leanmim.classifier.model import Made, heads
 from leanmim.classifier.tuning import Tuning
 from leanmim.config import Finetune
 from leanmim.costs import StepCost, readable
+from leanmim.data.labels import Labels
 from leanmim.start import Start
 
 SHOWN = ("drop_path", "mixup", "cutmix", "smoothing", "randaugment", "erase", "ema", "clip_grad", "weight_decay")

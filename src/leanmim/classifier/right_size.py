@@ -12,12 +12,12 @@ from leanmim.auto import epochs_within
 from leanmim.classifier.augment import mix, mixing, train_transform
 from leanmim.classifier.cost import count_tuning
 from leanmim.classifier.data import train_batches
-from leanmim.classifier.labels import Labels
 from leanmim.classifier.model import make_classifier, pooling
 from leanmim.classifier.recipes import choose, filled, small_batch, small_epochs, small_rate
 from leanmim.classifier.tuning import Tuning
 from leanmim.config import Finetune
 from leanmim.costs import StepCost, readable
+from leanmim.data.labels import Labels
 from leanmim.planner import counted_as
 from leanmim.processes import ALONE, Process
 from leanmim.run import Run

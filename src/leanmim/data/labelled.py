@@ -3,7 +3,7 @@
 c channels, H W pixels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from pathlib import Path
 
@@ -12,8 +12,9 @@ from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from leanmim.data.labels import choose_labels
 from leanmim.data.read import UNREADABLE
-from leanmim.data.source import Folder
+from leanmim.data.source import Files, Folder
 from leanmim.errors import UserError
 
 
@@ -25,7 +26,7 @@ class Labelled(Dataset):
     """
 
     def __init__(self, folder: Path, channels: int, transform: Callable, classes: list[str] | None = None) -> None:
-        self.source = Folder(folder, channels)
+        self.source: Files = Folder(folder, channels)
         names = [Path(name).parts[0] for name in self.source.names if len(Path(name).parts) > 1]
         if len(names) < len(self.source):
             raise UserError(f"{str(folder)!r} holds images outside of class folders; put each into {folder}/CLASS/")
@@ -34,6 +35,20 @@ class Labelled(Dataset):
             raise UserError(f"{str(folder)!r} has classes that training has not: {', '.join(sorted(unknown)[:5])}")
         self.labels = [self.classes.index(name) for name in names]
         self.transform = transform
+
+    @classmethod
+    def of(
+        cls, root: Path, names: Sequence[str], labels: list[int], classes: list[str], channels: int, transform: Callable
+    ) -> "Labelled":
+        """Of images that were chosen already; ``names`` are paths below ``root``."""
+        self = cls.__new__(cls)
+        self.source, self.labels, self.classes, self.transform = (
+            Files(root, names, channels),
+            labels,
+            classes,
+            transform,
+        )
+        return self
 
     def transformed(self, transform: Callable) -> "Labelled":
         """The same images, transformed in another way."""
@@ -59,15 +74,18 @@ class Labelled(Dataset):
 
 
 def labelled_pair(folder: str | Path, channels: int, transform: Callable) -> tuple[Labelled, Labelled]:
-    """The sets train/CLASS and val/CLASS of a labelled folder.
+    """The sets train/CLASS and val/CLASS of a labelled folder; without val those that fine-tuning would hold out.
 
     Raises:
-        UserError: one of the two is missing, or there are fewer than two classes.
+        UserError: it is no labelled folder, or there are fewer than two classes.
     """
     root = Path(folder)
-    for part in ("train", "val"):
-        if not (root / part).is_dir():
-            raise UserError(f"{str(root)!r} has no folder {part!r}; a labelled folder holds train/CLASS and val/CLASS")
+    if not all((root / part).is_dir() for part in ("train", "val")):
+        chosen = choose_labels(root)
+        return (
+            Labelled.of(root, chosen.train, chosen.train_labels, chosen.classes, channels, transform),
+            Labelled.of(root, chosen.val, chosen.val_labels, chosen.classes, channels, transform),
+        )
     train = Labelled(root / "train", channels, transform)
     if len(train.classes) < 2:
         raise UserError(f"{str(root / 'train')!r} holds one class only; accuracy needs two or more")

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from leanmim.config.finetune import Finetune
-from leanmim.data import list_images
+from leanmim.data.find import list_images
 from leanmim.errors import UserError
 
 LAYOUT = "a labelled folder holds train/CLASS and val/CLASS, or CLASS folders only"
@@ -79,7 +78,16 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def choose_labels(config: Finetune) -> Labels:
+VAL_SHARE = 0.1  # held out where there is no val folder
+
+
+def choose_labels(
+    folder: str | Path,
+    seed: int = 0,
+    val_share: float = VAL_SHARE,
+    label_share: float | None = None,
+    labels_per_class: int | None = None,
+) -> Labels:
     """The images to train with and to validate with.
 
     Images are drawn class by class, in an order that depends on the seed and their names only. So with one seed the images of
@@ -87,30 +95,33 @@ def choose_labels(config: Finetune) -> Labels:
     them, and an image that is added to the folder moves few others.
 
     Args:
-        config: data, shares, seed.
+        folder: the labelled folder.
+        seed: of what is drawn.
+        val_share: of each class, held out where there is no val folder.
+        label_share: of the labels of each class to train with; None is all.
+        labels_per_class: to train with at most; None is all.
 
     Raises:
         UserError: the folder is no labelled folder, or has fewer than two classes, or nothing to validate with.
     """
-    root = Path(config.data)
+    root = Path(folder)
     train, val, notes = read_layout(root)
     if len(train) < 2:
         raise UserError(f"{str(root)!r} has one class only ({', '.join(train)}); a classifier needs two or more")
     classes = sorted(train)
-    train = {name: in_drawing_order(train[name], config.seed) for name in classes}
+    train = {name: in_drawing_order(train[name], seed) for name in classes}
     if not val:
         total = size(train)
-        train, val = hold_out(train, config.val_share)
+        train, val = hold_out(train, val_share)
         if not val:
             raise UserError(f"{str(root)!r} has one image a class and no val folder: none is left to validate with")
         notes.append(
             f"no val folder: {size(val)} of {total} images are held out, of each class a share (--val-share "
-            f"{config.val_share:g}) but never its only image"
+            f"{val_share:g}) but never its only image"
         )
-    kept = {name: images[: labels_of(len(images), config)] for name, images in train.items()}
+    kept = {name: images[: labels_of(len(images), label_share, labels_per_class)] for name, images in train.items()}
     if size(kept) < size(train):
-        share, each = config.label_share, config.labels_per_class
-        how = f"--labels-per-class {each}" if share is None else f"--label-share {share:g}"
+        how = f"--labels-per-class {labels_per_class}" if label_share is None else f"--label-share {label_share:g}"
         few, most = min(map(len, kept.values())), max(map(len, kept.values()))
         notes.append(f"{size(kept)} of {size(train)} labels are used ({how}), {few} to {most} a class")
     if unseen := [name for name in classes if name not in val]:
@@ -148,11 +159,11 @@ def hold_out(classes: Classes, share: float) -> tuple[Classes, Classes]:
     return train, {name: images[: held[name]] for name, images in classes.items() if held[name]}
 
 
-def labels_of(count: int, config: Finetune) -> int:
+def labels_of(count: int, label_share: float | None, labels_per_class: int | None) -> int:
     """How many images of a class train."""
-    if config.label_share is not None:
-        return max(1, round(config.label_share * count))
-    return count if config.labels_per_class is None else config.labels_per_class
+    if label_share is not None:
+        return max(1, round(label_share * count))
+    return count if labels_per_class is None else labels_per_class
 
 
 def read_layout(root: Path) -> tuple[Classes, Classes, list[str]]:
