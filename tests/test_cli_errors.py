@@ -78,8 +78,8 @@ def test_an_option_of_an_earlier_version_names_the_new_one(line: str, old: str, 
 @pytest.mark.parametrize(
     ("line", "named"),
     [
-        ("knn --data empty", ["'empty' has no folder 'train'", "train/CLASS and val/CLASS"]),
-        ("knn --data nowhere", ["'nowhere' has no folder 'train'"]),
+        ("knn --data empty", ["'empty' holds no files"]),
+        ("knn --data nowhere", ["'nowhere' is no folder", "train/CLASS and val/CLASS"]),
         ("knn --data labelled --k 0", ["--k 0", "at least 1"]),
         ("knn --data labelled --temperature 0", ["--temperature 0", "at least"]),
         ("knn --data labelled --batch-size 0", ["--batch-size 0", "at least 1"]),

@@ -60,7 +60,7 @@ BAD = [
     bad("'texts/a.jpg.pt'", "damaged or not a checkpoint", init="texts/a.jpg.pt"),
     bad("'foreign.pt'", "not one of leanmim", init="foreign.pt"),
     bad("'foreign.pth'", "does not fit the model", "--model-kwargs", init="foreign.pth"),
-    bad("'empty'", "train/CLASS and val/CLASS", knn_data="empty"),
+    bad("'empty' holds no files", "leanmim reads", knn_data="empty"),
 ]
 
 
