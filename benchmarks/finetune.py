@@ -99,7 +99,7 @@ def run_cell(cell: dict[str, Any], arguments: argparse.Namespace) -> dict[str, A
         "accuracy": [line["val_top1"] for line in lines if "val_top1" in line][-1],
         "loss": [line["loss"] for line in lines if "loss" in line][-1],
         "seconds": seconds,
-        "config": json.loads((out / "config.json").read_text()),
+        "config": record.without_paths(json.loads((out / "config.json").read_text())),
     }
 
 

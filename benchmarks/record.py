@@ -38,6 +38,11 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def without_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration without the paths of this machine."""
+    return {key: value for key, value in config.items() if key not in ("start", "data", "out")}
+
+
 def spread(shares: list[float]) -> str:
     """Mean and sample standard deviation, in percent."""
     values = [100 * share for share in shares]

@@ -153,7 +153,8 @@ def result(trial: Trial, arguments: argparse.Namespace) -> dict[str, Any]:
             f"{trial.name}: loss {found['loss']:.3f}, kNN {found['knn']:.1%}, probe {found['probe']:.1%}, random "
             f"{found['random']['probe']:.1%}, {found['seconds']:.0f} s", flush=True,
         )  # fmt: skip
-    return json.loads(file.read_text())
+    found = json.loads(file.read_text())
+    return found | {"config": record.without_paths(found["config"])}
 
 
 def row(found: dict[str, Any]) -> dict[str, Any]:
