@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,7 @@ def test_a_killed_process_continues_and_ends_bit_identical(config: Finetune, tmp
     process = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     last = Run(Path(config.out)).last
     while process.poll() is None and not last.exists():
-        pass
+        time.sleep(0.01)
     process.kill()
     process.wait()
     assert load(last)["step"] < 24
