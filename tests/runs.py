@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -84,6 +85,19 @@ def labelled(root: Path, count: int = 3) -> Path:
             (root / part / name).mkdir(parents=True)
             for i in range(count):
                 Image.new("RGB", (24 + i, 32), name).save(root / part / name / f"{i}.png")
+    return root
+
+
+def noisy_tiles(root: Path, train: int, val: int, size: tuple[int, int] = (16, 16)) -> Path:
+    """Noisy tiles of three colours: so many of each to train with, and to validate with."""
+    draw = np.random.default_rng(0)
+    for part, count in (("train", train), ("val", val)):
+        for name in ("red", "green", "blue"):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                colour = np.array(Image.new("RGB", size, name), dtype=float)
+                pixels = np.clip(colour + draw.normal(0, 40, colour.shape), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
     return root
 
 

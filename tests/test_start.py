@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from leanmim import published as published_module
+from leanmim import start as start_module
 from leanmim.config import Export, Pretrain
 from leanmim.errors import UserError
 from leanmim.formats import export
@@ -31,7 +32,7 @@ def test_a_run_is_its_encoder(tiny: Pretrain) -> None:
     folder = str(untrained(tiny))
     start = open_start(folder)
     assert (start.model.model, start.model.input_size, start.model.channels) == (tiny.model, (32,), 3)
-    assert start.masked and start.run == folder and start.pretrained is not None
+    assert start.masked and start.pretrained is not None
     assert start.mean == [0.5] * 3
     same(start.encoder(), load_backbone(folder)[0])
     same(start.encoder((48, 48)), load_backbone(folder, (48, 48))[0], 48)
@@ -43,7 +44,7 @@ def test_an_export_is_the_same_encoder(tiny: Pretrain) -> None:
     exported = str(export(Export(run=folder)))
     for name in (exported, f"local-dir:{exported}"):
         start = open_start(name)
-        assert start.masked and start.run is None
+        assert start.masked and start.pretrained is None
         same(start.encoder(), open_start(folder).encoder())
 
 
@@ -183,3 +184,13 @@ def test_weights_know_whether_they_are_the_same(tiny: Pretrain, tmp_path: Path) 
     one, other = untrained(tiny), untrained(replace(tiny, out=str(tmp_path / "b")), seed=6)
     digests = [open_start(str(folder)).digest for folder in (one, one, other)]
     assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize(("tag", "masked"), [("mae", True), ("augreg_in21k", False), ("mae_in1k_ft_in1k", False)])
+def test_published_weights_that_labels_never_saw_are_masked(
+    monkeypatch: pytest.MonkeyPatch, tag: str, masked: bool
+) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1)
+    name = f"vit_tiny_patch16_224.{tag}"
+    monkeypatch.setattr(start_module, "published_model", lambda *_: (model, name))
+    assert open_start(name).masked == masked

@@ -1,8 +1,8 @@
 """What fine-tuning, probing and embedding start from: a run, weights of timm's, or nothing."""
 
-import hashlib
 import json
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from leanmim.encoders.backbone import Backbone, backbone_of, check_name, full_de
 from leanmim.errors import UserError
 from leanmim.published import published_model
 from leanmim.run import Run, load
-from leanmim.weights import fit_backbone, load_backbone, read_weights, rebuild, truncated
+from leanmim.weights import digest, fit_backbone, load_backbone, read_weights, rebuild, truncated
 
 SCRATCH = "scratch"
 TAKES = (
@@ -39,8 +39,6 @@ class Start:
     """For people to read."""
     pretrained: Pretrain | None = None
     """Of a pre-training run: its configuration."""
-    run: str | None = None
-    """Of a pre-training run: its folder."""
     checkpoint: Path | None = None
     """Of a pre-training run: the file."""
     step: int = 0
@@ -54,19 +52,10 @@ class Start:
     classes: tuple[str, ...] = ()
     """Of a fine-tuned run or an exported classifier: what its head tells apart."""
 
-    @property
-    def name(self) -> str:
-        """Short, for tables: that of a run's folder, of weights, or scratch."""
-        return Path(self.run).name if self.run else self.origin
-
-    @property
+    @cached_property
     def digest(self) -> str:
         """Of the weights."""
-        found = hashlib.sha256()
-        for name, value in sorted((self.weights or {}).items()):
-            found.update(name.encode())
-            found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return found.hexdigest()
+        return digest(self.weights or {})
 
     def encoder(self, input_size: tuple[int, int] | None = None, seed: int = 0) -> Backbone:
         """The timm model without head, in evaluation mode.
@@ -172,7 +161,7 @@ def of_checkpoint(path: Path, depth: int | None) -> Start:
     whole: Backbone = getattr(backbone, "backbone", backbone)
     weights = whole.state_dict()
     origin = f"{folder or path}, {config.recipe}, {step} steps" + (f", depth {depth}" if depth else "")
-    return Start(own, weights, mean, std, origin, config, str(folder) if folder else None, path, step, depth, True)
+    return Start(own, weights, mean, std, origin, config, path, step, depth, True)
 
 
 def of_export(folder: Path) -> Start:
@@ -218,7 +207,8 @@ def of_published(name: str, channels: Literal[1, 3]) -> Start:
     mean, std = (
         list(known[key]) if channels == 3 else list(IMAGENET[channels][i]) for i, key in enumerate(("mean", "std"))
     )
-    masked = "mae" in name.partition(".")[2]  # the tags of MAE's own weights, and of those trained like it
+    tag = name.rpartition(".")[2]  # as mae, fcmae; with ft_in1k those that labels have fine-tuned since
+    masked = "mae" in tag and "_ft_" not in tag
     return Start(own, backbone.state_dict(), mean, std, name, masked=masked)
 
 

@@ -1,8 +1,9 @@
 """Weights: from a run, from files, to another input size, to another segmentation, to fewer blocks."""
 
+import hashlib
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -237,6 +238,15 @@ def read_weights(path: Path, source: str) -> dict[str, torch.Tensor]:
         return timm.models.load_state_dict(os.fspath(path), use_ema=True)
     except Exception as error:  # safetensors and torch raise many kinds for damaged files
         raise UserError(f"{source} is damaged or not a checkpoint ({type(error).__name__}: {error})") from error
+
+
+def digest(weights: Mapping[str, torch.Tensor], structure: str = "") -> str:
+    """Of weights by name, and of what else decides on a model's features."""
+    found = hashlib.blake2b(structure.encode(), digest_size=16)
+    for name, value in weights.items():
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def load_backbone(

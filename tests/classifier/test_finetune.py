@@ -27,7 +27,7 @@ from leanmim.pictures import show
 from leanmim.run import Run, load
 from leanmim.start import open_start
 from leanmim.train.pretrain import pretrain
-from tests.runs import ENVIRONMENT, untrained
+from tests.runs import ENVIRONMENT, noisy_tiles, untrained
 
 COLOURS = ("red", "green", "blue")
 
@@ -35,15 +35,7 @@ COLOURS = ("red", "green", "blue")
 @pytest.fixture
 def tiles(tmp_path: Path) -> Path:
     """Noisy tiles of three colours, 8 to train with and 4 to validate with of each."""
-    root, draw = tmp_path / "tiles", np.random.default_rng(0)
-    for part, count in (("train", 8), ("val", 4)):
-        for name in COLOURS:
-            (root / part / name).mkdir(parents=True)
-            for i in range(count):
-                colour = np.array(Image.new("RGB", (40, 32), name), dtype=float)
-                pixels = np.clip(colour + draw.normal(0, 40, colour.shape), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
-    return root
+    return noisy_tiles(tmp_path / "tiles", 8, 4, (40, 32))
 
 
 @pytest.fixture

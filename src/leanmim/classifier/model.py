@@ -72,9 +72,9 @@ def make_classifier(
             fresh = [name for name, _ in backbone.named_parameters()]
         else:
             fresh = take_weights(backbone, start, classes)
-        for layer in map(backbone.get_submodule, heads(backbone)):
-            if isinstance(layer, nn.Linear) and any(name.endswith("weight") and layer.weight is backbone.get_parameter(name)
-                                                    for name in fresh):  # fmt: skip
+        for name in heads(backbone):
+            layer = backbone.get_submodule(name)
+            if isinstance(layer, nn.Linear) and f"{name}.weight" in fresh:
                 trunc_normal_(layer.weight, std=head_init)
                 nn.init.zeros_(layer.bias)
     return Made(backbone, architecture, fresh)

@@ -135,8 +135,8 @@ class Finetune(Logging, Machine, Optimisation):
             ("layer_decay", 0.01, 1), ("drop_path", 0, 1), ("mixup", 0, None), ("cutmix", 0, None), ("mixup_switch", 0, 1),
             ("smoothing", 0, 1), ("erase", 0, 1), ("flip", 0, 1), ("ema", 0, 1), ("head_init", 0, None),
             ("label_share", 0, 1), ("labels_per_class", 1, None), ("val_share", 0.01, 0.9), ("depth", 1, None),
-            ("eval_every", 1, None), ("max_bad_share", 0, 1), ("workers", -1, None), ("log_every", 1, None), ("checkpoint_minutes", 0, None), ("seed", 0, None),
-            ("warmup_share", 0, 1), ("warmup_epochs", 0, None),
+            ("eval_every", 1, None), ("max_bad_share", 0, 1), ("workers", -1, None), ("log_every", 1, None),
+            ("checkpoint_minutes", 0, None), ("seed", 0, None), ("warmup_share", 0, 1), ("warmup_epochs", 0, None),
         )  # fmt: skip
         parse_bytes(self.memory)
         if self.crop is not None:

@@ -40,6 +40,7 @@ from leanmim.errors import UserError
 from leanmim.evaluators.features import Features, Subject, pooled, read_layers, run_folder
 from leanmim.progress import track
 from leanmim.version import __version__
+from leanmim.weights import digest
 
 TOKENS = "tokens"
 LARGE = 2**30  # bytes of features from which on it is said how much they take
@@ -140,11 +141,7 @@ def storage(config: Evaluator) -> Iterator[Store]:
 def digest_of_weights(backbone: Backbone | None) -> str:
     """Of an encoder's structure and weights."""
     structure = re.sub(r"0x[0-9a-f]+", "", repr(backbone))  # addresses differ from process to process
-    found = hashlib.blake2b(structure.encode(), digest_size=16)
-    for name, value in backbone.state_dict().items() if backbone is not None else ():
-        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
+    return digest({} if backbone is None else backbone.state_dict(), structure)
 
 
 def file_facts(name: str, path: str) -> tuple[str, int, int]:

@@ -225,7 +225,7 @@ def random_start(start: Start) -> Backbone:
     """The encoder at random: as it was before pre-training started from nothing, or of the same architecture."""
     if start.pretrained is not None:
         return random_backbone(start.pretrained, start.model.size, start.depth)
-    return replace(start, weights=None, run=None).encoder()
+    return replace(start, weights=None).encoder()
 
 
 def random_backbone(config: Pretrain, size: tuple[int, int], depth: int | None = None) -> nn.Module:

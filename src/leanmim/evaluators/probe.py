@@ -167,8 +167,8 @@ def lars_probe(subject: Subject, config: Probe) -> Accuracy:
 
     An epoch has at least the paper's 78 steps (a batch of 16384 of ImageNet) as far as batches of 64 allow (ours). A given
     --blr x batch / 256 is the learning rate. By itself (ours) the weights keep that of the paper's batch, since LARS adapts
-    their steps to their norm and the rate of a small batch does not get them anywhere in so few steps (of 2,000 photos 24.0 %
-    against 45.6 %); the bias, which LARS does not adapt, has that of the batch.
+    their steps to their norm and so few steps at the rate of a small batch do not get them anywhere; the bias, which LARS does
+    not adapt, has that of the batch.
     Killed, it continues from probe/NAME in the run folder, if the options and the encoder are the same.
     """
     with probe_folder(config, subject) as folder:
