@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs/demo
 
-.PHONY: demo test test-oldest check format bench bench-gpu loss-compare clean
+.PHONY: demo test test-oldest check format bench fuzz trust audit bench-gpu loss-compare clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python demo/demo.py --out $(RUN)
@@ -36,6 +36,22 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/pr_mim.py
 	$(BIN)/python benchmarks/bim.py
 	$(BIN)/python benchmarks/suite.py --data $(DATA)
+
+# Thousands of mutated photos through the reader, in a process of its own that is watched.
+FUZZ ?= 5000
+SEED ?= 0
+fuzz: $(VENV)/.dev
+	$(BIN)/python benchmarks/fuzz.py --count $(FUZZ) --seed $(SEED)
+
+# What was tried and what survived: kills, signals, full disks, photos, checkpoints, command lines, processes.
+SHARE ?= 1
+trust: $(VENV)/.dev
+	$(BIN)/python benchmarks/trust.py --share $(SHARE)
+
+# Known weaknesses of what is installed; asks the network.
+audit: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/python -m pip_audit --skip-editable
 
 # After a refactor: the first ten losses of every recipe, here and at BASE, must be the same bit for bit.
 BASE ?= HEAD

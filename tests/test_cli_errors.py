@@ -1,7 +1,9 @@
 """What the command line says of bad input."""
 
+import os
 import re
-import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ from leanmim.cli import COMMANDS, main
 from leanmim.config import Pretrain
 from leanmim.recipes import RECIPES
 from tests.runs import Refused, contents, labelled, untrained
+from tests.wrong_lines import contents as names
+from tests.wrong_lines import judged, prepare, wrong_lines
 
 
 @pytest.mark.parametrize(
@@ -85,10 +89,9 @@ def test_an_option_of_an_earlier_version_names_the_new_one(line: str, old: str, 
         ("knn --data labelled --batch-size 0", ["--batch-size 0", "at least 1"]),
         ("knn --data labelled --crop 0", ["--crop 0", "at most 1"]),
         ("knn --data labelled --input-size 32 32 32", ["--input-size", "one number or two"]),
-        ("probe --data labelled --input-size 0", ["--input-size 0", "positive"]),
+        ("probe --data labelled --input-size 0", ["--input-size 0", "at least 1"]),
         ("probe --data labelled --epochs 0", ["--epochs 0", "at least 1"]),
         ("probe --data labelled --solver fast --c 0", ["--c 0", "at least"]),
-        ("probe --solver fast --data damaged", ["damaged/train/red/0.png cannot be read", "remove it"]),
         ("show --count 0", ["--count 0", "at least 1"]),
         ("show --images nowhere", ["--images 'nowhere'", "no such file or folder"]),
         ("show --images empty", ["'empty'", "no files"]),
@@ -102,10 +105,51 @@ def test_bad_input_to_the_commands_that_read_a_run(
 ) -> None:
     run = untrained(tiny)
     labelled(clutter / "labelled")
-    shutil.copytree(clutter / "labelled", clutter / "damaged")
-    (clutter / "damaged/train/red/0.png").write_bytes(b"no picture")
     before = contents(clutter)
     first, *rest = line.split()
     message = refused([first, str(run), *rest])
     assert all(word in message for word in named), message
     assert contents(clutter) == before
+
+
+def test_a_sample_of_the_wrong_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`make trust` runs all of them, each in a process of its own."""
+    prepare(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    lines, before = wrong_lines(), names(tmp_path)
+    assert len(lines) >= 300
+    for line in lines[:: len(lines) // 20]:
+        with pytest.raises(SystemExit) as end:
+            main(line)
+        assert not judged(end.value.code, capsys.readouterr().err, names(tmp_path) - before), line
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("python -m leanmim pretrain mae --help | true; exit ${PIPESTATUS[0]}", 141),
+        ("python -m leanmim pretrain mae --help >&-", 0),
+        ("COLUMNS=1 python -m leanmim knn --help", 0),
+        (
+            "unset HOME; LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 python -m leanmim pretrain mae --data 'f\u00fcr \u732b' --out new",
+            2,
+        ),
+    ],
+)
+@pytest.mark.skipif(sys.platform == "win32", reason="the lines are those of a shell")
+def test_odd_surroundings(line: str, code: int, tmp_path: Path) -> None:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["bash", "-c", line],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr

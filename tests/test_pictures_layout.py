@@ -7,6 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from leanmim import pictures
 from leanmim.config import Pretrain, Show
 from leanmim.pictures import show
 from tests.drawn import Drawn, names, run_of
@@ -28,7 +29,7 @@ def test_from_four_images_on_two_share_a_row(tiny: Pretrain, drawn: Drawn, count
 
 def test_images_follow_each_other_along_the_rows(tiny: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: figures.append(figure))
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: figures.append(figure))
     show(Show(run=str(run_of(tiny)), count=5))
     axes = np.array(figures[0].axes).reshape(3, 6)
     labels = [[axis.get_ylabel() for axis in row[::3]] for row in axes]

@@ -253,9 +253,9 @@ def test_hours_leave_epochs_that_were_asked_for(photos: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"hours": 0.0}, "--hours 0.0 must be above 0"),
+        ({"hours": 0.0}, "--hours 0.0 is out of range"),
         ({"epochs": -1}, "--epochs -1 is out of range"),
-        ({"images_per_second": float("nan")}, "must be above 0"),
+        ({"images_per_second": float("nan")}, "--images-per-second nan is out of range"),
         ({"model": "vit_tiny"}, "timm has no model 'vit_tiny'"),
     ],
 )

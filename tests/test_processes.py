@@ -2,18 +2,27 @@
 
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import leanmim
 from leanmim.config import Pretrain
 from leanmim.data import IMAGENET, Crops, Folder, Normalise, collate, epoch_order, seed_of
+from leanmim.errors import UserError
 from leanmim.factory import build
+from leanmim.processes import Peers, Process, enough_memory, of_distributed, processes
 from leanmim.schedule import learning_rate
 from leanmim.step import parameter_groups
-from tests.runs import ENVIRONMENT, arguments, command, weights
+from tests.process_faults import SCENARIOS, attempt
+from tests.runs import ENVIRONMENT, arguments, command, lines, weights
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("accum", [1, 2])
@@ -53,4 +62,94 @@ def test_two_processes_average_their_gradients(tiny: Pretrain, accum: int) -> No
     backbone, _, _ = leanmim.load_backbone(config.out)
     assert backbone(torch.randn(1, 3, 32, 32)).shape == (1, 32)
     alone = subprocess.run(command(config), env=ENVIRONMENT, capture_output=True, text=True)
-    assert "continuing after step" in alone.stdout
+    assert f"finished after step {steps}" in alone.stdout
+
+
+def peers(rank: int, store: dist.Store, minutes: float = 1e-3) -> Peers:
+    return Peers(Process(rank, 2), store, minutes)
+
+
+def test_who_waits_goes_on_when_all_are_there_however_late() -> None:
+    store = dist.HashStore()
+    first, second = peers(0, store, 60.0), peers(1, store, 60.0)
+    order: list[str] = []
+
+    def late() -> None:
+        time.sleep(0.2)
+        order.append("here")
+        second.meet()
+
+    for _ in range(2):
+        thread = threading.Thread(target=late)
+        thread.start()
+        first.meet()
+        order.append("met")
+        thread.join()
+    assert order == ["here", "met"] * 2
+    for each in (first, second):
+        each.rest()
+
+
+def test_a_silent_process_is_named() -> None:
+    """Before it has begun to count as well."""
+    alone = peers(0, dist.HashStore())
+    with pytest.raises(
+        UserError, match=r"rank 1 of 2 processes has not answered for 0\.001 minutes .*same command continues"
+    ):
+        alone.meet()
+    assert "rank 1 of 2 processes" in alone.cause()
+    alone.rest()
+
+
+def test_what_a_process_told_at_its_end_is_passed_on() -> None:
+    store = dist.HashStore()
+    first, second = peers(0, store, 60.0), peers(1, store, 60.0)
+    assert "all of them answer; if one is that much slower" in replace_pause(first).cause()
+    second.tell("the disk is full")
+    with pytest.raises(UserError, match="rank 1 of 2 processes has ended: the disk is full"):
+        first.meet()
+    assert first.cause() == "rank 1 of 2 processes has ended: the disk is full"
+    for each in (first, second):
+        each.rest()
+
+
+def replace_pause(peers: Peers) -> Peers:
+    """With less patience."""
+    peers.pause = 0.01
+    return peers
+
+
+def test_errors_of_memory_and_of_others() -> None:
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: no")):
+        with pytest.raises(UserError, match=r"out of memory on cpu .*same command continues"), enough_memory(CPU):
+            raise error
+    for other in (RuntimeError("shapes"), RecursionError("out of memory"), UserError("no")):
+        with pytest.raises(type(other)), enough_memory(CPU):
+            raise other
+    with pytest.raises(UserError, match="out of memory on cpu"), processes("cpu", 1.0):
+        torch.empty(2**60)
+    assert of_distributed(dist.DistBackendError("no"))
+    assert of_distributed(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"))
+    assert not of_distributed(RuntimeError("shapes"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["rank 1 killed", "rank 0 stopped while it evaluates", "block-wise, rank 1 killed", "fine-tuning, rank 1 killed"],
+)
+def test_a_fault_of_one_process_ends_the_others_with_a_message(name: str, tmp_path: Path) -> None:
+    (scenario,) = [scenario for scenario in SCENARIOS if scenario.name == name]
+    assert attempt(scenario, tmp_path) == ""
+
+
+def test_torchrun_starts_again_from_the_last_checkpoint(tiny: Pretrain, tmp_path: Path) -> None:
+    """Also with --overwrite in the command."""
+    config = replace(tiny, checkpoint_minutes=0.0, overwrite=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    done = subprocess.run(
+        [*torchrun, "-m", "tests.process_faults", str(tmp_path / "killed"), *arguments(config)],
+        env=ENVIRONMENT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "continuing after step 2" in done.stdout
+    assert [line["step"] for line in lines(config)] == [1, 2, 3, 4]

@@ -1,13 +1,19 @@
 """The run folder: what may be written to it, and what is said of a foreign or damaged one."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from leanmim import files
+from leanmim import run as module
+from leanmim.checkpoint import load
 from leanmim.config import Pretrain
-from leanmim.errors import UserError
+from leanmim.errors import CannotWrite, UserError
 from leanmim.run import Run
 from tests.runs import Refused, arguments, contents, labelled, untrained
 
@@ -23,10 +29,10 @@ def test_starting_afresh_leaves_no_picture_of_the_earlier_run(tiny: Pretrain, tm
 
 def test_a_run_folder_of_another_configuration(tiny: Pretrain, refused: Refused) -> None:
     before = contents(untrained(tiny))
-    message = refused(arguments(replace(tiny, blr=1.0, input_size=(40,))))
+    message = refused(arguments(replace(tiny, weight_decay=1.0, input_size=(40,))))
     for word in (
         "another configuration",
-        "blr: 0.00015 there, 1.0 now",
+        "weight_decay: 0.05 there, 1.0 now",
         "input_size: [32] there, [40] now",
         "--overwrite",
     ):
@@ -114,21 +120,148 @@ def test_not_a_run_folder(line: str, name: str, clutter: Path, refused: Refused)
     assert contents(clutter) == before
 
 
+def resumable(config: Pretrain, step: int = 3) -> Run:
+    """A run folder with a checkpoint of that step, and the one before it."""
+    run = Run(untrained(config))
+    state = load(run.last)
+    for done in (step - 1, step):
+        run.save({**state, "step": done}, keep=2)
+    return run
+
+
+@pytest.mark.parametrize("how", [*WRONGS, "missing"])
+def test_the_one_before_a_damaged_checkpoint_is_continued_and_told(how: str, tiny: Pretrain) -> None:
+    run = resumable(tiny)
+    damage(run.last, how)
+    if how == "foreign":
+        with pytest.raises(UserError, match="not one of leanmim"):
+            run.to_resume(tiny)
+        return
+    state = run.to_resume(tiny)
+    assert state and state["step"] == 2
+    (note,) = run.notes
+    assert str(run.last) in note and note.endswith(
+        f"Going on from the one before, {str(run.folder / 'checkpoints' / 'last-1.pt')!r}"
+    )
+    with pytest.raises(UserError, match=r"or use the one before it, '.*last-1.pt'"):
+        run.read()  # other commands say so, and do not take it
+
+
+def test_a_finished_run_without_its_checkpoint_is_not_wiped(tiny: Pretrain, refused: Refused) -> None:
+    run = Run(untrained(tiny))
+    run.last.unlink()
+    assert run.to_resume(tiny) is None  # it was killed before its first one
+    (run.folder / "export").mkdir()
+    before = contents(run.folder)
+    message = refused(arguments(tiny))
+    assert "holds a finished run whose checkpoint" in message and "--overwrite" in message
+    assert contents(run.folder) == before
+    assert run.to_resume(tiny, overwrite=True) is None
+
+
 @pytest.mark.parametrize(
-    ("now", "told"),
-    [
-        ("a b c d", r"1 added: d\nPut them back"),
-        ("b c", r"1 removed: a\nPut"),
-        ("a b d", r"1 added: d\n  1 removed: c\nPut"),
-        ("a b c d e f g", r"4 added: d, e, f, \.\.\.\nPut"),
-        ("a c b", r"the same names in another order\nPut"),
-    ],
+    ("name", "again"), [("SLURM_JOB_ID", "SLURM_RESTART_COUNT"), ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")]
 )
-def test_images_that_came_or_went_are_counted_and_named(now: str, told: str, tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.write_names(["a", "b", "c"])
-    run.check_names(["a", "b", "c"])
-    with pytest.raises(UserError, match=told):
-        run.check_names(now.split())
-    run.write_names(now.split())  # those that the run began with are kept
-    run.check_names(["a", "b", "c"])
+def test_a_job_that_is_started_again_overwrites_once(
+    name: str, again: str, tiny: Pretrain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(untrained(tiny))
+    monkeypatch.setenv(name, "7")
+    assert run.to_resume(tiny, overwrite=True) is None  # another run
+    state = load(run.last)
+    run.prepare(tiny, 0)
+    run.save({**state, "step": 1})
+    assert run.to_resume(tiny, overwrite=True) is None  # the same command given twice
+    monkeypatch.setenv(again, "1")
+    assert (run.to_resume(tiny, overwrite=True) or {}).get("step") == 1
+    assert run.to_resume(replace(tiny, seed=9), overwrite=True) is None
+    monkeypatch.setenv(name, "8")
+    assert run.to_resume(tiny, overwrite=True) is None
+
+
+def test_every_moment_of_making_the_folder_can_be_continued(tiny: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed at each write, and in the middle of it."""
+    run, real = Run(Path(tiny.out)), os.fsync
+    left = 0
+
+    def killed(file: int) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.truncate(file, 5)
+            os._exit(3)
+        real(file)
+
+    ends = []
+    for moment in range(1, 9):
+        left = moment
+        if (child := os.fork()) == 0:
+            os.fsync = killed
+            with run.locked():
+                run.prepare(tiny, 0)
+            os._exit(0)
+        ends.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        assert run.to_resume(tiny) is None
+    assert ends[0] == 3 and ends[-1] == 0
+
+
+@pytest.mark.parametrize("torn", [b"", b"\0\0\0", b'{\n  "'])
+def test_a_torn_configuration(torn: bytes, tiny: Pretrain) -> None:
+    run = resumable(tiny)
+    run.config.write_bytes(torn)
+    assert (run.to_resume(tiny) or {}).get("step") == 3  # the checkpoint holds it too
+    for file in [*run.last.parent.iterdir(), run.metrics]:
+        file.unlink()
+    assert run.to_resume(tiny) is None
+    run.config.write_bytes(b"[somebody's]")
+    with pytest.raises(UserError, match="not a run of leanmim"):
+        run.to_resume(tiny)
+
+
+def test_lines_that_a_crash_garbled_are_left_out(tiny: Pretrain) -> None:
+    run = Run(untrained(tiny))
+    run.metrics.write_bytes(b'{"step": 1}\n{"step": \xff}\n[1]\n{"step": "2"}\n{"step": 9}\n{"step": 2}\n{"ste')
+    run.prepare(tiny, 2)
+    assert run.metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
+    run.evaluations.write_bytes(b'{"what": 1}\n{"wh')
+    files.append_line(run.evaluations, {"what": 2})
+    assert files.readable_lines(run.evaluations) == [{"what": 1}, {"what": 2}]
+
+
+def test_a_second_run_into_the_folder_is_refused(tiny: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names the first; a kill of that leaves no lock, nor does its reader."""
+    run = Run(Path(tiny.out))
+    monkeypatch.setattr(module, "PATIENCE", 0.0)
+    holding = (
+        "import os, sys, time; from pathlib import Path; from leanmim.run import Run\n"
+        "with Run(Path(sys.argv[1])).locked():\n"
+        "    child = os.fork()\n"
+        "    if child: print(child, flush=True)\n"
+        "    time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", holding, run.folder], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout
+        reader = int(first.stdout.readline())
+        with (
+            pytest.raises(UserError, match=rf"another process trains in --out .* \(number {first.pid} on "),
+            run.locked(),
+        ):
+            pass
+        first.kill()
+    monkeypatch.undo()  # an earlier filelock frees it with the reader
+    os.kill(reader, 9)
+    with run.locked():
+        assert files.readable_object(run.folder / ".lock.json")["pid"] == os.getpid()
+    assert not (run.folder / ".lock.json").exists()
+
+
+def test_room_for_the_checkpoints_is_looked_for(tiny: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, model = Run(Path(tiny.out)), torch.nn.Linear(1000, 1000, bias=False)
+    needed = round(1.2 * 12 * 10**6) * 3
+    for free, fits in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(module.shutil, "disk_usage", lambda _, free=free: type("Usage", (), {"free": free}))
+        if fits:
+            run.check_room(model, keep=2)
+        else:
+            with pytest.raises(CannotWrite, match=r"2 checkpoints and one being written take 41\.2 MiB; make room"):
+                run.check_room(model, keep=2)

@@ -152,3 +152,13 @@ def test_a_run_of_version_0_1_0_may_have_a_tag(tiny: Pretrain) -> None:
     state["config"]["model"] += ".augreg_in21k"
     save(last, state)
     assert restore(run.out)[0].model == "vit_tiny_patch16_224"
+
+
+def test_a_file_of_timm_is_told_by_what_it_holds(tiny: Pretrain, tmp_path: Path) -> None:
+    """Not by its name, nor is one of leanmim."""
+    other = timm.create_model(tiny.model, num_classes=5, img_size=32, **tiny.model_kwargs)
+    for name in ("timm.pt", "timm.pth"):
+        torch.save(other.state_dict(), tmp_path / name)
+        assert initialise(build(tiny), str(tmp_path / name)).startswith("encoder from")
+    ours = Run(Path(fake_run(tiny, Path(tiny.out)).out)).last.rename(tmp_path / "ours.pth")
+    assert initialise(build(tiny), str(ours)).startswith("encoder and decoder from")

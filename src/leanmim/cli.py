@@ -1,10 +1,13 @@
 """The command line: a table, command -> (help, configuration, function)."""
 
+import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from copy import copy
 from importlib import import_module
-from typing import Any, NamedTuple
+from io import TextIOWrapper
+from typing import Any, NamedTuple, NoReturn
 
 import tyro
 
@@ -25,6 +28,7 @@ from leanmim.config import (
 )
 from leanmim.errors import UserError
 from leanmim.recipes import RECIPES, nearest
+from leanmim.signals import stoppable
 from leanmim.version import __version__
 
 
@@ -62,6 +66,7 @@ COMMANDS = {
     "export": Command("write a run's weights for timm, transformers or ONNX", Export, "formats.export"),
     "report": Command("one HTML page about one or several runs", Report, "page.report"),
 }
+NARROWEST = 40  # columns; help of one column is never done
 RESUMABLE = {"pretrain", "finetune", "embed", "probe"}
 RENAMED = {  # options of earlier versions
     "pretrain": {f"--stage-{name}": f"--phase-{name}" for name in ("scales", "starts", "batches", "accums", "blrs")},
@@ -120,30 +125,60 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
     return name, tyro.cli(command.config, args=rest, prog=prog, config=(tyro.conf.OmitArgPrefixes,), **settings)
 
 
+def end(message: str, code: int) -> NoReturn:
+    """Say why, and exit."""
+    print(f"leanmim: {message}", file=sys.stderr)
+    raise SystemExit(code) from None
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Parse, call, print. A mistake of the user's ends with one message and exit code 2."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["--version"]:
-        print(__version__)
-        return
+    """Parse, call, print. A mistake of the user's or a fault of the machine ends with one message and exit code 2; a reader of
+    the output that goes away, as `head` does, with 141.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the caller has closed it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        # the name of a file need not be text, and the terminal may know ASCII only
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if shutil.get_terminal_size().columns < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)
+    try:
+        run(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python says so again when it ends
+        raise SystemExit(141) from None
+
+
+def run(arguments: list[str]) -> None:
+    """`main` without care for the output."""
     name = ""
     try:
+        os.getcwd()  # torch ends the process without a word of use where this folder was removed
+        if arguments[:1] == ["--version"]:
+            print(__version__)
+            return
         if arguments[:1] == ["--print-completion"]:
             print_completion(arguments[1:], COMMANDS)
         name, config = parse(arguments)
         module, _, function = COMMANDS[name].function.rpartition(".")
-        result = getattr(import_module(f"leanmim.{module}"), function)(config)
-        if isinstance(result, Iterator):
-            for what, value in result:
-                print(f"{what}: {value}", flush=True)
-        elif name not in ("pretrain", "finetune"):  # they have told already
-            print(result)
+        with stoppable():
+            result = getattr(import_module(f"leanmim.{module}"), function)(config)
+            if isinstance(result, Iterator):
+                for what, value in result:
+                    print(f"{what}: {value}", flush=True)
+            elif name not in ("pretrain", "finetune"):  # they have told already
+                print(result)
     except UserError as error:
-        print(f"leanmim: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        end(str(error), 2)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # of a disk, a network drive, a folder that was removed
+        end(f"{error}; see that it can be read or written, and give the same command again", 2)
     except KeyboardInterrupt as stop:
         text = str(stop) or "interrupted"
         if name in RESUMABLE:
             text += "; the same command continues from the last checkpoint, if one was written"
-        print(f"leanmim: {text}", file=sys.stderr)
-        raise SystemExit(128 + getattr(stop, "number", 2)) from None
+        end(text, 128 + getattr(stop, "number", 2))

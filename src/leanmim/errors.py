@@ -3,3 +3,11 @@
 
 class UserError(ValueError):
     """Something in the user's input is wrong; the message names it and the remedy. The command line exits with 2."""
+
+
+class CannotWrite(UserError):
+    """The disk is full, read-only, over quota, or gone; what was written before stays."""
+
+
+class Damaged(UserError):
+    """A checkpoint is missing, or does not hold what it should."""

@@ -3,13 +3,13 @@
 It never knows what a step is.
 """
 
-import json
 import math
 import signal
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -17,25 +17,45 @@ import torch
 from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from leanmim.config import Logging
 from leanmim.device import peak_memory
-from leanmim.errors import UserError
+from leanmim.errors import CannotWrite, UserError
+from leanmim.files import write_atomically
+from leanmim.log import Growing, Log, as_line
 from leanmim.processes import Process
 from leanmim.progress import progress_bar, time_left
 from leanmim.run import Run
+from leanmim.signals import Stopped, heeded
 
 T = TypeVar("T")
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+ADVICE = (
+    "lower --blr, set --clip-grad, or use --precision fp32: the same command with one of these continues from the last "
+    "checkpoint, if one was written"
+)
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal asked to stop; the step was finished and a checkpoint written."""
+class Arriving:
+    """The losses of a step on their way to the host. On a CUDA device nobody waits for them before they are read.
 
-    def __init__(self, number: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}, with a checkpoint")
-        self.number = number
+    Args:
+        losses: on the device.
+        step: that has these losses.
+        lr: of the step.
+    """
+
+    def __init__(self, losses: Float[Tensor, " s"], step: int, lr: float) -> None:
+        self.step, self.lr = step, lr
+        self.losses = losses.to("cpu", non_blocking=losses.is_cuda)  # then into pinned memory
+        self.event = torch.cuda.Event() if losses.is_cuda else None
+        if self.event:
+            self.event.record()
+
+    def read(self) -> list[float]:
+        """The numbers, as soon as they are there."""
+        if self.event:
+            self.event.synchronize()
+        return self.losses.tolist()
 
 
 class Loop:
@@ -48,19 +68,29 @@ class Loop:
                 if loop.checkpoint_due:
                     loop.save(state)
 
-    Processes log together, and so they agree on when: their clocks differ. A first signal (Ctrl-C, SIGTERM, SIGHUP)
-    asks for a checkpoint of the step at hand and then raises `Stopped`; several processes finish the line of the log first. A
-    second one ends at once.
+    Signals: a first one (Ctrl-C, SIGTERM, SIGHUP) asks for a checkpoint of the step at hand, or on a GPU of the next one, and then raises
+    `Stopped`: the command line exits with 128 + the signal's number. An evaluation is finished before. A second one ends at
+    once.
+
+    Steps that are not finite: a NaN among the losses says that the step was skipped. That is told, listed in bad_steps.jsonl,
+    and if it happens too often in a row the end. On a CUDA device the losses are looked at one step later, so that nobody
+    waits for them; all processes look at the same step.
+
+    Disk faults: training goes on, and what could not be written is tried again with the next line of the log or checkpoint;
+    at the end of the run, or where a signal asked for a checkpoint, the fault is an error. No checkpoint is newer than the
+    log, so that a line is never missing.
 
     Args:
         run: where the log and the checkpoints go; the first process writes them.
-        config: how often.
+        config: how often, and how many checkpoints are kept.
         steps: of the whole run.
         state: the checkpoint to continue from, if any.
         process: this one among all.
         device: whose memory is logged.
         title: of the progress bar.
         console: where lines and the bar go; None is the standard output, of the first process only.
+        max_bad_steps: so many steps in a row may be skipped.
+        diagnose: what reproduces a step that was skipped, and where in it numbers are not finite first, for bad_steps.jsonl.
     """
 
     def __init__(
@@ -73,6 +103,8 @@ class Loop:
         device: torch.device,
         title: str,
         console: Console | None = None,
+        max_bad_steps: int = 0,
+        diagnose: Callable[[int], dict[str, Any]] = lambda step: {},
     ) -> None:
         self.run, self.config, self.steps, self.process, self.device = run, config, steps, process, device
         self.start = self.done = self.logged = state["step"] if state else 0
@@ -80,40 +112,42 @@ class Loop:
         if state and "losses" in state:
             self.losses = [losses.to(device) for losses in state["losses"]]
         self.logged -= len(self.losses)
+        self.arriving: list[Arriving] = []  # of steps that were not looked at
+        self.skipped = state.get("bad_steps", 0) if state else 0  # steps in a row
+        self.max_bad_steps, self.diagnose = max_bad_steps, diagnose
         self.console = console or Console(quiet=not process.first, highlight=False, soft_wrap=True, markup=False)
         self.progress = progress_bar(self.console, transient=False, disable=not process.first or self.done == steps)
         self.text = ""  # of the bar, as of the last line
         self.task = self.progress.add_task(title, total=steps, completed=self.start, text="")
         self.signal = 0  # the first one that came here
         self.stop = 0  # the one that all processes know of
-        self.written = -1  # step of the newest checkpoint
+        self.early = state is None  # the first checkpoint does not wait for the clock
+        self.written = -1  # step of the newest checkpoint of this call
+        self.faults: set[str] = set()  # of the disk, that were told
         self.waited, self.images, self.fresh = 0.0, 0, True
         self.spent, self.trained = 0.0, 0  # seconds and images of all lines of this call
 
     def __enter__(self) -> "Loop":
         """Open the log, listen to signals."""
         if self.process.first:
-            self.file = open(self.run.metrics, "a", buffering=1)
-            self.board = SummaryWriter(self.run.folder / "tensorboard", purge_step=self.start)
-        self.handlers = {}
-        if threading.current_thread() is threading.main_thread():
-            heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores some
-            self.handlers = {number: signal.signal(number, self.heard) for number in heeded}
+            self.log, self.bad = Log(self.run), Growing(self.run.bad_steps)
+            self.described = {path: path.read_bytes() for path in self.run.described if path.exists()}
+            self.flush()
+        self.handlers = {number: signal.signal(number, self.heard) for number in heeded()}
         self.progress.start()
         self.began = self.since = self.saved = time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the log, listen no longer."""
+        """Listen no longer."""
         self.progress.stop()
         self.unlisten()
-        if self.process.first:
-            self.file.close()
-            self.board.close()
 
     def heard(self, number: int, _: FrameType | None) -> None:
         """Remember the first signal; from then on they do what they did before."""
         self.signal = number
+        if number == getattr(signal, "SIGHUP", None):
+            self.console.quiet = True  # the terminal is gone
         self.unlisten()
 
     def unlisten(self) -> None:
@@ -131,7 +165,7 @@ class Loop:
         for step in range(self.done, stop):
             yield step
             if self.stop and self.written == self.done:
-                raise Stopped(self.stop, self.done)
+                raise Stopped(self.stop, f" after step {self.done}, with a checkpoint")
 
     def timed(self, feed: Iterator[T]) -> Iterator[T]:
         """The same items; waiting for them is counted."""
@@ -155,30 +189,66 @@ class Loop:
             line: write a line now, whatever --log-every says.
 
         Raises:
-            UserError: a loss is not finite.
+            UserError: too many steps in a row were skipped.
         """
         self.done += 1
         self.move()
         self.losses.append(losses)
         self.images += images
         every = self.config.log_every
-        if self.process.world == 1:
-            self.stop = self.signal
         self.fresh = line or self.done % every == 0 or self.done == self.steps or not self.config.checkpoint_minutes
-        if not self.fresh and not self.stop:
-            return
-        values = self.process.mean(torch.stack(self.losses).mean(0)).tolist()
-        if not all(map(math.isfinite, values)):
+        self.arriving.append(Arriving(self.with_signal(losses), self.done, lr))
+        now = self.fresh or self.early
+        self.look(len(self.arriving) - (losses.is_cuda and not now))
+        if now or self.stop:  # a checkpoint may follow
+            self.look(len(self.arriving))
+            self.losses = list(self.process.mean(torch.cat(self.losses)).split(len(losses)))
+        if self.fresh:
+            self.write_line(epoch, lr)
+
+    def with_signal(self, losses: Float[Tensor, " s"]) -> Float[Tensor, " s+1"]:
+        """The losses, and behind them the signal that came to any process."""
+        signal = torch.full_like(losses[:1], self.signal)
+        return torch.cat([losses, self.process.most(signal)])
+
+    def look(self, count: int) -> None:
+        """Look at the losses of so many steps, and whether to stop. Errors as for `record`."""
+        for _ in range(count):
+            arrived = self.arriving.pop(0)
+            *losses, stop = arrived.read()
+            self.stop = self.stop or int(stop)
+            good = all(map(math.isfinite, losses))
+            self.skipped = 0 if good else self.skipped + 1
+            if not good:
+                self.tell_skipped(arrived.step, arrived.lr, losses)
+
+    def tell_skipped(self, step: int, lr: float, losses: list[float]) -> None:
+        """List a step that was skipped. Errors as for `record`."""
+        own = {"losses": [loss if math.isfinite(loss) else None for loss in losses], **self.diagnose(step - 1)}
+        everywhere = self.process.gather(own)
+        if self.process.first:
+            for rank, found in enumerate(everywhere):
+                self.bad.add(as_line({"step": step, "lr": lr, "rank": rank, **found}))
+        self.flush()
+        named = [found["first_not_finite"] for found in everywhere if found.get("first_not_finite")]
+        reason = f"{named[0] if named else 'a loss or gradient'} is not finite"
+        if self.skipped > self.max_bad_steps:
             raise UserError(
-                f"the loss is {values} at step {self.done}: training diverged; lower --blr, set --clip-grad, or use "
-                "--precision fp32. The last checkpoint is from before and stays"
+                f"{reason} in step {step}, number {self.skipped} in a row ({self.run.bad_steps} lists them): training diverged. "
+                f"The last checkpoint is from before and stays; {ADVICE}"
             )
-        if not self.fresh:  # between two lines a signal asks for a checkpoint
-            return
+        self.console.print(f"step {step}/{self.steps}  skipped, number {self.skipped} in a row: {reason}")
+
+    def write_line(self, epoch: float, lr: float) -> None:
+        """The line of the log about the steps since the last one; steps that were skipped have no part in the losses."""
         seconds = time.perf_counter() - self.since
-        found = {
-            "epoch": epoch,
-            "loss": sum(values) / len(values),
+        losses = torch.stack(self.losses)
+        good = losses[losses.isfinite().all(dim=1)]
+        values = good.mean(0).tolist() if len(good) else []
+        found = {"epoch": epoch}
+        if values:
+            found["loss"] = sum(values) / len(values)
+        found |= {
             "lr": lr,
             "images_per_second": self.images / seconds,
             "data_wait": self.waited / seconds,
@@ -187,12 +257,13 @@ class Loop:
         }
         if len(values) > 1:
             found |= {f"loss_{i}": value for i, value in enumerate(values)}
+        if len(good) < len(losses):
+            found["bad_steps"] = len(losses) - len(good)
         self.write(**found)
         self.tell(found)
         self.spent, self.trained = self.spent + seconds, self.trained + self.images
         self.losses, self.waited, self.images, self.logged = [], 0.0, 0, self.done
         self.since = time.perf_counter()
-        self.stop = max(self.process.gather(self.signal))
 
     @property
     def time_left(self) -> str:
@@ -205,7 +276,7 @@ class Loop:
 
     def tell(self, found: dict[str, float]) -> None:
         """Renew the bar's text, or where there is no terminal print a line twenty times in a run."""
-        speed = f"loss {found['loss']:.4f} {found['images_per_second']:.0f} images/s"
+        speed = f"loss {found.get('loss', math.nan):.4f} {found['images_per_second']:.0f} images/s"
         wait, memory = f"wait {found['data_wait']:.0%}", f"{found['memory_bytes'] / 2**30:.1f} GiB"
         self.text = f"{speed} {wait} {memory}"  # narrow enough for 80 columns
         self.move()
@@ -218,11 +289,27 @@ class Loop:
         self.console.print(f"step {self.done}/{self.steps}  {text}")
 
     def write(self, **values: int | float) -> None:
-        """One line of metrics.jsonl, one TensorBoard event for each value."""
+        """One line of metrics.jsonl, and a TensorBoard event of its values."""
         if self.process.first:
-            self.file.write(json.dumps({"step": self.done, **values}) + "\n")
-            for name, value in values.items():
-                self.board.add_scalar(name, value, self.done)
+            self.log.add({"step": self.done, **values})
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was logged; what cannot be written waits."""
+        if self.process.first:
+            for part, write in (("log", self.log.flush), ("list of skipped steps", self.bad.flush)):
+                try:
+                    write()
+                except CannotWrite as error:
+                    self.tell_fault(part, error)
+                else:
+                    self.faults.discard(part)
+
+    def tell_fault(self, part: str, error: CannotWrite) -> None:
+        """Say what cannot be written, once until it can be again."""
+        if part not in self.faults:
+            self.say(f"{error}. Training goes on, and tries again to write the {part}")
+        self.faults.add(part)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -231,18 +318,44 @@ class Loop:
         yield
         self.process.wait()
         self.since += time.perf_counter() - before
+        if self.process.world == 1 and self.signal:  # several processes agree in the next step
+            self.stop = self.signal
+            self.look(len(self.arriving))
 
     @property
     def checkpoint_due(self) -> bool:
-        """After `record`: whether this step ends the run, the clock says so, or a signal came."""
+        """After `record`: whether this step ends the run, the clock says so, a signal came, or there is no checkpoint yet.
+
+        Not after a step that was skipped, which may have been for the weights' sake, unless it is the last one.
+        """
+        last = self.done == self.steps
         late = time.perf_counter() - self.saved >= 60 * self.config.checkpoint_minutes
-        return bool(self.stop) or (self.fresh and (late or self.done == self.steps))
+        return bool(self.stop) or last or (not self.skipped and (self.early or (self.fresh and late)))
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write a checkpoint of this step, from the first process."""
+        """Write a checkpoint of this step, from the first process.
+
+        Raises:
+            UserError: a weight is not finite.
+            CannotWrite: of the disk, at the end of the run or after a signal; else training goes on.
+        """
+        state = {"step": self.done, "losses": list(self.losses), "bad_steps": self.skipped, **state}
+        self.saved, self.early = time.perf_counter(), False
         if self.process.first:
-            self.run.save({"step": self.done, "losses": list(self.losses), **state})
-        self.saved, self.written = time.perf_counter(), self.done
+            try:
+                self.log.lines.flush()
+                for path, data in self.described.items():
+                    if not path.exists():  # the folder vanished
+                        write_atomically(path, partial(Path.write_bytes, data=data))
+                self.run.save(state, self.config.keep)
+            except CannotWrite as error:
+                if self.stop or self.done == self.steps:
+                    raise
+                return self.tell_fault("checkpoint", error)
+            except UserError as error:
+                raise UserError(f"after step {self.done} {error}: training diverged; {ADVICE}") from error
+            self.faults.discard("checkpoint")
+        self.written = self.done
 
     @property
     def images_per_second(self) -> float | None:

@@ -4,6 +4,7 @@ b batch, c channels, H W pixels, n patches, p target width, k values of a HOG ce
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from leanmim.config import Pretrain, Show
 from leanmim.data import UNREADABLE, Files, Normalise, Source, centre_crop, list_images, open_source
-from leanmim.errors import UserError
+from leanmim.errors import CannotWrite, UserError
+from leanmim.files import write_atomically
 from leanmim.masking import Mask, Split, hidden_squares, magnify, squares
 from leanmim.mim import MIM
+from leanmim.names import shortened
 from leanmim.targets import BINS, FLAT, HOG, Pixels, hog, unpatchify
 from leanmim.weights import restore
 
@@ -47,8 +50,7 @@ def show(config: Show) -> Path:
     Raises:
         UserError: the run or the images cannot be read, there is no such segment, or the picture cannot be written.
     """
-    if config.count < 1:
-        raise UserError(f"--count {config.count} must be at least 1")
+    config.check()
     trained, model, state = restore(config.run)
     names, pictures = read_images(config, trained)
     normalise = Normalise(state["mean"], state["std"], torch.device("cpu"))
@@ -69,10 +71,9 @@ def show(config: Show) -> Path:
     default = "reconstructions.png" if config.segment is None else f"reconstructions-segment{segment}.png"
     path = Path(config.out) if config.out else Path(config.run) / default
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png")
-    except OSError as error:
-        raise UserError(f"{str(path)!r} cannot be written ({error}); give the name of a picture with --out") from error
+        save_figure(figure, path)
+    except CannotWrite as error:
+        raise CannotWrite(f"{error}, or give the name of another picture with --out") from error
     return path
 
 
@@ -239,7 +240,7 @@ def compose(columns: Sequence[Column], names: Sequence[str], trained: Pretrain, 
     for row, name in enumerate(names):
         for axis, (_, pictures, thrown) in zip(axes[row], columns, strict=True):
             draw(axis, pictures[row], trained.size, None if thrown is None else thrown[row])
-        axes[row][0].set_ylabel(name if len(name) < 25 else name[:22] + "...", fontsize=8)
+        axes[row][0].set_ylabel(shortened(name, 25), fontsize=8, parse_math=False)
     for axis in axes[len(names) :].flat:
         axis.set_axis_off()
     for image in axes[:abreast]:
@@ -247,6 +248,13 @@ def compose(columns: Sequence[Column], names: Sequence[str], trained: Pretrain, 
             axis.set_title(column.title, fontsize=10 if len(column.title) < 20 else 7)
     figure.supxlabel(note, fontsize=8)
     return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG atomically; characters that the font has not are drawn as boxes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
+        write_atomically(path, lambda file: figure.savefig(file, format="png"))
 
 
 def draw(

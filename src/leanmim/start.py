@@ -9,14 +9,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from leanmim.config import Pretrain
+from leanmim.checkpoint import architecture, is_ours
+from leanmim.config import Finetune, Pretrain
 from leanmim.config.base import Model
 from leanmim.data import IMAGENET
 from leanmim.encoders.backbone import Backbone, backbone_of, check_name, full_depth, shallower
 from leanmim.errors import UserError
 from leanmim.published import published_model
 from leanmim.run import Run, load
-from leanmim.weights import digest, fit_backbone, load_backbone, read_weights, rebuild, truncated
+from leanmim.weights import check_shapes, digest, fit_backbone, load_backbone, read_weights, rebuild, truncated
 
 SCRATCH = "scratch"
 TAKES = (
@@ -97,8 +98,9 @@ def open_start(
         UserError: there is no such start, it cannot be read, or it needs (or does not take) an option.
     """
     path = Path(start.removeprefix("local-dir:"))
-    file = path.is_file() and (path.suffix != ".pt" or model is not None)  # torch's own files may be called so too
-    if start == SCRATCH or file:
+    # without --model it can only be leanmim's: `load` says what is wrong with it
+    foreign = path.is_file() and not is_ours(path) and (path.suffix != ".pt" or model is not None)
+    if start == SCRATCH or foreign:
         found = of_architecture(start, model, model_kwargs or {}, input_size, channels)
     elif model or model_kwargs:
         raise UserError(f"{start!r} has an architecture of its own: leave --model and --model-kwargs out")
@@ -117,8 +119,8 @@ def open_start(
 
 def checkpoint_of(path: Path) -> Path | None:
     """The checkpoint of leanmim in a run folder, or the one that the path names; None if it is no run."""
-    if path.suffix == ".pt" and path.is_file():
-        return path
+    if path.is_file():
+        return path if is_ours(path) or path.suffix == ".pt" else None
     return next((file for file in (Run(path).best, Run(path).last) if file.is_file()), None)
 
 
@@ -145,11 +147,10 @@ def of_checkpoint(path: Path, depth: int | None) -> Start:
     state = load(path)
     mean, std, step = state["mean"], state["std"], state["step"]
     if "classes" in state:
-        own = Model(
-            **{name: state["architecture"][name] for name in ("model", "model_kwargs", "input_size", "channels")}
-        )
-        return Start(own, state.get("average") or state["model"], mean, std, f"{path}, fine-tuned", step=step,
-                     crop=state["config"]["crop"], classes=tuple(state["classes"]))  # fmt: skip
+        own, weights, classes = architecture(state), state.get("average") or state["model"], tuple(state["classes"])
+        check_shapes(backbone_of(own, device="meta", num_classes=len(classes)), weights, str(path))
+        crop = Finetune.from_json(state["config"]).crop
+        return Start(own, weights, mean, std, f"{path}, fine-tuned", step=step, crop=crop, classes=classes)
     folder = path.parent.parent if path.parent.name == "checkpoints" else None
     config, mim = rebuild(state, str(folder or path))
     own = Model(

@@ -12,9 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
+from leanmim.checkpoint import REMEDY
 from leanmim.config import Pretrain
 from leanmim.encoders.backbone import Backbone
-from leanmim.errors import UserError
+from leanmim.errors import Damaged, UserError
 from leanmim.mim import MIM
 
 
@@ -59,7 +60,12 @@ def load_state(optimizers: list[AdamW], states: list[dict[str, Any]]) -> None:
 
     Raises:
         UserError: an earlier version grouped the parameters in another way (weight decay).
+        Damaged: it is the state of other parameters, or one that AdamW cannot have.
     """
+    if len(optimizers) != len(states):
+        raise Damaged(
+            f"the checkpoint is damaged: it has {len(states)} optimizers for {len(optimizers)} segments; {REMEDY}"
+        )
     for optimizer, state in zip(optimizers, states, strict=True):
         sizes = [
             [len(group["params"]) for group in groups] for groups in (optimizer.param_groups, state["param_groups"])
@@ -69,7 +75,21 @@ def load_state(optimizers: list[AdamW], states: list[dict[str, Any]]) -> None:
                 "this run was begun by a version of leanmim that gave weight decay to other parameters of this model: finish "
                 "it with that version, or start afresh with --overwrite, perhaps with --init from its checkpoint"
             )
-        optimizer.load_state_dict(state)
+        check_moments(optimizer, state["state"])
+        groups = optimizer.state_dict()["param_groups"]  # betas and the like are the configuration's
+        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+
+
+def check_moments(optimizer: AdamW, state: dict[int, dict[str, Tensor]]) -> None:
+    """Raise Damaged unless these can be AdamW's moments of the parameters."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for key, own in state.items():
+        fits = key < len(parameters) and own.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        shapes = [(), parameters[key].shape, parameters[key].shape] if fits else []
+        values = [own[name] for name in ("step", "exp_avg", "exp_avg_sq")] if fits else []
+        fits = fits and all(v.shape == shape and v.is_floating_point() for v, shape in zip(values, shapes, strict=True))
+        if not fits or bool((own["step"] < 0) | (own["exp_avg_sq"] < 0).any()):
+            raise Damaged(f"the checkpoint is damaged: its optimizer's state does not fit parameter {key}; {REMEDY}")
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:
@@ -79,6 +99,24 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
     if not isinstance(flat, FakeTensor):  # torch 2.8 cannot reduce what is only counted
         dist.all_reduce(flat)
     nn.utils.vector_to_parameters(flat, gradients)
+
+
+def gradient_norm(parameters: list[nn.Parameter], clip_grad: float) -> Float[Tensor, ""]:
+    """The norm of all gradients together, which are then shortened to ``clip_grad`` at most; 0 is no clipping."""
+    if clip_grad:
+        return nn.utils.clip_grad_norm_(parameters, clip_grad)
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def step_if_finite(optimizer: AdamW, norm: Float[Tensor, ""]) -> None:
+    """Step, unless the norm of the gradients is not finite. Where AdamW is fused the device decides, and nobody waits for
+    it: ``found_inf`` is how torch's GradScaler has it leave weights, moments and number of steps as they are.
+    """
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf = 1 - norm.isfinite().float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif norm.isfinite():
+        optimizer.step()
 
 
 def update(
@@ -92,7 +130,8 @@ def update(
     """One step over ``accum`` batches: of normalised images, in fine-tuning with their targets.
 
     In the last batch each segment steps, and frees its gradients, right after its own backward pass. Among several
-    processes its gradients are averaged before, unless DistributedDataParallel has done so.
+    processes its gradients are averaged before, unless DistributedDataParallel has done so. A segment whose loss or
+    gradient is not finite is left as it is, alike in all processes.
 
     Args:
         losses: a `MIM`, bare or in DistributedDataParallel.
@@ -103,7 +142,7 @@ def update(
         seeds: for each batch that of torch's global generator, which draws masks; empty leaves it as it is.
 
     Returns:
-        The loss of each segment, averaged over the batches.
+        The loss of each segment, averaged over the batches; NaN where it did not step.
     """
     means: list[Any] = [0.0] * len(optimizers)
     averages = dist.is_initialized() and not isinstance(losses, DistributedDataParallel)
@@ -114,14 +153,15 @@ def update(
         waits = isinstance(losses, DistributedDataParallel) and not last  # it averages after the last batch only
         with losses.no_sync() if waits else contextlib.nullcontext():  # type: ignore[attr-defined]
             for i, loss in enumerate(losses(images)):
-                (loss / accum).backward()
+                finite = 1 + 0 * loss.detach()  # or NaN: so the gradient tells of the loss, in all processes
+                (loss * finite / accum).backward()
                 means[i] = means[i] + loss.detach() / accum
                 if last:
                     parameters = [p for group in optimizers[i].param_groups for p in group["params"]]
                     if averages:
                         average_gradients(parameters)
-                    if clip_grad:
-                        nn.utils.clip_grad_norm_(parameters, clip_grad)
-                    optimizers[i].step()
+                    norm = gradient_norm(parameters, clip_grad)
+                    step_if_finite(optimizers[i], norm)
                     optimizers[i].zero_grad()
+                    means[i] = torch.where(norm.isfinite(), means[i], torch.nan)
     return torch.stack(means)

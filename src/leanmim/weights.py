@@ -10,8 +10,13 @@ from typing import Any, cast
 
 import timm.models
 import torch
+from safetensors import safe_open
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import AdamW
 
+from leanmim.caches import empty_caches
+from leanmim.checkpoint import is_ours
 from leanmim.config import Pretrain
 from leanmim.decoder import Decoder
 from leanmim.encoders import Encoder, encoder_of
@@ -33,7 +38,7 @@ def restore(run: str | Path) -> tuple[Pretrain, MIM, dict[str, Any]]:
         ``std``).
     """
     path = Path(run)
-    state = load(path) if path.suffix == ".pt" else Run(path).read()
+    state = load(path) if path.is_file() or path.suffix == ".pt" else Run(path).read()
     return *rebuild(state, str(run)), state
 
 
@@ -51,12 +56,29 @@ def rebuild(state: dict[str, Any], source: str) -> tuple[Pretrain, MIM]:
         raise UserError(f"{source!r}: {error}") from error
     config = replace(config, model=config.model.partition(".")[0])  # version 0.1.0 ignored a tag
     config = phases(config)[state.get("phase", 0)].config
+    check_shapes(without_memory(config), state["model"], source)  # before a stranger's configuration takes any
     model = build(config)
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        raise UserError(f"the checkpoint of {source!r} does not fit its own configuration: {error}") from error
+    model.load_state_dict(state["model"])
     return config, model
+
+
+def without_memory(config: Pretrain) -> MIM:
+    """The model of a configuration, of fake tensors."""
+    backbone = backbone_of(config, config.depth, device="meta")
+    with empty_caches(), FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
+        return build(config, backbone.to_empty(device="cpu"))
+
+
+def check_shapes(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> None:
+    """Raise UserError if weights have other names or shapes than a model's."""
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in weights.items()}
+    if other := sorted(own.items() ^ theirs.items()):
+        name = other[0][0]
+        raise UserError(
+            f"the checkpoint of {source!r} does not fit its own configuration: {name} has the shape "
+            f"{theirs.get(name, 'of no weight')}, but {own.get(name, 'none')} belongs there"
+        )
 
 
 def adapt(backbone: Backbone, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -206,7 +228,7 @@ def initialise(model: MIM, source: str, channels: int = 3) -> str:
             f"--init {source!r} is neither a run folder with a checkpoint (checkpoints/last.pt) nor an export folder "
             "(model.safetensors)"
         )
-    if path.suffix == ".pt" and path.is_file():
+    if is_ours(path):
         state = load(path)
         if "classes" in state:  # a fine-tuned classifier; that of a ViT has its last norm after the pool
             tuned = state.get("average") or state["model"]
@@ -235,15 +257,21 @@ def read_weights(path: Path, source: str) -> dict[str, torch.Tensor]:
         UserError: it is damaged or no checkpoint; the message begins with ``source``.
     """
     try:
-        return timm.models.load_state_dict(os.fspath(path), use_ema=True)
+        weights = timm.models.load_state_dict(os.fspath(path), use_ema=True)
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                noted = (file.metadata() or {}).get("leanmim_digest")
+            if noted not in (None, digest(dict(sorted(weights.items())))):
+                raise ValueError("its checksum is wrong")
     except Exception as error:  # safetensors and torch raise many kinds for damaged files
         raise UserError(f"{source} is damaged or not a checkpoint ({type(error).__name__}: {error})") from error
+    return weights
 
 
 def digest(weights: Mapping[str, torch.Tensor], structure: str = "") -> str:
     """Of weights by name, and of what else decides on a model's features."""
     found = hashlib.blake2b(structure.encode(), digest_size=16)
-    for name, value in weights.items():
+    for name, value in sorted(weights.items()):  # a file has an order of its own
         found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()

@@ -171,7 +171,7 @@ def test_another_configuration_is_refused_and_nothing_is_lost(config: Finetune) 
     folder = finetune(replace(config, epochs=1))
     with pytest.raises(UserError, match="layer_decay"):
         finetune(replace(config, epochs=1, layer_decay=0.3))
-    with pytest.raises(UserError, match="1 images of train added"):
+    with pytest.raises(UserError, match=r"1 added: train/red/more\.png"):
         Image.new("RGB", (32, 32), "red").save(Path(config.data) / "train" / "red" / "more.png")
         finetune(replace(config, epochs=1))
     assert load(Run(folder).last)["step"] == 3

@@ -47,7 +47,7 @@ def test_the_names_of_version_0_1_0_are_read() -> None:
     assert stored["stage_scales"] == [1.0, 1.25]
     assert Pretrain.from_json(stored) == config
     assert config.changes(stored) == []
-    assert replace(config, phase_blrs=(0.1, 0.3)).changes(stored) == ["phase_blrs: [0.1, 0.2] there, [0.1, 0.3] now"]
+    assert replace(config, phase_batches=(4, 3)).changes(stored) == ["phase_batches: [4, 2] there, [4, 3] now"]
 
 
 def test_what_a_stored_configuration_lacks_had_its_default() -> None:

@@ -20,7 +20,7 @@ from leanmim.evaluators.probe import probe
         (Probe, {"workers": -2}, "--workers -2"),
         (Probe, {"crop": 1.5}, "--crop 1.5 is out of range; it is at least 0.01, at most 1"),
         (Probe, {"input_size": (32, 32, 32)}, "--input-size takes one number or two"),
-        (Probe, {"input_size": (-32,)}, "--input-size -32 must be positive"),
+        (Probe, {"input_size": (-32,)}, "--input-size -32 is out of range"),
         (Probe, {"epochs": 0}, "--epochs 0"),
         (Probe, {"warmup_epochs": -1}, "--warmup-epochs -1"),
         (Probe, {"probe_batch_size": 1}, "--probe-batch-size 1"),

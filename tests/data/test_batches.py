@@ -1,11 +1,17 @@
 """The batches of a run do not depend on workers, nor on where the run was continued."""
 
+import importlib
 import multiprocessing
 import os
 import pickle
+import signal
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,9 +30,12 @@ from leanmim.data import (
     loader,
     resolve_workers,
 )
+from leanmim.data.batches import room_for_a_batch
 from leanmim.errors import UserError
 from leanmim.processes import Process
 from tests.data.pictures import CPU, Files, crops, forks, touch
+
+batches_module = importlib.import_module("leanmim.data.batches")  # the package has a function of this name
 
 
 def read(data: Crops, workers: int, start: int = 0, stop: int = 6) -> tuple[list[torch.Tensor], list[Bad]]:
@@ -90,10 +99,12 @@ def test_nothing_readable_is_an_error_without_traceback(tmp_path: Path, workers:
 
 
 def test_workers_are_counted_from_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cpus, want in ((None, 0), (1, 0), (2, 1), (9, 8), (64, 8)):
+    for cpus, want, most in ((None, 0, 32), (1, 0, 32), (2, 1, 32), (9, 8, 144), (64, 8, 1024), (256, 8, 1024)):
         monkeypatch.setattr(os, "cpu_count", lambda cpus=cpus: cpus)
         assert resolve_workers(-1) == want
-        assert resolve_workers(0) == 0 and resolve_workers(20) == 20
+        assert resolve_workers(0) == 0 and resolve_workers(20) == 20 and resolve_workers(most) == most
+        with pytest.raises(UserError, match=f"--workers {most + 1} is too many .* give {most} at most"):
+            resolve_workers(most + 1)
 
 
 def test_the_feed_leaves_torchs_random_numbers_alone(tiny: Pretrain, photos: Path) -> None:
@@ -119,3 +130,115 @@ def test_the_batches_of_a_run_are_its_crops_in_its_order(tiny: Pretrain, images:
     whole, tail = ([images for images, _ in batches(config, source, start, 3)] for start in (0, 1))
     assert len(whole) == 6
     assert all(torch.equal(a, b) for a, b in zip(whole[2:], tail, strict=True))
+
+
+# Shared memory, readers that die, images that are away.
+
+
+@forks
+def test_with_little_shared_memory_batches_come_through_pipes(
+    tiny: Pretrain, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, source = replace(tiny, workers=2), Folder(photos, 3)
+    shared = list(batches(config, source, 0, 4))
+    assert "shared memory" not in capsys.readouterr().err
+    asked = []
+
+    def disk_usage(path: str) -> SimpleNamespace:
+        asked.append(path)
+        return SimpleNamespace(free=10_000)  # a batch takes 12,288
+
+    monkeypatch.setattr(batches_module.shutil, "disk_usage", disk_usage)
+    batches_module.say_once.cache_clear()
+    sent: list[type] = []
+    tensors = batches_module.tensors
+    monkeypatch.setattr(batches_module, "tensors", lambda batch: sent.append(type(batch[0])) or tensors(batch))
+    piped = [batch for _ in range(2) for batch in batches(config, source, 0, 4)]
+    assert asked == ["/dev/shm"] * 2 and sent == [np.ndarray] * 8
+    for one, two in zip(shared * 2, piped, strict=True):
+        assert torch.equal(one[0], two[0]) and one[1] == two[1]
+    assert capsys.readouterr().err.count("shared memory (/dev/shm) is too small") == 1
+
+
+def test_all_that_is_read_ahead_counts_for_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=64 * 2**20))
+    assert 10 * room_for_a_batch(2) < 64 * 2**20 < 12 * room_for_a_batch(2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert 20 * room_for_a_batch(2) < 64 * 2**20 < 24 * room_for_a_batch(2)
+
+    def none(_: str) -> SimpleNamespace:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(batches_module.shutil, "disk_usage", none)
+    assert room_for_a_batch(2) > 2**40
+
+
+@forks
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no such signal")
+def test_a_killed_reader_is_told_to_who_waits_for_it(tiny: Pretrain, photos: Path) -> None:
+    """Not in the middle of a step."""
+    feed = batches(replace(tiny, workers=2), Folder(photos, 3), 0, 400)
+    next(feed)
+    victim = multiprocessing.active_children()[0]
+    os.kill(victim.pid or 0, signal.SIGKILL)
+    victim.join()
+    time.sleep(0.01)  # torch's handler of SIGCHLD would raise here
+    with pytest.raises(UserError, match=r"a process that reads images ended .*fewer --workers"):
+        list(feed)
+    assert not multiprocessing.active_children()
+
+
+class Clock:
+    """Of a loader; something may happen while it sleeps."""
+
+    def __init__(self, happens: dict[int, Callable[[], object]]) -> None:
+        self.now, self.slept, self.happens = 0.0, list[float](), happens
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.slept.append(seconds)
+        self.happens.get(len(self.slept), int)()
+
+
+@forks
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_that_are_away_are_waited_for(
+    images: list[Path], workers: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = images[0].parent
+    data = crops_of(root)
+    order = Order(12, 4, 3, 0, 24, seed=0)
+    want = [batch for batch, _ in loader(data, order, 0, CPU, collate)]
+    clock = Clock({3: lambda: root.with_name("away").rename(root)})
+    monkeypatch.setattr(batches_module, "time", clock)
+    feed = loader(data, order, workers, CPU, collate, 5.0)
+    got = [next(feed) for _ in range(3)]
+    root.rename(root.with_name("away"))
+    got += feed
+    assert all(torch.equal(one, two[0]) for one, two in zip(want, got, strict=True))
+    assert not any(bad for _, bad in got)
+    assert clock.slept == [1, 1, 2]
+    err = capsys.readouterr().err
+    assert err.count("leanmim: the images are away: ") == err.count("\n") == 1
+    assert err.endswith("waiting up to 5 minutes (--data-patience)\n")
+
+
+@pytest.mark.parametrize("patience", [0.0, 5.0])
+def test_images_that_stay_away_are_an_error(
+    images: list[Path], patience: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, clock = crops_of(images[0].parent), Clock({})
+    for file in images:
+        file.unlink()
+    monkeypatch.setattr(batches_module, "time", clock)
+    with pytest.raises(UserError, match=r"the images are away: .*png cannot be reached .* give the same command again"):
+        list(loader(data, [[(0, 0)]], 0, CPU, collate, patience))
+    assert clock.now == 60 * patience
+    assert max(clock.slept, default=0) <= 60
+
+
+def crops_of(folder: Path) -> Crops:
+    return Crops(Folder(folder, 3), (24, 24), (0.2, 1.0), (0.75, 4 / 3), 0.5, 0)

@@ -1,5 +1,6 @@
 """A folder, a pattern and a list stand for image files, in a fixed order."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -98,6 +99,25 @@ def test_what_a_pattern_reaches_in_two_ways_counts_once(tmp_path: Path) -> None:
     touch(tmp_path, "a/1.jpg", "a/b/2.jpg")
     (tmp_path / "z.jpg").symlink_to(tmp_path / "a" / "1.jpg")
     assert match_images(f"{tmp_path}/**") == [tmp_path / "a" / "1.jpg", tmp_path / "a" / "b" / "2.jpg"]
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its images would be missing. A test as root may list every folder."""
+    touch(tmp_path, "a/1.jpg", "locked/2.jpg")
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if os.path.basename(path) == "locked":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    for find in (lambda: list_images(tmp_path), lambda: match_images(f"{tmp_path}")):
+        with pytest.raises(
+            UserError, match=r"locked' cannot be listed \(Permission denied\); .*right to read"
+        ) as error:
+            find()
+        assert str(tmp_path) in str(error.value)
 
 
 def test_a_pattern_without_images_is_an_error(tmp_path: Path) -> None:

@@ -115,21 +115,16 @@ def test_what_was_chosen_is_stored_and_compared(tmp_path: Path) -> None:
     began = choice(names(tmp_path / "1", a=12, b=12))
     stored = Labels.from_json(json.loads(json.dumps(began.to_json())))
     assert stored == began
-    choice(names(tmp_path / "2", a=12, b=12)).check_same(stored)  # it was moved
-    (tmp_path / "1" / Path(began.train[0])).rename(tmp_path / "1" / "a" / "renamed.png")
-    names(tmp_path / "1", c=6)
+    choice(names(tmp_path / "2", a=12, b=9)).check_classes(
+        stored
+    )  # it was moved, and other images are looked at elsewhere
+    (tmp_path / "1" / "a").rename(tmp_path / "1" / "c")
     with pytest.raises(UserError) as error:
-        choice(tmp_path / "1").check_same(stored)
-    assert str(error.value).startswith("the labelled images in --data are not those that the run began with:\n")
-    for word in (
-        "  1 classes added: c",
-        "images of train added: a/renamed.png, c/",
-        ", ...",
-        f"  1 images of train removed: {began.train[0]}",
-        "  1 images of val added: c/",
-        "Put them back, or start afresh in another --out (or with --overwrite)",
-    ):
-        assert word in str(error.value)
+        choice(tmp_path / "1").check_classes(stored)
+    assert str(error.value) == (
+        "the classes in --data are not those that the run began with:\n  1 classes added: c\n  1 classes removed: a\n"
+        "Put them back, or start afresh in another --out (or with --overwrite)"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """What --data names is opened: a folder, a pattern, a list, several of them, a third party's source."""
 
+import errno
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import pytest
 from leanmim.cli import parse
 from leanmim.config import Pretrain
 from leanmim.data import UNREADABLE, Files, Folder, Source, absolute, open_source, source
+from leanmim.data.source import Away
 from leanmim.errors import UserError
 from tests.data import pictures
 from tests.data.pictures import touch, tree, write
@@ -116,3 +120,35 @@ def test_one_and_several_on_the_command_line(words: str, data: str | tuple[str, 
     _, config = parse(["pretrain", "mae", "--data", *words.split(), "--out", "run"])
     assert config.data == data
     assert Pretrain.from_json(json.loads(json.dumps(config.to_json()))).data == data
+
+
+def test_vanished_broken_and_away_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree(tmp_path, "x/a.png", "x/deep/b.png")
+    touch(tmp_path, "x/broken.png")
+    images = open_source(str(tmp_path / "x"), 3)
+    shutil.rmtree(tmp_path / "x" / "deep")
+    assert images.names == ["a.png", "broken.png", os.path.join("deep", "b.png")]
+    for place in (1, 2):  # the root is there
+        with pytest.raises(UNREADABLE):
+            images.read(place)
+    with monkeypatch.context() as patch:
+        patch.setattr(source, "read_image", raiser(OSError(errno.ESTALE, "Stale file handle")))
+        with pytest.raises(Away, match=r"a\.png cannot be reached \(Stale file handle\); mount their drive"):
+            images.read(0)
+        patch.setattr(source, "read_image", raiser(OSError(errno.EACCES, "Permission denied")))
+        with pytest.raises(UNREADABLE):
+            images.read(0)
+    for file in ("a.png", "broken.png"):
+        (tmp_path / "x" / file).unlink()
+    with pytest.raises(Away):  # the folder is empty, as without its drive
+        images.read(0)
+    (tmp_path / "x").rmdir()
+    with pytest.raises(Away):
+        images.read(0)
+
+
+def raiser(error: Exception) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail

@@ -96,7 +96,7 @@ def test_a_token_hides_what_is_newly_masked_and_nothing_else(name: str) -> None:
     assert replaced
 
 
-@pytest.mark.parametrize("segments", [0, -1, 3, 5, 8])
+@pytest.mark.parametrize("segments", [3, 5, 8])
 def test_segments_that_do_not_divide_the_blocks(segments: int) -> None:
     with pytest.raises(UserError, match=rf"--segments: 4 blocks.* {segments} equal segments; possible: ") as error:
         build(in_segments(segments=segments, mask_ratio=0.5))
@@ -106,7 +106,7 @@ def test_segments_that_do_not_divide_the_blocks(segments: int) -> None:
         assert len(build(in_segments(segments=count_, mask_ratio=0.5)).decoders) == count_
 
 
-@pytest.mark.parametrize("segments", [(), (2,), (2, 2, 4), (3, 1, 4), (0, 4), (-1, 4), (2, 5), (4, 2)])
+@pytest.mark.parametrize("segments", [(), (2,), (2, 2, 4), (3, 1, 4), (2, 5), (4, 2)])
 def test_cuts_that_do_not_rise_to_the_last_block(segments: tuple[int, ...]) -> None:
     with pytest.raises(UserError, match=r"--segments.*4 blocks: give rising numbers of which the last is 4"):
         build(in_segments(segments=segments, mask_ratio=0.5))

@@ -1,5 +1,6 @@
 """Features on disk: what the encoder computes, computed once, and again when something has changed."""
 
+import json
 import os
 import platform
 import shutil
@@ -13,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from leanmim.config import Evaluate, Knn, Pretrain, Probe
+from leanmim.data import Files
 from leanmim.errors import UserError
 from leanmim.evaluators import cache
 from leanmim.evaluators.cache import TOKENS, Store, storage
@@ -123,11 +126,42 @@ def test_without_a_cache_nothing_is_kept(options: Options, passes: list[tuple[st
     assert not (Path(str(options["run"])) / "cache").exists()
 
 
-def test_a_damaged_image_leaves_no_entry(options: Options) -> None:
-    (Path(str(options["data"])) / "train/red/3.png").write_bytes(b"?")
-    with pytest.raises(UserError, match=r"red/3\.png cannot be read"):
+def test_a_damaged_image_is_left_out_and_told(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
+    data, run = (Path(str(options[name])) for name in ("data", "run"))
+    for name in ("train/red/3.png", "val/blue/0.png"):
+        (data / name).write_bytes(b"?")
+    (_, accuracy), (_, again) = (next(knn(Knn(**options))) for _ in range(2))  # type: ignore[arg-type]
+    assert accuracy == again and accuracy.images == 23
+    err = capsys.readouterr().err
+    for part, count in (("train", 72), ("val", 24)):
+        assert err.count(f"1 of {count} images of {data / part} cannot be read and are left out: {data / part}/") == 1
+    assert [json.loads(line)["left_out"] for line in Run(run).evaluations.read_text().splitlines()] == [1, 1]
+    (subject,) = subjects(Knn(**options))  # type: ignore[arg-type]
+    with storage(Knn(**options)) as store:  # type: ignore[arg-type]
+        features, _ = store.pair(subject)
+    direct = extract(subject.embed, subject.train, subject.normalise, 10, 0)
+    assert len(features.y) == 71 and features.y.tolist() == direct.y.tolist()
+    np.testing.assert_allclose(features.x, direct.x, atol=1e-5)
+
+
+def test_other_readable_images_give_features_of_their_own(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that could not be read for a moment, and has not changed."""
+    (subject,) = subjects(Knn(**options))  # type: ignore[arg-type]
+    source = subject.train.source
+    with storage(Knn(**options)) as store, monkeypatch.context() as patch:  # type: ignore[arg-type]
+        patch.setattr(source, "read", lambda index: Files.read(source, index) if index else Image.open("nowhere"))
+        assert len(store.arrays(subject, subject.train, ["avg"])["avg"]) == 71
+        patch.undo()
+        both = store.arrays(subject, subject.train, ["avg", "token"])
+    assert len(both["avg"]) == len(both["token"]) == len(both["kept"]) == 72
+
+
+def test_no_readable_image_is_an_error_and_leaves_no_entry(options: Options) -> None:
+    for file in Path(str(options["data"]), "val").rglob("*.png"):
+        file.write_bytes(b"?")
+    with pytest.raises(UserError, match="none of the 24 image files can be read"):
         list(knn(Knn(**options)))  # type: ignore[arg-type]
-    assert list((Path(str(options["run"])) / "cache").iterdir()) == []
+    assert len(list((Path(str(options["run"])) / "cache").iterdir())) == 1  # of train
 
 
 @pytest.mark.parametrize("kind", ["vit", "swin", "two stages of a convnext"])
@@ -158,12 +192,6 @@ def test_features_are_those_of_the_blocks(
     np.testing.assert_allclose(found["layer 2"], mean(second), atol=1e-5)
     assert found[TOKENS].dtype == np.float16
     np.testing.assert_allclose(found[TOKENS].astype(np.float32).mean(1), avg.x, atol=2e-3)
-
-
-def test_a_link_to_nowhere_is_named(options: Options) -> None:
-    (Path(str(options["data"])) / "train/red/zz.png").symlink_to("nowhere.png")
-    with pytest.raises(UserError, match=r"red/zz\.png cannot be read .*; remove it from the labelled folder"):
-        list(knn(Knn(**options)))  # type: ignore[arg-type]
 
 
 def test_what_does_not_fit_on_the_disk_is_not_begun(

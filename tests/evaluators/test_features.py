@@ -167,10 +167,6 @@ BREAKS: dict[str, tuple[Break, str]] = {
         lambda root: (root / "train").rename(root / "test"),
         r"has no folder 'train', .*train/CLASS and val/CLASS",
     ),
-    "broken image": (
-        lambda root: (root / "train/red/3.png").write_bytes(b"?") and None,
-        r"red/3\.png cannot be read.*remove",
-    ),
     "new class": (lambda root: (root / "val/red").rename(root / "val/pink"), r"classes that training has not: pink"),
     "no class": (
         lambda root: (root / "val/red/0.png").rename(root / "val/0.png") and None,

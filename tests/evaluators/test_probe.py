@@ -51,7 +51,11 @@ def lars_setting(tiny: Pretrain, tiles: Path, **more: object) -> tuple[nn.Module
     backbone, trained, _ = load_backbone(config.run)
     train, val = labelled_pair(tiles, 3, centre_crop(trained.size))
     normalise = Normalise([0.5] * 3, [0.25] * 3, CPU)
-    return backbone, Subject("pretrained", embedding(backbone, "avg"), train, val, normalise, 0, 0), config
+    return (
+        backbone,
+        Subject("pretrained", embedding(backbone, "avg"), train, val, normalise, 0, 0, size=tiny.size),
+        config,
+    )
 
 
 def test_lars_probe_tells_colours_apart_and_leaves_the_encoder_alone(tiny: Pretrain, tiles: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from leanmim.config import Export, Pretrain
 from leanmim.formats import export, timm_lines
 from leanmim.recipes import FASTMIM, SIMMIM
-from leanmim.weights import load_backbone, restore
+from leanmim.weights import digest, load_backbone, restore
 from tests.helpers import fake_run
 
 VITS = {
@@ -51,7 +51,7 @@ def test_timm_loads_the_export_strictly_and_computes_the_same(run: Pretrain) -> 
     images = torch.randn(2, run.channels, *run.size)
     expected = ours.eval().encoder.backbone(images)
     with safe_open(folder / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert file.metadata() == {"format": "pt", "leanmim_digest": digest(load_file(folder / "model.safetensors"))}
 
     scope: dict = {}
     exec(timm_lines(folder, config, ours), scope)  # the three lines the demo prints

@@ -74,8 +74,8 @@ def test_stopped_in_any_phase_and_continued_ends_alike(
     class Stopped(Exception):
         pass
 
-    def save_and_stop(path: Path, state: dict) -> None:
-        save(path, state)
+    def save_and_stop(path: Path, state: dict, keep: int) -> None:
+        save(path, state, keep)
         if state["step"] == stop:
             raise Stopped
 

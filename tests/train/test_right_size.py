@@ -15,8 +15,9 @@ from leanmim.processes import ALONE, Process
 from leanmim.recipes import BIM, FASTMIM, MAE, PR_MIM, SIMMIM
 from leanmim.run import Run
 from leanmim.train import right_size
+from leanmim.train.data_list import DataList, keep_list
 from leanmim.train.pretrain import pretrain
-from leanmim.train.right_size import right_sized
+from leanmim.train.right_size import right_sized, split
 from tests.helpers import PHOTOS
 
 CPU = torch.device("cpu")
@@ -121,14 +122,20 @@ def test_a_run_that_is_continued_keeps_its_numbers(auto: Pretrain, speed: list[f
 
 def test_the_step_stays_the_same_with_more_processes(auto: Pretrain) -> None:
     first = sized(replace(auto, epochs=3, effective_batch=8))
-    Run(Path(auto.out)).prepare(first, 0)
+    run = Run(Path(auto.out))
+    run.prepare(first, 0)
+    keep_list(run, DataList([], [], images=16, processes=1), None, 0)
+    run.last.parent.mkdir(exist_ok=True)
+    run.last.touch()
 
     class Two(Process):
         def gather(self, value: object) -> list:
             return [value] * 2
 
     again = sized(replace(auto, epochs=3), process=Two(0, 2))
-    assert again.batch_size * again.accum * 2 == first.effective_batch == 8
+    assert replace(again, epochs=3) == first
+    own, _ = split(again, Two(0, 2))
+    assert own.batch_size * own.accum * 2 == first.effective_batch == 8
 
 
 def test_too_little_memory_names_the_batch_that_fits(tiny: Pretrain) -> None:

@@ -14,7 +14,8 @@ from leanmim.classifier.augment import seeded
 from leanmim.config.finetune import Finetune
 from leanmim.data import Bad, Files, Order, loader, resolve_workers, seed_of
 from leanmim.data.labels import Labels
-from leanmim.data.readable import image_batches, nothing_readable, read
+from leanmim.data.readable import image_batches
+from leanmim.data.source import nothing_readable, read
 from leanmim.processes import ALONE, Process
 
 CPU = torch.device("cpu")
@@ -74,6 +75,7 @@ def train_batches(
     stop: int,
     process: Process = ALONE,
     device: torch.device = CPU,
+    per_epoch: int | None = None,
 ) -> Iterator[tuple[Float[Tensor, "b c H W"], Int[Tensor, "b"], list[Bad]]]:
     """The augmented images of steps ``start`` to ``stop``, ``config.accum`` batches for each, with their labels and the images
     that could not be read.
@@ -89,12 +91,13 @@ def train_batches(
         stop: the step after the last one.
         process: which part of each step's images is asked for.
         device: where the batches will go; for a GPU they wait in pinned memory.
+        per_epoch: steps; None is `steps_per_epoch`.
     """
     batch, accum, count = int(config.batch_size), config.accum, len(labels.train)
-    per_epoch = steps_per_epoch(count, batch * accum * process.world) * accum
-    order = Order(count, batch, per_epoch, start * accum, stop * accum, config.seed, *process)
+    per_epoch = per_epoch or steps_per_epoch(count, batch * accum * process.world)
+    order = Order(count, batch, per_epoch * accum, start * accum, stop * accum, config.seed, *process)
     dataset = TrainImages(labels, transform, config.seed)
-    return loader(dataset, order, resolve_workers(config.workers), device, collate)
+    return loader(dataset, order, resolve_workers(config.workers), device, collate, config.data_patience)
 
 
 def collate(
@@ -126,7 +129,8 @@ def val_batches(
     """
     source = Files(labels.root, labels.val, config.channels or 3)
     workers = resolve_workers(config.workers)
-    for images, places in image_batches(source, transform, int(config.batch_size), workers, report, device):
+    batch, patience = int(config.batch_size), config.data_patience
+    for images, places in image_batches(source, transform, batch, workers, report, device, patience):
         yield images, torch.tensor([labels.val_labels[place] for place in places]), places
 
 

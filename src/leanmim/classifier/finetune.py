@@ -1,7 +1,8 @@
 """Fine-tuning: from a pre-trained encoder to a classifier, on the loop of pre-training."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,8 @@ from leanmim.classifier.results import Predictions, top_accuracy, write_results
 from leanmim.classifier.right_size import right_sized
 from leanmim.classifier.tuning import Batch, Tuning
 from leanmim.config import Export, Finetune, Report
-from leanmim.data import Files, Normalise, seed_of
+from leanmim.data import Files, Normalise, Order, seed_of
 from leanmim.data.labels import Labels, choose_labels
-from leanmim.device import peak_memory
 from leanmim.environment import environment
 from leanmim.errors import UserError
 from leanmim.formats import export
@@ -29,8 +29,19 @@ from leanmim.page import report
 from leanmim.processes import Process, processes
 from leanmim.run import Run, load, save, write_json
 from leanmim.start import Start, open_start
+from leanmim.train.adjusted import check_adjusted, note_adjusted, told
 from leanmim.train.bad_files import BadFiles
-from leanmim.train.pretrain import measured
+from leanmim.train.data_list import (
+    DataList,
+    as_labelled,
+    check_alike,
+    check_unchanged,
+    keep_list,
+    other_images,
+    read_list,
+)
+from leanmim.train.pretrain import write_measured
+from leanmim.train.right_size import split
 
 
 def finetune(config: Finetune) -> Path:
@@ -54,12 +65,12 @@ def finetune(config: Finetune) -> Path:
     ):
         if not getattr(config, name):
             raise UserError(f"{'START' if name == 'start' else f'--{name}'} is needed: {what}")
-    with processes(config.device) as (process, device):
-        return tune(config, process, device)
+    with processes(config.device, config.process_timeout) as (process, device), ExitStack() as held:
+        return tune(config, process, device, held)
 
 
-def tune(config: Finetune, process: Process, device: torch.device) -> Path:
-    """`finetune` in one of several processes."""
+def tune(config: Finetune, process: Process, device: torch.device, held: ExitStack) -> Path:
+    """`finetune` in one of several processes; what is held until its end is the lock of the run folder."""
     # Everything that can be wrong is looked at before anything is written.
     run = Run(Path(config.out))
     start = open_start(
@@ -68,30 +79,45 @@ def tune(config: Finetune, process: Process, device: torch.device) -> Path:
     if run.folder.exists() and any(run.folder.samefile(place) for place in own_folders(config.start)):
         raise UserError(f"--out {config.out!r} is where the start's weights are; choose another folder")
     labels = choose_labels(config.data, config.seed, config.val_share, config.label_share, config.labels_per_class)
-    classes = tuple(labels.classes)
+    classes, names = tuple(labels.classes), labels.train + labels.val
+    images = DataList.of(names, Files(labels.root, names, 3).where, len(labels.train), process.world)
+    check_alike(process, images.digest, "images in --data")
     config, predicted, notes = right_sized(config, run, start, labels, process, device)
     state = run.to_resume(config, config.overwrite)
+    check_alike(process, state["step"] if state else 0, "run in --out")
+    changes = None
     if state:
-        labels.check_same(Labels.from_json(run.read_labels()))
+        stored = Labels.from_json(run.read_labels())
+        labels.check_classes(stored)
+        before = read_list(run, process) or as_labelled(stored, process)
+        changes = check_unchanged(before, images, config.data_changed)
+        images = images.in_place_of(before)
         if state["start"] != start.digest:
             raise UserError(
                 f"{config.start!r} holds other weights than those that this run began with; give its own START, another --out, "
                 "or --overwrite"
             )
-    per_epoch = steps_per_epoch(len(labels.train), int(config.batch_size) * config.accum * process.world)
+    own, _ = split(config, process)
+    per_epoch = steps_per_epoch(images.images, int(config.effective_batch))
     steps, first = int(config.epochs) * per_epoch, state["step"] if state else 0
+    adjusted = check_adjusted(config, run, first, steps)
     memory_before = psutil.Process().memory_info().rss
     made = make_classifier(start, classes, config.pool, float(config.drop_path), config.head_init, config.seed)
     made.model.to(device)
-    tuning = Tuning(config, made, per_epoch, class_weights(labels, config.class_weights), device, process)
+    tuning = Tuning(own, made, per_epoch, class_weights(labels, config.class_weights), device, process)
     if state:
         tuning.restore(state)
+    if process.first and first < steps:
+        run.check_room(made.model, config.keep, copies=2 if tuning.average is not None else 1)  # the average, best.pt
     transform, mixup = train_transform(config, start.mean, start.std), mixing(config, len(classes))
 
     process.wait()  # all have read the folder before the first one writes to it
     if process.first:
+        held.enter_context(run.locked())
+        note_adjusted(run, adjusted, first)
         run.prepare(config, first)
         write_json(run.labels, labels.to_json())
+        keep_list(run, images, changes, first)
         write_json(run.folder / "environment.json", environment(device, process.world) | {"origin": start.origin})
     process.wait()
     if process.first and first < steps:
@@ -99,36 +125,57 @@ def tune(config: Finetune, process: Process, device: torch.device) -> Path:
     bad = BadFiles(run, len(labels.train) + len(labels.val), config.max_bad_share, process)
     judge = Judge(config, labels, start, made, run, tuple(state["best"]) if state else (-1.0, 0.0))
 
-    with Loop(run, config, steps, state, process, device, "finetune") as loop:
-        for line in (*header(config, start, labels, made, tuning, predicted, steps), *notes):
+    def mixed(feed: Iterator[Any], step: int) -> Iterator[Batch]:
+        for micro, (images, targets, found) in enumerate(islice(feed, own.accum)):
+            bad.add(found)
+            seed = seed_of(config.seed, process.rank, step, micro)
+            inputs, soft = mix(mixup, images, targets, seed)
+            yield inputs.to(device, non_blocking=True), soft.to(device, non_blocking=True)
+
+    def diagnose(step: int) -> dict[str, Any]:
+        """What reproduces a step of this process, and what in it is not finite first."""
+        batch, accum, count = int(own.batch_size), own.accum, len(labels.train)
+        order = Order(count, batch, per_epoch * accum, step * accum, (step + 1) * accum, own.seed, *process)
+        alone = replace(own, workers=0)
+        again = train_batches(alone, labels, transform, step, step + 1, process, device, per_epoch)
+        return {
+            "first_not_finite": tuning.diagnose(step, mixed(again, step)),
+            "seeds": tuning.seeds(step),
+            "files": [[labels.train[index] for _, index in items] for items in order],
+        }
+
+    with Loop(
+        run, config, steps, state, process, device, "finetune", max_bad_steps=config.max_bad_steps, diagnose=diagnose
+    ) as loop:
+        for line in (
+            *header(own, start, labels, made, tuning, predicted, steps),
+            *notes,
+            *run.notes,
+            *other_images(changes, images),
+            *told(adjusted, first),
+        ):
             loop.console.print(line)
         if state:
             loop.console.print(f"{'continuing' if first < steps else 'finished'} after step {first}")
-        feed = loop.timed(train_batches(config, labels, transform, first, steps, process, device))
-
-        def batches(step: int) -> Iterator[Batch]:
-            for micro, (images, targets, found) in enumerate(islice(feed, config.accum)):
-                bad.add(found)
-                seed = seed_of(config.seed, process.rank, step, micro)
-                mixed, soft = mix(mixup, images, targets, seed)
-                yield mixed.to(device, non_blocking=True), soft.to(device, non_blocking=True)
+        if first < steps:
+            bad.retry([Files(labels.root, names, 3)], loop.console)
+        feed = loop.timed(train_batches(own, labels, transform, first, steps, process, device, per_epoch))
 
         for step in loop.until(steps):
             lr = tuning.set_learning_rate(step)
-            losses = tuning.step(step, batches(step))
+            losses = tuning.step(step, mixed(feed, step))
             epoch = (step + 1) / per_epoch
             loop.record(losses, images=tuning.images, epoch=epoch, lr=lr, line=step + 1 == steps)
             if epoch.is_integer():
                 bad.merge()
                 if epoch % int(config.eval_every) == 0 or step + 1 == steps:
                     judge.evaluate(tuning, loop, bad, epoch)
+            if loop.done == steps:
+                write_measured(loop, predicted, memory_before)
             if loop.checkpoint_due:
                 loop.save(judge.facts(tuning) | {"best": list(judge.best), **tuning.state()})
 
     if process.first:
-        if speed := loop.images_per_second:
-            peak = peak_memory(device) - (0 if device.type == "cuda" else memory_before)
-            write_json(run.cost, {"predicted": asdict(predicted), "measured": measured(predicted, peak, speed)})
         judge.conclude(tuning, bad, loop)
     process.wait()
     return run.folder

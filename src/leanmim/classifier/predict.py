@@ -21,7 +21,7 @@ from leanmim.data import SUFFIXES, Bad, Files, Normalise, Source, centre_crop, o
 from leanmim.data.readable import image_batches
 from leanmim.data.source import Joined
 from leanmim.device import resolve_device
-from leanmim.errors import UserError
+from leanmim.errors import CannotWrite, UserError
 from leanmim.evaluators.embed_file import write_skipped
 from leanmim.progress import track
 from leanmim.run import write_atomically
@@ -58,8 +58,10 @@ def predict(config: Predict) -> Path:
     try:
         write_atomically(out, lambda path: write_table(path, config, start, source, bad))
         write_skipped(skipped, bad)
-    except OSError as error:
-        raise UserError(f"--out {config.out!r} cannot be written ({error}); choose another name") from error
+    except (OSError, CannotWrite) as error:
+        raise UserError(
+            f"--out {config.out!r} cannot be written ({error.__cause__ or error}); choose another name"
+        ) from error
     if bad:
         Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(
             f"{len(bad)} of {len(source)} files cannot be read and have no row: the first is {bad[0].path} "

@@ -4,7 +4,6 @@ n images, c classes, k classes of an image, the likeliest first.
 """
 
 import csv
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ from PIL import Image
 
 from leanmim.data import UNREADABLE, centre_crop
 from leanmim.evaluators.accuracy import Accuracy
-from leanmim.pictures import draw
+from leanmim.names import shortened
+from leanmim.pictures import draw, save_figure
 from leanmim.run import write_atomically, write_json
 
 COUNTED, NAMED = 15, 40  # classes up to which the cells of the confusion matrix hold numbers, and the axes names
@@ -203,16 +203,3 @@ def draw_mistakes(found: Predictions, mistakes: dict[int, Image.Image]) -> Figur
     for axis in axes[len(mistakes) :]:
         axis.set_axis_off()
     return figure
-
-
-def shortened(text: str, most: int) -> str:
-    """The text, or its beginning and end; what is no UTF-8 in the name of a file or folder is escaped."""
-    text, half = text.encode("utf-8", "backslashreplace").decode(), most // 2
-    return text if len(text) <= most else f"{text[: half - 1]}...{text[-half + 2 :]}"
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG atomically; characters that the font has not are drawn as boxes."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
-        write_atomically(path, lambda file: figure.savefig(file, format="png"))

@@ -22,7 +22,7 @@ from leanmim.planner import counted_as
 from leanmim.processes import ALONE, Process
 from leanmim.run import Run
 from leanmim.start import Start
-from leanmim.train.right_size import as_begun, batch_that_fits, guard_memory
+from leanmim.train.right_size import as_begun, batch_that_fits, guard_memory, processes_begun, split
 
 SECONDS, LEAST_STEPS, MOST_STEPS, WARM_UP = 5.0, 3, 100, 1  # of the trial that measures the speed
 
@@ -32,7 +32,7 @@ def right_sized(
 ) -> tuple[Finetune, StepCost, list[str]]:
     """The configuration with numbers in place of every ``auto``, and with what the start says of the images.
 
-    A run that is continued keeps the numbers that it began with.
+    A run that is continued keeps the numbers that it began with; the cost is that of the processes that there are.
 
     Returns:
         The configuration, the predicted cost of a step, and what was chosen, for people to read.
@@ -49,10 +49,10 @@ def right_sized(
         data=str(Path(config.data).absolute()),
     )
     choices = [field.name for field in fields(config) if getattr(config, field.name) == "auto"]
-    stored = {} if config.overwrite else run.stored()
+    stored = {} if config.overwrite and not run.begun_by_this_job() else run.stored()
     if isinstance(stored.get("recipe"), str) and config.recipe == "auto":
         config = replace(config, recipe=stored["recipe"])
-    config, kept = as_begun(config, stored, process.world, choices)
+    config, kept = as_begun(config, stored, choices)
     recipe = choose(config, start, images)
     if start.weights is None:  # lower layers know nothing that smaller steps would keep
         recipe = replace(recipe, layer_decay=1.0)
@@ -73,7 +73,7 @@ def right_sized(
         chosen.append(
             f"batch {config.batch_size} x accum {config.accum}, {readable(cost.peak_bytes)} predicted of {readable(memory)}"
         )
-    effective = int(config.batch_size) * config.accum * process.world
+    effective = int(config.batch_size) * config.accum * processes_begun(config, run, process)
     config = replace(config, effective_batch=effective)
     if config.lr is not None or config.blr == "auto":
         rate = small_rate(effective) if config.lr is None else config.lr
@@ -90,9 +90,10 @@ def right_sized(
     if config.eval_every == "auto":
         config = replace(config, eval_every=max(1, math.ceil(len(labels.val) / images)))
     config.check()
-    predicted, _ = counted(config, counted_as(device))
-    guard_memory(config, predicted, process, device, counted)
-    return config, predicted, [f"auto: {'; '.join(chosen)}"] if chosen else []
+    own, other_split = split(config, process)
+    predicted, _ = counted(own, counted_as(device))
+    guard_memory(own, predicted, process, device, counted)
+    return config, predicted, [*([f"auto: {'; '.join(chosen)}"] if chosen else []), *other_split]
 
 
 def trial_speed(config: Finetune, start: Start, labels: Labels, process: Process, device: torch.device) -> float:

@@ -23,6 +23,8 @@ from leanmim.encoders.backbone import Backbone
 from leanmim.processes import ALONE, Process
 from leanmim.schedule import learning_rate
 from leanmim.step import load_state, update
+from leanmim.train.non_finite import first_not_finite, running_statistics, undo
+from leanmim.weights import check_shapes
 
 Batch = tuple[Float[Tensor, "b c H W"], Float[Tensor, "b k"]]  # normalised images, soft targets
 
@@ -106,16 +108,26 @@ class Tuning:
 
     def step(self, step: int, batches: Iterator[Batch]) -> Float[Tensor, " 1"]:
         """One update from ``accum`` batches; drop path depends on seed, process and step only."""
-        accum = self.config.accum
-        seeds = [seed_of(self.config.seed, self.process.rank, step, micro) for micro in range(accum)]
+        accum, running = self.config.accum, running_statistics(self.model)
+        before = [value.clone() for value in running]
         if self.process.world > 1:  # running statistics, as DistributedDataParallel has them
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
-        loss = update(self.losses, [self.optimizer], batches, accum, float(self.config.clip_grad), seeds)
+        clip_grad = float(self.config.clip_grad)
+        loss = update(self.losses, [self.optimizer], batches, accum, clip_grad, self.seeds(step))
+        undo(running, before, loss)
         self.done = step + 1
         if self.average is not None:
             self.average.update(self.model, step=self.done)
         return loss
+
+    def seeds(self, step: int) -> list[int]:
+        """Of a step's batches in this process."""
+        return [seed_of(self.config.seed, self.process.rank, step, micro) for micro in range(self.config.accum)]
+
+    def diagnose(self, step: int, batches: Iterator[Batch]) -> str:
+        """What in a step is not finite first, given its batches again."""
+        return first_not_finite(self.model, self.losses, batches, self.seeds(step))
 
     @contextmanager
     def evaluated(self) -> Iterator[Callable[[Tensor], Float[Tensor, "b k"]]]:
@@ -146,8 +158,11 @@ class Tuning:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
+        check_shapes(self.model, state["model"], self.config.out)
         self.model.load_state_dict(state["model"])
         load_state([self.optimizer], state["optimizers"])
         self.done = state["step"]
         if self.average is not None:
-            self.average.module.load_state_dict(state["average"])
+            average = state.get("average", {})
+            check_shapes(self.average.module, average, self.config.out)
+            self.average.module.load_state_dict(average)

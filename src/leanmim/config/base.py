@@ -2,8 +2,8 @@
 
 import difflib
 import json
-import math
 import re
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -28,9 +28,56 @@ Segments = int | tuple[int, ...]  # so many equal ones, or the block or stage af
 
 FREE_IN_TRAINING = frozenset({
     "data", "out", "workers", "overwrite", "checkpoint_minutes", "log_every", "memory", "effective_batch", "hours",
-    "max_bad_share",
+    "keep", "max_bad_share", "max_bad_steps", "data_changed", "data_patience", "process_timeout",
 })  # fmt: skip
 """Fields of a training that may differ when it is continued: none of them changes a weight."""
+
+AGAINST_DIVERGENCE = frozenset({"blr", "lr", "clip_grad", "precision"})
+"""Fields of a training that may differ when it is continued before its end; the change is written down."""
+
+MANY = 10**6
+RANGES: dict[str, tuple[float, float]] = {
+    # the model
+    "input_size": (1, 16384), "depth": (1, 1000), "segments": (1, 1000), "decoder_depth": (0, 1000),
+    "decoder_width": (4, 65536), "decoder_heads": (1, 65536), "drop_path": (0, 1), "head_init": (0, MANY),
+    # masks and targets
+    "mask_ratio": (0, 1), "mask_unit": (0, 16384), "hog_cell": (1, 16384), "throw": (0, 1), "fill": (0, 1000),
+    # images
+    "crop_scale": (0, 1), "crop_ratio": (0, 100), "crop": (0.01, 1), "flip": (0, 1),
+    "mixup": (0, MANY), "cutmix": (0, MANY), "mixup_switch": (0, 1), "smoothing": (0, 1), "erase": (0, 1),
+    # labels
+    "label_share": (0, 1), "labels_per_class": (1, MANY), "val_share": (0.01, 0.9), "shots": (1, MANY), "draws": (1, MANY),
+    # steps
+    "epochs": (1, MANY), "hours": (1e-6, MANY), "batch_size": (1, MANY), "accum": (1, MANY), "effective_batch": (1, MANY),
+    "blr": (0, MANY), "lr": (0, MANY), "min_lr": (0, MANY), "warmup_share": (0, 1), "warmup_epochs": (0, MANY),
+    "weight_decay": (0, MANY), "betas": (0, 1), "clip_grad": (0, MANY), "layer_decay": (0.01, 1), "ema": (0, 1),
+    "phase_scales": (0, 100), "phase_starts": (0, 1), "phase_batches": (1, MANY), "phase_accums": (1, MANY),
+    "phase_blrs": (0, MANY),
+    # measures
+    "k": (1, MANY), "temperature": (1e-4, MANY), "c": (1e-9, 10**9), "probe_batch_size": (2, MANY), "queries": (1, MANY),
+    "layer": (1, 1000), "layers": (0, 1000), "top": (1, MANY), "count": (1, MANY), "segment": (0, 1000),
+    "knn_every": (1, MANY), "eval_every": (1, MANY), "images_per_second": (1e-6, 10**9),
+    # the machine, faults, the log
+    "seed": (0, 2**32 - 1), "workers": (-1, 1024), "log_every": (1, MANY), "checkpoint_minutes": (0, MANY), "keep": (1, 100),
+    "max_bad_share": (0, 1), "max_bad_steps": (0, MANY), "data_patience": (0, MANY), "process_timeout": (1e-3, MANY),
+}  # fmt: skip
+"""The least and the largest value of every field that is a number, or holds some; the same for all commands."""
+
+ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")  # with which timm reads descriptions from the network or from files
+NOT_ARGUMENTS = dict.fromkeys(
+    ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "checkpoint_path", "cache_dir"),
+    "weights are given by --init of `leanmim pretrain`, or by START",
+) | {
+    "in_chans": "give --channels",
+    "img_size": "give --input-size",
+    "patch_drop_rate": "what is left out is masked; give --mask-ratio",
+    "num_classes": "the classes are those of the labelled folder",
+} | dict.fromkeys(
+    ("features_only", "out_indices", "output_stride", "scriptable", "exportable", "no_jit", "device", "dtype"),
+    "leanmim builds the whole model itself; leave it out",
+)  # fmt: skip
+"""Arguments of timm.create_model that may not be given, and why: they would load other files, or are set by leanmim."""
+ABOVE_0 = ("patch_size", "num_heads", "embed_dim", "mlp_ratio")  # those whose zero timm would find out late
 
 Self = TypeVar("Self", bound="Config")
 
@@ -40,33 +87,46 @@ def uncut(segments: Segments) -> bool:
     return segments in (1, (1,))
 
 
-def check_ranges(config: Any, *ranges: tuple[str, int | float, int | float | None]) -> None:
-    """Raise UserError for a number that is not from low to high; NaN never is. None and auto are no numbers."""
-    for name, low, high in ranges:
-        value = getattr(config, name)
-        if value is None or value == "auto":
-            continue
-        if not low <= value <= (math.inf if high is None else high):
-            bounds = f"at least {low}, at most {high}" if high else f"at least {low}"
-            raise UserError(f"{flag(name)} {value} is out of range; it is {bounds}")
-
-
-def check_pair(name: str, pair: tuple[float, float] | str, most: float) -> None:
-    """Raise UserError for a pair that does not rise from above 0 to at most ``most``; auto is no pair."""
+def check_pair(name: str, pair: tuple[float, float] | str) -> None:
+    """Raise UserError for a pair that does not rise from above 0; auto is no pair."""
     if isinstance(pair, str):
         return
     low, high = pair
-    if not 0 < low <= high <= most:
-        limits = "0 < low <= high" + (f" <= {most:g}" if math.isfinite(most) else "")
-        raise UserError(f"{flag(name)} {low} {high} must be {limits}")
+    if not 0 < low <= high:
+        raise UserError(f"{flag(name)} {low} {high} must be 0 < low <= high <= {RANGES[name][1]:g}")
 
 
 def check_size(size: tuple[int, ...]) -> None:
-    """Raise UserError for an impossible input size."""
+    """Raise UserError for an input size of no number, or of more than two."""
     if not 0 < len(size) <= 2:
         raise UserError(f"--input-size takes one number or two (height width), not {len(size)}")
-    if min(size) < 1:
-        raise UserError(f"--input-size {' '.join(map(str, size))} must be positive")
+
+
+def check_model(model: str | None, model_kwargs: Mapping[str, Any]) -> None:
+    """Raise UserError for a model whose name or arguments make timm read other files or the network, or cannot be.
+
+    Args:
+        model: timm's name of an architecture; None is that of the weights.
+        model_kwargs: further arguments for timm.create_model.
+    """
+    if model is not None and model.startswith(ELSEWHERE):
+        raise UserError(
+            f"--model {model!r} names weights; give timm's name of the architecture, and to `leanmim pretrain` --init {model}"
+        )
+    for key, value in model_kwargs.items():
+        if key in NOT_ARGUMENTS:
+            raise UserError(f"--model-kwargs {key} is not for the model: {NOT_ARGUMENTS[key]}")
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if not isinstance(item, Number | None):
+                raise UserError(f"--model-kwargs {key} cannot be {value!r}; it takes a number, a word, True or False")
+            if isinstance(item, int | float) and not abs(item) <= 65536:
+                raise UserError(f"--model-kwargs {key} {value} is out of range; it is at most 65536")
+        if key in ABOVE_0 and isinstance(value, int | float) and value <= 0:
+            raise UserError(f"--model-kwargs {key} {value} is out of range; it is above 0")
+        if key == "depth" and not (isinstance(value, int) and 1 <= value <= 1000):
+            raise UserError(f"--model-kwargs depth {value} is out of range; it is at least 1, at most 1000")
+        if key.endswith("_rate") and not (isinstance(value, int | float) and 0 <= value < 1):
+            raise UserError(f"--model-kwargs {key} {value} is out of range; it is at least 0 and below 1")
 
 
 def flag(name: str) -> str:
@@ -94,6 +154,10 @@ class Config:
 
     FREE: ClassVar[frozenset[str]] = frozenset()
     """Fields that may differ when a run is continued: none of them changes a weight."""
+    ADJUSTABLE: ClassVar[frozenset[str]] = frozenset()
+    """Fields that may differ when an unfinished run is continued, against a training that diverges: from then on."""
+    LEFT_EMPTY: ClassVar[frozenset[str]] = frozenset()
+    """Texts that recipes leave empty."""
     GROWING: ClassVar[frozenset[str]] = frozenset()
     """Fields that may be larger when a run is continued."""
     RENAMED: ClassVar[dict[str, str]] = {}
@@ -109,8 +173,19 @@ class Config:
             value = getattr(self, own.name)
             try:
                 object.__setattr__(self, own.name, fitted(value, own.type))
-            except TypeError:
+            except (TypeError, OverflowError):  # a whole number can be too large for a float
                 raise UserError(f"{own.name} cannot be {value!r}; it takes {described(own.type)}") from None
+
+    def check(self) -> None:
+        """Raise UserError for a number that is out of its range, as NaN always is, and for an empty text."""
+        for name in (own.name for own in fields(self)):
+            value = getattr(self, name)
+            for item in value if isinstance(value, tuple) else (value,):
+                if isinstance(item, str) and (not item or "\0" in item) and not (name in self.LEFT_EMPTY and not value):
+                    raise UserError(f"{flag(name)} {item!r} names nothing; give something, or leave it out")
+                if type(item) in (int, float) and name in RANGES and not RANGES[name][0] <= item <= RANGES[name][1]:
+                    low, high = RANGES[name]
+                    raise UserError(f"{flag(name)} {item} is out of range; it is at least {low}, at most {high}")
 
     @classmethod
     def of(cls: type[Self], config: Self | None = None, /, **changes: Any) -> Self:
@@ -154,7 +229,23 @@ class Config:
         return cls(**renamed)
 
     def changes(self, stored: dict[str, Any]) -> list[str]:
-        """The fields that differ from a stored configuration and may not, for people to read.
+        """The fields that differ from a stored configuration and may not, for people to read."""
+        differing = self.differences(stored).items()
+        return [
+            f"{key}: {before!r} there, {now!r} now" for key, (before, now) in differing if key not in self.ADJUSTABLE
+        ]
+
+    def adjusted(self, stored: dict[str, Any]) -> list[dict[str, Any]]:
+        """The fields that differ from a stored configuration and may in an unfinished run: option, before, now."""
+        differing = self.differences(stored).items()
+        return [
+            {"option": flag(key), "before": before, "now": now}
+            for key, (before, now) in differing
+            if key in self.ADJUSTABLE
+        ]
+
+    def differences(self, stored: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """The fields that differ from a stored configuration and are not free: what is there, and what is here.
 
         A field that the stored one lacks, because it is older, had its default.
         """
@@ -162,13 +253,13 @@ class Config:
         # no default: `data` and `out`, which were always stored, and tables, which begin empty
         default = {f.name: {} if f.default is MISSING else f.default for f in fields(self)}
         there = json.loads(json.dumps(default)) | {self.RENAMED.get(key, key): value for key, value in stored.items()}
-        return [
-            f"{key}: {there.get(key)!r} there, {own.get(key)!r} now"
+        return {
+            key: (there.get(key), own.get(key))
             for key in sorted(own.keys() | stored.keys() - self.RENAMED.keys())
             if key not in self.FREE
             and there.get(key) != own.get(key)
-            and not (key in self.GROWING and own[key] > there[key])
-        ]
+            and not (key in self.GROWING and isinstance(there[key], int) and own[key] > there[key])
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +285,12 @@ class Model(Config):
     channels: Literal[1, 3] = 3
     """Image channels; files of any kind are converted."""
 
+    def check(self) -> None:
+        """Raise UserError for an impossible value."""
+        super().check()
+        check_size(self.input_size or (1,))
+        check_model(self.model, self.model_kwargs)
+
     @property
     def size(self) -> tuple[int, int]:
         """Input height and width, px."""
@@ -208,9 +305,29 @@ class Logging(Config):
     """Steps between two lines of metrics.jsonl."""
     checkpoint_minutes: float = 10.0
     """Minutes between two checkpoints, each with a line of metrics.jsonl: the most that a killed run loses. 0 is one each
-    step. There is always one at the end."""
+    step. There is always one after the first step, one at the end, and one where a signal (Ctrl-C, SIGTERM, SIGHUP)
+    asks for it: then the exit code is 128 + its number, and the same command continues."""
+    keep: int = 2
+    """Checkpoints that are kept: the newest, and those before it, for the case that it is damaged."""
     overwrite: bool = False
-    """Start afresh in a run folder that already holds another run."""
+    """Start afresh in a run folder that already holds another run. A job that torchrun or Slurm starts again continues what
+    it has begun itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Faults(Config):
+    """What a training does when something goes wrong."""
+
+    max_bad_share: float = 0.1
+    """Unreadable files are skipped and listed; a larger share of the images than this ends the run."""
+    max_bad_steps: int = 10
+    """A step with a loss or gradient that is not finite is skipped and listed; more than so many in a row end the run."""
+    data_changed: Literal["refuse", "accept"] = "refuse"
+    """When a run is continued with other image files than it began with: refuse, or go on with those there are now."""
+    data_patience: float = 5.0
+    """Minutes to wait for images that are away, as those on a network drive can be."""
+    process_timeout: float = 10.0
+    """Minutes after which a process that does not answer ends the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +366,21 @@ class Optimisation(Config):
     """AdamW's betas."""
     clip_grad: float = 0.0
     """Largest norm of the gradient, of each segment its own; 0 is no clipping."""
+
+    def check(self) -> None:
+        """Raise UserError for an impossible value."""
+        super().check()
+        parse_bytes(self.memory)
+        if max(self.betas) == 1:
+            raise UserError(f"--betas {self.betas[0]} {self.betas[1]} must be at least 0 and below 1")
+        if self.lr is not None and self.blr != "auto":
+            raise UserError("--lr and --blr are two ways to give the learning rate; leave one out")
+        if self.batch_size == "auto" and self.accum != 1:
+            raise UserError(
+                "--batch-size auto chooses --accum itself; leave --accum out and set --effective-batch, or give --batch-size"
+            )
+        if "auto" not in (self.epochs, self.warmup_share) and not 0 <= self.warmup <= int(self.epochs):
+            raise UserError(f"--warmup-epochs {self.warmup_epochs} is not between 0 and the {self.epochs} epochs")
 
     @property
     def warmup(self) -> float:

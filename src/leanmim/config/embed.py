@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from tyro.conf import Positional
 
-from leanmim.config.base import Machine, Number, Pool, check_ranges, check_size
+from leanmim.config.base import Machine, Number, Pool, check_model, check_size
 from leanmim.errors import UserError
 
 
@@ -56,10 +56,9 @@ class Embed(Machine):
 
     def check(self) -> None:
         """Raise UserError for an impossible value."""
+        super().check()
         check_size(self.input_size or (1,))
-        check_ranges(self, ("batch_size", 1, None), ("workers", -1, None), ("depth", 1, None), ("layer", 1, None))
-        if self.crop is not None:
-            check_ranges(self, ("crop", 0.01, 1))
+        check_model(self.model, self.model_kwargs)
         if Path(self.out).suffix not in (".npy", ".parquet"):
             raise UserError(f"--out {self.out!r} is of no known kind; give a name that ends with .npy or .parquet")
         if self.features == "patches" and self.pool != "avg":

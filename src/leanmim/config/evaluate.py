@@ -6,8 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from tyro.conf import Positional
 from tyro.constructors import PrimitiveConstructorSpec
 
-from leanmim.config.base import Auto, Logging, Machine, Number, Pool, check_ranges, check_size, flag
-from leanmim.errors import UserError
+from leanmim.config.base import Auto, Logging, Machine, Number, Pool, check_model, check_size
 
 TRIVIAL = ("random", "pixels")
 Baselines = Annotated[
@@ -63,10 +62,9 @@ class Evaluator(Machine):
 
     def check(self) -> None:
         """Raise UserError for an impossible value."""
+        super().check()
         check_size(self.input_size or (1,))
-        check_ranges(self, ("batch_size", 1, None), ("workers", -1, None))
-        if self.crop is not None:
-            check_ranges(self, ("crop", 0.01, 1))
+        check_model(self.model, self.model_kwargs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,18 +76,13 @@ class Knn(Evaluator):
     temperature: float = 0.07
     """Of the votes' weights, exp(cosine similarity / temperature)."""
 
-    def check(self) -> None:
-        """Raise UserError for an impossible value."""
-        super().check()
-        check_ranges(self, ("k", 1, None), ("temperature", 1e-4, None))
-
 
 @dataclass(frozen=True, kw_only=True)
 class Probe(Logging, Evaluator):
     """Accuracy of a probe of a frozen encoder: a linear layer, or an attentive pooling and a linear layer."""
 
     FREE: ClassVar[frozenset[str]] = frozenset(
-        {"run", "workers", "overwrite", "checkpoint_minutes", "baselines", "cache", "queries"}
+        {"run", "workers", "overwrite", "checkpoint_minutes", "keep", "baselines", "cache", "queries"}
     )
 
     solver: Literal["fast", "lars", "attentive"] = "fast"
@@ -112,15 +105,6 @@ class Probe(Logging, Evaluator):
     """attentive: learned queries at most; their number divides the width of the tokens."""
     seed: int = 0
     """Of the layers, the order, the crops, the held-out images."""
-
-    def check(self) -> None:
-        """Raise UserError for an impossible value."""
-        super().check()
-        check_ranges(
-            self, ("epochs", 1, None), ("warmup_epochs", 0, None), ("blr", 0, None), ("probe_batch_size", 2, None),
-            ("c", 1e-9, None), ("queries", 1, None), ("seed", 0, None), ("log_every", 1, None),
-            ("checkpoint_minutes", 0, None),
-        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,14 +132,3 @@ class Evaluate(Evaluator):
     """Few-shot: how often they are drawn."""
     seed: int = 0
     """Of the draws, the attentive probe's layers, order and held-out images."""
-
-    def check(self) -> None:
-        """Raise UserError for an impossible value."""
-        super().check()
-        check_ranges(
-            self, ("temperature", 1e-4, None), ("c", 1e-9, None), ("queries", 1, None), ("epochs", 1, None),
-            ("draws", 1, None), ("seed", 0, None),
-        )  # fmt: skip
-        for name, low in (("k", 1), ("layers", 0), ("shots", 1)):
-            if wrong := [number for number in getattr(self, name) if number < low]:
-                raise UserError(f"{flag(name)} {wrong[0]} is out of range; it is at least {low}")

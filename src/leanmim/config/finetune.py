@@ -1,32 +1,34 @@
 """The configuration of `leanmim finetune`."""
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from tyro.conf import Positional
 
 from leanmim.config.base import (
+    AGAINST_DIVERGENCE,
     FREE_IN_TRAINING,
     Auto,
+    Faults,
     Logging,
     Machine,
     Number,
     Optimisation,
     Precision,
+    check_model,
     check_pair,
-    check_ranges,
     check_size,
-    parse_bytes,
 )
 from leanmim.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune(Logging, Machine, Optimisation):
+class Finetune(Logging, Faults, Machine, Optimisation):
     """Everything that defines a fine-tuning. The recipes are values of this class; ``auto`` is the recipe's number."""
 
     FREE: ClassVar[frozenset[str]] = FREE_IN_TRAINING | {"start", "eval_every"}
+    ADJUSTABLE: ClassVar[frozenset[str]] = AGAINST_DIVERGENCE
+    LEFT_EMPTY: ClassVar[frozenset[str]] = frozenset({"start", "data", "out"})
 
     start: Positional[str]
     """A run folder of `leanmim pretrain` or `leanmim finetune`, an exported folder, a checkpoint file of timm (with --model),
@@ -112,8 +114,6 @@ class Finetune(Logging, Machine, Optimisation):
     crop: float | None = None
     """Evaluation: share of the resized image's side kept by the centre crop; None is 0.875 from 128 px on, 1 below."""
 
-    max_bad_share: float = 0.1
-    """Unreadable files are skipped and listed; a larger share of the images than this ends the run."""
     eval_every: int | Auto = "auto"
     """Epochs between two evaluations; there is always one at the end. auto is as many as the validation images are times
     the training images, at least one."""
@@ -127,35 +127,11 @@ class Finetune(Logging, Machine, Optimisation):
 
     def check(self) -> None:
         """Raise UserError for an impossible value."""
+        super().check()
         check_size(self.input_size or (1,))
-        check_ranges(
-            self,
-            ("epochs", 1, None), ("batch_size", 1, None), ("accum", 1, None), ("effective_batch", 1, None),
-            ("blr", 0, None), ("lr", 0, None), ("weight_decay", 0, None), ("clip_grad", 0, None), ("min_lr", 0, None),
-            ("layer_decay", 0.01, 1), ("drop_path", 0, 1), ("mixup", 0, None), ("cutmix", 0, None), ("mixup_switch", 0, 1),
-            ("smoothing", 0, 1), ("erase", 0, 1), ("flip", 0, 1), ("ema", 0, 1), ("head_init", 0, None),
-            ("label_share", 0, 1), ("labels_per_class", 1, None), ("val_share", 0.01, 0.9), ("depth", 1, None),
-            ("eval_every", 1, None), ("max_bad_share", 0, 1), ("workers", -1, None), ("log_every", 1, None),
-            ("checkpoint_minutes", 0, None), ("seed", 0, None), ("warmup_share", 0, 1), ("warmup_epochs", 0, None),
-        )  # fmt: skip
-        parse_bytes(self.memory)
-        if self.crop is not None:
-            check_ranges(self, ("crop", 0.01, 1))
+        check_model(self.model, self.model_kwargs)
         if self.label_share is not None and self.labels_per_class is not None:
             raise UserError("--label-share and --labels-per-class are two ways to choose labels; leave one out")
         if self.label_share == 0:
             raise UserError("--label-share 0 leaves no labels; give a share above 0")
-        if self.lr is not None and self.blr != "auto":
-            raise UserError("--lr and --blr are two ways to give the learning rate; leave one out")
-        if self.batch_size == "auto" and self.accum != 1:
-            raise UserError(
-                "--batch-size auto chooses --accum itself; leave --accum out and set --effective-batch, or give --batch-size"
-            )
-        if "auto" not in (self.epochs, self.warmup_share) and not 0 <= self.warmup <= int(self.epochs):
-            raise UserError(f"--warmup-epochs {self.warmup_epochs} is not between 0 and the {self.epochs} epochs")
-        check_pair("crop_scale", self.crop_scale, 1.0)
-        for beta in self.betas:
-            if not 0 <= beta < 1:
-                raise UserError(f"--betas {self.betas[0]} {self.betas[1]} must be at least 0 and below 1")
-        if self.hours is not None and not 0 < self.hours < math.inf:
-            raise UserError(f"--hours {self.hours} must be above 0")
+        check_pair("crop_scale", self.crop_scale)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from tyro.conf import Positional
 
-from leanmim.config.base import Machine, check_ranges, check_size
+from leanmim.config.base import Machine, check_size
 from leanmim.errors import UserError
 
 
@@ -33,9 +33,7 @@ class Predict(Machine):
 
     def check(self) -> None:
         """Raise UserError for an impossible value."""
+        super().check()
         check_size(self.input_size or (1,))
-        check_ranges(self, ("top", 1, None), ("batch_size", 1, None), ("workers", -1, None))
-        if self.crop is not None:
-            check_ranges(self, ("crop", 0.01, 1))
         if not self.images:
             raise UserError("give the images, as files or folders: leanmim predict RUN IMAGES --out predictions.csv")

@@ -1,12 +1,13 @@
 """The configuration of `leanmim pretrain`."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from leanmim.config.base import (
+    AGAINST_DIVERGENCE,
     FREE_IN_TRAINING,
     Auto,
+    Faults,
     Interpolation,
     LinearInit,
     Logging,
@@ -21,23 +22,23 @@ from leanmim.config.base import (
     Start,
     Target,
     check_pair,
-    check_ranges,
     check_size,
     flag,
-    parse_bytes,
     uncut,
 )
 from leanmim.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pretrain(Logging, Machine, Optimisation, Model):
+class Pretrain(Logging, Faults, Machine, Optimisation, Model):
     """Everything that defines a pre-training run. The recipes are values of this class.
 
     A value is checked by `check`, and names of maskings and targets where they are looked up: a third party may add some.
     """
 
     FREE: ClassVar[frozenset[str]] = FREE_IN_TRAINING | {"offload", "knn_data", "knn_every"}
+    ADJUSTABLE: ClassVar[frozenset[str]] = AGAINST_DIVERGENCE | {"phase_blrs"}
+    LEFT_EMPTY: ClassVar[frozenset[str]] = frozenset({"data", "out"})
     GROWING: ClassVar[frozenset[str]] = frozenset({"epochs"})
     RENAMED: ClassVar[dict[str, str]] = {
         f"stage_{name}": f"phase_{name}" for name in ("scales", "starts", "batches", "accums", "blrs")
@@ -127,8 +128,6 @@ class Pretrain(Logging, Machine, Optimisation, Model):
     """Given mean, one number per channel, on the scale 0 to 1; overrides statistics."""
     std: tuple[float, ...] | None = None
     """Given standard deviation, one number per channel, on the scale 0 to 1; overrides statistics."""
-    max_bad_share: float = 0.1
-    """Unreadable files are skipped and listed; a larger share of the folder than this ends the run."""
 
     precision: Precision = "auto"
     """Of the forward pass; auto is bf16 on GPUs that have it, fp32 elsewhere. Targets and losses are fp32."""
@@ -170,16 +169,8 @@ class Pretrain(Logging, Machine, Optimisation, Model):
 
     def check(self) -> None:
         """Raise UserError for an impossible value."""
+        super().check()
         check_size(self.input_size)
-        check_ranges(
-            self,
-            ("throw", 0, 1), ("fill", 0, None), ("epochs", 1, None), ("accum", 1, None), ("effective_batch", 1, None),
-            ("hog_cell", 1, None), ("decoder_depth", 0, None), ("decoder_width", 4, None), ("decoder_heads", 1, None),
-            ("mask_unit", 0, None), ("workers", -1, None), ("flip", 0, 1),
-            ("max_bad_share", 0, 1), ("knn_every", 1, None), ("log_every", 1, None), ("seed", 0, None),
-            ("blr", 0, None), ("lr", 0, None), ("weight_decay", 0, None), ("clip_grad", 0, None),
-            ("checkpoint_minutes", 0, None), ("warmup_share", 0, 1), ("batch_size", 1, None),
-        )  # fmt: skip
         self.check_masks()
         self.check_decoder()
         self.check_phases()
@@ -190,9 +181,6 @@ class Pretrain(Logging, Machine, Optimisation, Model):
         """Ratios and segments."""
         if not self.mask_ratios:
             raise UserError("--mask-ratio takes one number, one for each segment, or the first's and the last's")
-        for ratio in self.mask_ratios:
-            if not 0 <= ratio <= 1:
-                raise UserError(f"--mask-ratio {ratio} is out of range; it is at least 0, at most 1")
         if list(self.mask_ratios) != sorted(self.mask_ratios):
             raise UserError(
                 f"--mask-ratio {' '.join(map(str, self.mask_ratios))} falls; a later segment cannot see what an earlier one "
@@ -233,23 +221,13 @@ class Pretrain(Logging, Machine, Optimisation, Model):
                 raise UserError(f"{flag(name)} {values} must be {count} numbers above 0, one for each phase")
 
     def check_batches(self) -> None:
-        """Batches, accumulation, learning rate, warm-up."""
-        parse_bytes(self.memory)
-        if self.batch_size == "auto":
-            if self.phase_batches or self.phase_accums:
-                raise UserError(
-                    "--batch-size auto chooses batch and accumulation itself; leave those of the phases out, or give --batch-size"
-                )
-            if self.accum != 1:
-                raise UserError(
-                    "--batch-size auto chooses --accum itself; leave --accum out and set --effective-batch, or give --batch-size"
-                )
-        if self.lr is not None and (self.blr != "auto" or self.phase_blrs):
-            raise UserError("--lr and --blr are two ways to give the learning rate; leave one out")
-        if self.hours is not None and not 0 < self.hours < math.inf:
-            raise UserError(f"--hours {self.hours} must be above 0")
-        if self.epochs != "auto" and not 0 <= self.warmup <= self.epochs:
-            raise UserError(f"--warmup-epochs {self.warmup_epochs} is not between 0 and the {self.epochs} epochs")
+        """Batches and learning rates of the phases."""
+        if self.batch_size == "auto" and (self.phase_batches or self.phase_accums):
+            raise UserError(
+                "--batch-size auto chooses batch and accumulation itself; leave those of the phases out, or give --batch-size"
+            )
+        if self.lr is not None and self.phase_blrs:
+            raise UserError("--lr and --phase-blrs are two ways to give the learning rate; leave one out")
 
     def check_images(self) -> None:
         """Crops and statistics."""
@@ -259,9 +237,10 @@ class Pretrain(Logging, Machine, Optimisation, Model):
                 raise UserError(f"--{name} has {len(value)} numbers for {self.channels} channels; give one for each")
         if (self.mean is None) != (self.std is None):
             raise UserError("give --mean and --std together, or neither")
-        if not all(map(math.isfinite, self.mean or ())):
-            raise UserError(f"--mean {self.mean} must be finite")
-        if not all(0 < value < math.inf for value in self.std or ()):
-            raise UserError(f"--std {self.std} must be positive and finite")
-        check_pair("crop_scale", self.crop_scale, 1.0)
-        check_pair("crop_ratio", self.crop_ratio, math.inf)
+        if not all(0 <= value <= 1 for value in self.mean or ()) or not all(0 < value <= 1 for value in self.std or ()):
+            raise UserError(
+                f"--mean {' '.join(map(str, self.mean or ()))} and --std {' '.join(map(str, self.std or ()))} must lie between 0 "
+                "and 1, --std above 0; divide numbers of the scale 0 to 255 by 255"
+            )
+        check_pair("crop_scale", self.crop_scale)
+        check_pair("crop_ratio", self.crop_ratio)

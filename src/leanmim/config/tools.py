@@ -5,8 +5,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from leanmim.config.base import Auto, Config, Machine, Model, Precision, check_ranges, check_size, flag, parse_bytes
-from leanmim.errors import UserError
+from leanmim.config.base import Auto, Config, Machine, Model, Precision, parse_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +78,6 @@ class Cost(Model):
     json: bool = False
     """Print JSON, a list with one object for each recipe, instead of tables; one that cannot be counted has an "error"."""
 
-    def check(self) -> None:
-        """Raise UserError for an impossible value."""
-        check_size(self.input_size or (1,))
-        check_ranges(self, ("batch_size", 1, None), ("accum", 1, None))
-
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Machine, Model):
@@ -110,9 +104,5 @@ class Plan(Machine, Model):
 
     def check(self) -> None:
         """Raise UserError for an impossible value."""
-        check_size(self.input_size or (1,))
+        super().check()
         parse_bytes(self.memory)
-        check_ranges(self, ("effective_batch", 1, None), ("epochs", 1, None), ("workers", -1, None))
-        for name in ("hours", "images_per_second"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise UserError(f"{flag(name)} {getattr(self, name)} must be above 0")

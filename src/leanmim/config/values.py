@@ -25,7 +25,7 @@ def fitted(value: Any, kind: Any) -> Any:
         for possible in arguments:
             try:
                 return fitted(value, possible)
-            except TypeError:
+            except (TypeError, OverflowError):
                 continue
     elif origin is tuple:
         items = tuple(value) if isinstance(value, list | tuple) else (value,)

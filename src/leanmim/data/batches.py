@@ -3,10 +3,19 @@
 b batch, c channels, H W pixels.
 """
 
+import math
 import os
-from collections.abc import Callable, Iterator
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
@@ -16,11 +25,13 @@ from leanmim.config import Pretrain
 from leanmim.data.crops import Crops
 from leanmim.data.order import Order
 from leanmim.data.read import Bad
-from leanmim.data.source import Source
+from leanmim.data.source import REMEDY, Away, Source
 from leanmim.errors import UserError
 from leanmim.processes import ALONE, Process
+from leanmim.signals import SIGNALS
 
 CPU = torch.device("cpu")
+PREFETCH = 4  # batches that each reader is ahead
 
 
 def effective_batch(config: Pretrain, world: int = 1) -> int:
@@ -29,7 +40,13 @@ def effective_batch(config: Pretrain, world: int = 1) -> int:
 
 
 def batches(
-    config: Pretrain, source: Source, start: int, stop: int, process: Process = ALONE, device: torch.device = CPU
+    config: Pretrain,
+    source: Source,
+    start: int,
+    stop: int,
+    process: Process = ALONE,
+    device: torch.device = CPU,
+    per_epoch: int | None = None,
 ) -> Iterator[tuple[UInt8[Tensor, "b c H W"], list[Bad]]]:
     """The random crops of steps ``start`` to ``stop``, ``config.accum`` batches for each, and the images that could not be
     read.
@@ -37,22 +54,23 @@ def batches(
     The order is that of a run of this configuration alone, and draws nothing from torch's global generator.
 
     Args:
-        config: input size, crops, batch, accumulation, workers, seed.
+        config: input size, crops, batch, accumulation, workers, seed, patience.
         source: the images.
         start: steps that came before.
         stop: the step after the last one.
         process: which part of each step's images is asked for.
         device: where the batches will go; for a GPU they wait in pinned memory.
+        per_epoch: steps; None is as many as there are images for.
     """
     dataset = Crops(
         source, config.size, config.crop_scale, config.crop_ratio, config.flip, config.seed, config.interpolation
     )
-    per_epoch = len(source) // effective_batch(config, process.world)
+    per_epoch = per_epoch or len(source) // effective_batch(config, process.world)
     order = Order(
         len(source), int(config.batch_size), per_epoch * config.accum, start * config.accum, stop * config.accum,
         config.seed, *process,
     )  # fmt: skip
-    return loader(dataset, order, resolve_workers(config.workers), device, collate)
+    return loader(dataset, order, resolve_workers(config.workers), device, collate, config.data_patience)
 
 
 def collate(items: list[tuple[Tensor, list[Bad]]]) -> tuple[UInt8[Tensor, "b c H W"], list[Bad]]:
@@ -61,24 +79,146 @@ def collate(items: list[tuple[Tensor, list[Bad]]]) -> tuple[UInt8[Tensor, "b c H
 
 
 def resolve_workers(workers: int) -> int:
-    """-1 is the CPU count less one, 8 at most."""
-    return min(8, max(0, (os.cpu_count() or 1) - 1)) if workers < 0 else workers
+    """-1 is the CPU count less one, 8 at most.
+
+    Raises:
+        UserError: they are more than any machine has a use for.
+    """
+    cpus = os.cpu_count() or 1
+    if workers > (most := max(32, min(1024, 16 * cpus))):
+        raise UserError(f"--workers {workers} is too many for {cpus} CPU cores; give {most} at most, or -1")
+    return min(8, max(0, cpus - 1)) if workers < 0 else workers
 
 
-def loader(dataset: Dataset, order: Any, workers: int, device: torch.device, collate_fn: Callable) -> Iterator[Any]:
-    """The batches of ``order``, read ahead; workers use one thread each."""
+def loader(
+    dataset: Dataset, order: Any, workers: int, device: torch.device, collate_fn: Callable, patience: float = 0.0
+) -> Iterator[Any]:
+    """The batches of ``order``, read ahead; workers use one thread each.
+
+    Args:
+        dataset: the images.
+        order: the items of each batch; with ``patience`` it can be iterated over again.
+        workers: processes that read; 0 reads in this one.
+        device: where the batches will go; for a GPU they wait in pinned memory.
+        collate_fn: from the items of a batch to the batch.
+        patience: minutes to wait for images that are away (`Away`); afterwards the reading goes on where it was.
+
+    Raises:
+        UserError: the images stay away, a reader was killed, or what the dataset says.
+    """
+    done, since = 0, math.inf
+    while True:
+        try:
+            for batch in read_ahead(dataset, islice(order, done, None), workers, device, collate_fn):
+                yield batch
+                done, since = done + 1, math.inf
+            return
+        except Away as error:
+            now, away = time.monotonic(), str(error)
+        # The error is gone, and with it the readers: nothing is held open on a drive that is to be mounted again.
+        if since == math.inf:
+            since = now
+            if patience:
+                what = away.removesuffix(REMEDY)
+                print(f"leanmim: {what}; waiting up to {patience:g} minutes (--data-patience)", file=sys.stderr)
+        left = 60 * patience - (now - since)
+        if left <= 0:
+            raise UserError(away)
+        time.sleep(min(left, 60, max(1, now - since)))
+
+
+def read_ahead(
+    dataset: Dataset, order: Iterable[Any], workers: int, device: torch.device, collate_fn: Callable
+) -> Iterator[Any]:
+    """`loader`, as long as the images are there."""
     batches = DataLoader(
         dataset,
-        batch_sampler=order,
+        batch_sampler=order,  # type: ignore[arg-type]
         num_workers=workers,
-        collate_fn=collate_fn,
+        collate_fn=HandOver(collate_fn, room_for_a_batch(workers)) if workers else collate_fn,
         pin_memory=device.type == "cuda",
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=PREFETCH if workers else None,
+        worker_init_fn=outlast_the_first_signal,
         # Workers draw nothing from this: it only keeps the loader from advancing torch's global generator.
         generator=torch.Generator(),
     )
     try:
-        yield from batches
+        for batch in quietly(batches):
+            yield tensors(batch) if isinstance(batch, Piped) else batch
     except UserError as error:
         # From a worker the message comes wrapped in a traceback. Ours would keep the workers alive: it is dropped.
-        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error.with_traceback(None)
+        kind = type(error)
+        raise kind(str(error).rpartition(f"{kind.__name__}: ")[2].strip()) from error.with_traceback(None)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a process that reads images ended ({str(error).strip()}); where memory ran out, fewer --workers or a smaller "
+            "--batch-size need less; then give the same command again"
+        ) from error.with_traceback(None)
+
+
+def quietly(batches: DataLoader) -> Iterator[Any]:
+    """The batches. torch would raise the death of a reader wherever this process is; so who asks for a batch is told it."""
+    main = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD) if main else None
+    feed = iter(batches)
+    if before is not None:
+        signal.signal(signal.SIGCHLD, before)
+    yield from feed
+
+
+def outlast_the_first_signal(_: int) -> None:
+    """In a reader: a signal to stop that goes to the whole group, as Ctrl-C and systemd send it, is for the training to heed,
+    which finishes the step first and then ends its readers.
+    """
+    for number in SIGNALS:
+        signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
+
+
+def room_for_a_batch(workers: int) -> int:
+    """Bytes that a batch may take in shared memory, with all those that are read ahead; a container may have little."""
+    try:
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError:  # a system without, as macOS
+        return sys.maxsize
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return int(0.9 * free) // (processes * (PREFETCH * workers + 2))
+
+
+class Piped(list):
+    """A batch whose tensors are arrays: those are sent through a pipe, tensors through shared memory."""
+
+
+class HandOver:
+    """Collates in a reader, and chooses how the batch gets to the training.
+
+    Args:
+        collate_fn: from the items of a batch to a tuple or list, of tensors among others.
+        room: bytes that a batch may take in shared memory.
+    """
+
+    def __init__(self, collate_fn: Callable, room: int) -> None:
+        self.collate_fn, self.room = collate_fn, room
+
+    def __call__(self, items: list[Any]) -> Any:
+        """The batch."""
+        batch = self.collate_fn(items)
+        if sum(part.nbytes for part in batch if isinstance(part, Tensor)) <= self.room:
+            return batch
+        return Piped(part.numpy() if isinstance(part, Tensor) else part for part in batch)
+
+
+def tensors(batch: Piped) -> list[Any]:
+    """A batch that came through a pipe."""
+    say_once(
+        "leanmim: shared memory (/dev/shm) is too small for the batches that are read ahead: they come through pipes, which "
+        "is slower; give it more (docker run --shm-size 8g), or take fewer --workers"
+    )
+    return [torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in batch]
+
+
+@cache
+def say_once(text: str) -> None:
+    """A line on the standard error, the first time."""
+    print(text, file=sys.stderr)

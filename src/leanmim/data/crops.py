@@ -15,12 +15,13 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from leanmim.data.order import epoch_order, seed_of
-from leanmim.data.read import UNREADABLE, Bad
-from leanmim.data.source import Source
+from leanmim.data.read import Bad
+from leanmim.data.source import Source, nothing_readable, read
 from leanmim.errors import UserError
 from leanmim.progress import track
 
 IMAGENET = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.449,), (0.226,))}
+LARGE = 2**24  # pixels of a resized image
 
 
 class Crops(Dataset):
@@ -57,15 +58,14 @@ class Crops(Dataset):
         bad: list[Bad] = []
         for step in range(len(self)):
             place = (index + step) % len(self)
-            try:
-                image = self.source.read(place)
-            except UNREADABLE as error:
-                bad.append(Bad(self.source.where(place), f"{type(error).__name__}: {error}"))
+            image = read(self.source, place)
+            if isinstance(image, Bad):
+                bad.append(image)
                 continue
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))  # torch's also reseeds the GPU
                 return self.crop(image), bad
-        raise UserError(f"none of the {len(self)} image files can be read; the first: {bad[0].path} ({bad[0].reason})")
+        raise nothing_readable(len(self), bad[0])
 
 
 class Normalise:
@@ -91,14 +91,14 @@ def statistics(source: Source, channels: int, seed: int, sample: int = 2048) -> 
     Every image counts the same, whatever its size. Unreadable ones are left out.
     """
     order = epoch_order(len(source), seed, 0)[:sample].tolist()
-    moments = []
+    moments, levels = [], np.arange(256) / 255
     for index in track(order, f"mean and deviation of {len(order)} images", len(order)):
-        try:
-            image = source.read(index)
-        except UNREADABLE:
+        image = read(source, index)
+        if isinstance(image, Bad):
             continue
-        pixels = np.asarray(image, dtype=np.float64).reshape(-1, channels) / 255
-        moments.append((pixels.mean(0), (pixels**2).mean(0)))
+        # counted, not converted: in double precision a large image needs gigabytes
+        counts = np.array(image.histogram()).reshape(channels, 256) / (image.width * image.height)
+        moments.append((counts @ levels, counts @ levels**2))
     if not moments:
         raise UserError(f"none of {len(order)} sampled image files can be read, the first: {source.where(order[0])}")
     mean, square = np.mean(moments, axis=0)
@@ -111,6 +111,11 @@ def cut_centre(image: Image.Image, size: tuple[int, int], crop: float) -> UInt8[
     zoom = max(size[0] / image.height, size[1] / image.width) / crop
     # Truncated, as in torchvision, whatever the rounding of the product.
     shape = (max(size[1], int(image.width * zoom + 1e-6)), max(size[0], int(image.height * zoom + 1e-6)))
+    if shape[0] * shape[1] > LARGE:  # of a long strip the centre only; elsewhere whole, as torchvision rounds it
+        across, down = image.width / shape[0], image.height / shape[1]
+        left, top = round((shape[0] - size[1]) / 2), round((shape[1] - size[0]) / 2)
+        box = left * across, top * down, (left + size[1]) * across, (top + size[0]) * down
+        return v2.functional.pil_to_tensor(image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box))
     image = image.resize(shape, Image.Resampling.BICUBIC)
     return v2.functional.pil_to_tensor(v2.functional.center_crop(image, list(size)))
 

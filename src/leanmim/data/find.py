@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable
 from glob import glob
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from leanmim.errors import UserError
 
@@ -17,13 +17,15 @@ Name = TypeVar("Name", str, Path)
 def list_images(folder: str | Path) -> list[Path]:
     """Every image file below a folder, sorted, hidden files left out.
 
+    What only has an image's name counts: a FIFO, a socket or a link to nowhere. Who reads it says that it is none.
+
     Raises:
-        UserError: the folder is missing, empty, or holds no images.
+        UserError: the folder is missing, empty, or holds no images, or it or one below it cannot be listed.
     """
     root = Path(folder)
-    if not root.exists():
+    if not os.path.exists(root):  # False also where the system cannot say, as of a drive that is away
         raise UserError(f"there is no folder {str(root)!r}; {TAKES}")
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise UserError(f"{str(root)!r} is a file; {TAKES}")
     files = walk(root)
     images = images_among(files)
@@ -72,16 +74,28 @@ def read_list(path: Path) -> list[str]:
 
 
 def walk(root: Path) -> list[Path]:
-    """Every file below a folder, hidden ones left out; links are followed, and no folder is visited twice."""
+    """Every file below a folder, hidden ones left out; links are followed, and no folder is visited twice.
+
+    Raises:
+        UserError: it or a folder below it cannot be listed, so that its images would be missing.
+    """
     files: list[Path] = []
     seen: set[str] = set()
-    for here, folders, names in os.walk(root, followlinks=True):
+    for here, folders, names in os.walk(root, onerror=unlisted, followlinks=True):
         real = os.path.realpath(here)
         folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
         if real not in seen:
             files += [Path(here, name) for name in names if not name.startswith(".")]
         seen.add(real)
     return files
+
+
+def unlisted(error: OSError) -> NoReturn:
+    """Raise UserError for a folder that cannot be listed."""
+    raise UserError(
+        f"the folder {str(error.filename)!r} cannot be listed ({error.strerror}); give yourself the right to read and enter "
+        "it, or move it out of the data"
+    ) from error
 
 
 def images_among(files: Iterable[Path]) -> list[Path]:

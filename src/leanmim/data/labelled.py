@@ -1,6 +1,6 @@
 """Labelled folders, for evaluation.
 
-c channels, H W pixels.
+b images, c channels, H W pixels.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,12 +8,13 @@ from copy import copy
 from pathlib import Path
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from leanmim.data.labels import choose_labels
-from leanmim.data.read import UNREADABLE
+from leanmim.data.read import Bad
+from leanmim.data.readable import Pictures
 from leanmim.data.source import Files, Folder
 from leanmim.errors import UserError
 
@@ -21,8 +22,10 @@ from leanmim.errors import UserError
 class Labelled(Dataset):
     """Images of a folder with one sub-folder per class, transformed, with their labels.
 
+    An evaluation reads `pictures`, and leaves out what cannot be read.
+
     Raises:
-        UserError: there are no classes, or (when read) a file is unreadable.
+        UserError: there are no classes, or (when an item is asked for) its file is unreadable.
     """
 
     def __init__(self, folder: Path, channels: int, transform: Callable, classes: list[str] | None = None) -> None:
@@ -61,16 +64,19 @@ class Labelled(Dataset):
 
     def __getitem__(self, item: int | tuple[int, int]) -> tuple[UInt8[Tensor, "c H W"], int]:
         """Image and label; an item (seed, index) fixes the transform's random choices."""
-        seed, index = (0, item) if isinstance(item, int) else item
-        try:
-            image = self.source.read(index)
-        except UNREADABLE as error:
-            raise UserError(
-                f"{self.source.where(index)} cannot be read ({error}); remove it from the labelled folder"
-            ) from error
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            return self.transform(image), self.labels[index]
+        index, image = self.pictures[item]
+        if isinstance(image, Bad):
+            raise UserError(f"{image.path} cannot be read ({image.reason}); remove it from the labelled folder")
+        return image, self.labels[index]
+
+    @property
+    def pictures(self) -> Pictures:
+        """The images without labels; in the place of unreadable ones why they are."""
+        return Pictures(self.source, self.transform)
+
+    def labels_of(self, places: list[int]) -> Int[Tensor, " b"]:
+        """The labels of some of the images."""
+        return torch.tensor([self.labels[place] for place in places], dtype=torch.long)
 
 
 def labelled_pair(folder: str | Path, channels: int, transform: Callable) -> tuple[Labelled, Labelled]:

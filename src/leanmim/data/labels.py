@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from leanmim.data.find import list_images
+from leanmim.data.find import list_images, unlisted
 from leanmim.errors import UserError
 
 LAYOUT = "a labelled folder holds train/CLASS and val/CLASS, or CLASS folders only"
@@ -48,29 +48,19 @@ class Labels:
         """The inverse of `to_json`."""
         return cls(**values)
 
-    def check_same(self, before: "Labels") -> None:
-        """Raise UserError if these are not the images and classes that the run began with; the root may have moved."""
-        changes = [
-            line
-            for what, old, new in (
-                ("classes", before.classes, self.classes),
-                ("images of train", before.train, self.train),
-                ("images of val", before.val, self.val),
-            )
-            for line in differences(what, old, new)
-        ]
+    def check_classes(self, before: "Labels") -> None:
+        """Raise UserError if these are not the classes that the run began with."""
+        pairs = (
+            (set(self.classes) - set(before.classes), "added"),
+            (set(before.classes) - set(self.classes), "removed"),
+        )
+        changes = [f"{len(names)} classes {how}: {listed(sorted(names))}" for names, how in pairs if names]
         if changes:
             raise UserError(
-                "the labelled images in --data are not those that the run began with:\n  "
+                "the classes in --data are not those that the run began with:\n  "
                 + "\n  ".join(changes)
                 + "\nPut them back, or start afresh in another --out (or with --overwrite)"
             )
-
-
-def differences(what: str, old: list[str], new: list[str]) -> list[str]:
-    """Which names were added and removed, a line each."""
-    pairs = ((set(new) - set(old), "added"), (set(old) - set(new), "removed"))
-    return [f"{len(names)} {what} {how}: {listed(sorted(names))}" for names, how in pairs if names]
 
 
 def listed(names: list[str]) -> str:
@@ -218,5 +208,12 @@ def read_classes(root: Path, folder: Path, empty: bool = False) -> Classes:
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Names of the folders in it, hidden ones left out."""
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    """Names of the folders in it, hidden ones left out.
+
+    Raises:
+        UserError: it cannot be listed.
+    """
+    try:
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        unlisted(error)

@@ -1,8 +1,17 @@
-"""Any image file as an 8-bit picture."""
+"""Any image file as an 8-bit picture, in bounded time and memory."""
 
+import os
+import signal
+import stat
 import struct
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
@@ -10,6 +19,13 @@ from PIL import Image, ImageOps, features
 
 CODECS = {".avif": "avif", ".j2k": "jpg_2000", ".jp2": "jpg_2000", ".jpx": "jpg_2000"}
 """What Pillow calls the codec of a suffix, for those that not every Pillow has."""
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "JPEG2000", "AVIF")
+"""What Pillow calls the formats of the suffixes that count as images. No other is tried: some start other programs."""
+MAX_BYTES = 2**30
+"""Of a file. Pillow itself limits the pixels, by the file's header: `PIL.Image.MAX_IMAGE_PIXELS` times two, 179 million."""
+MAX_SECONDS = 30.0
+"""Of computing, to decode a file: a busy machine or a slow drive makes no file unreadable."""
+BAND = 2**20  # pixels that are converted at once
 
 
 def read_image(path: str | Path, channels: int) -> Image.Image:
@@ -19,36 +35,96 @@ def read_image(path: str | Path, channels: int) -> Image.Image:
     0 to 255 if any value is above 1; what is not finite is black.
 
     Raises:
-        UNREADABLE: the file cannot be read.
+        UNREADABLE: the file cannot be read, is no file, or is larger or takes longer than the limits.
     """
+    with time_limit(MAX_SECONDS), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of what does no harm or is followed by an error
+        try:
+            return eight_bit(decode(path), channels)
+        except UNREADABLE as error:
+            suffix = Path(path).suffix.lower()
+            if suffix in CODECS and CODECS[suffix] not in features.get_supported():
+                raise OSError(
+                    f"Pillow {PIL.__version__} here reads no {suffix}; update it: pip install -U pillow"
+                ) from error
+            raise
+        except Exception as error:  # whatever else a damaged file leads Pillow to
+            raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def decode(path: str | Path) -> Image.Image:
+    """The picture of a file, upright, as it is stored."""
+    facts = os.stat(path)
+    if not stat.S_ISREG(facts.st_mode):  # to open a FIFO waits for ever, to open a device may do anything
+        raise OSError("it is no regular file")
+    if facts.st_size > MAX_BYTES:
+        raise OSError(f"it has {facts.st_size} bytes, more than {MAX_BYTES}")
     # Not Image.open(path): Pillow maps such a file into memory, which scrambles grey TIFFs that lie on their side.
-    try:
-        with open(path, "rb") as file, Image.open(file) as stored:
-            image = ImageOps.exif_transpose(stored)
-            image.load()
-    except UNREADABLE as error:
-        suffix = Path(path).suffix.lower()
-        if suffix in CODECS and CODECS[suffix] not in features.get_supported():
-            raise OSError(
-                f"Pillow {PIL.__version__} here reads no {suffix}; update it: pip install -U pillow"
-            ) from error
-        raise
+    with open(path, "rb") as file, Image.open(file, formats=formats()) as stored:
+        image = ImageOps.exif_transpose(stored)
+        image.load()
+    return image
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Those that the installed Pillow knows."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def eight_bit(image: Image.Image, channels: int) -> Image.Image:
+    """A picture of any mode as RGB or grey."""
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.array(image, dtype=np.float64)
-        values[~np.isfinite(values)] = 0
+        most = max(band.max() for band in bands(image))
         if image.mode == "F":
-            scale = 255.0 if values.max(initial=0) <= 1 else 1.0
+            scale = 255.0 if most <= 1 else 1.0
         else:
-            scale = 1 / 257 if values.max(initial=0) <= 65535 else 255 / (2**31 - 1)
-        image = Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
+            scale = 1 / 257 if most <= 65535 else 255 / (2**31 - 1)
+        scaled = [np.clip(np.rint(band * scale), 0, 255).astype(np.uint8) for band in bands(image)]
+        image = Image.fromarray(np.concatenate(scaled))
+    if image.mode == "LAB":  # from which Pillow converts to RGB only
+        image = image.convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB" if channels == 3 else "L")
 
 
-# What Pillow raises on damaged files: RuntimeError from AVIF, struct.error from EXIF.
-UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, struct.error, Image.DecompressionBombError)
+def bands(image: Image.Image) -> Iterator[np.ndarray]:
+    """The values of an image, some rows at a time: in double precision a whole one may need gigabytes."""
+    rows = max(1, BAND // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        values = np.array(band, dtype=np.float64)
+        values[~np.isfinite(values)] = 0
+        yield values
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in what computes for longer; only in a main thread whose timer nobody uses, and not on Windows."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or not hasattr(signal, "setitimer") or signal.getitimer(signal.ITIMER_VIRTUAL)[0]:
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"it takes longer than {seconds:g} s to decode")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 1.0)  # again after a second, should Pillow catch the first one
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+UNREADABLE = (
+    OSError, ValueError, SyntaxError, RuntimeError, MemoryError, struct.error, Image.DecompressionBombError,
+)  # fmt: skip
+"""What is raised for files that cannot be read. A MemoryError is that of a file which asks for too much."""
 
 
 @dataclass(frozen=True)

@@ -3,22 +3,23 @@
 b batch, c channels, H W pixels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import UInt8
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from leanmim.data.batches import CPU, loader
-from leanmim.data.read import UNREADABLE, Bad
-from leanmim.data.source import Source
-from leanmim.errors import UserError
+from leanmim.data.batches import CPU, loader, say_once
+from leanmim.data.read import Bad
+from leanmim.data.source import Files, Source, nothing_readable, read
 
 
 class Pictures(Dataset):
-    """Images of a source, transformed, in the place of unreadable ones why they are. An item is (place, either of them)."""
+    """Images of a source, transformed, in the place of unreadable ones why they are. An item is (place, either of them).
+
+    It is asked for by its place, or by (seed, place), which fixes the transform's random choices.
+    """
 
     def __init__(self, source: Source, transform: Callable) -> None:
         self.source, self.transform = source, transform
@@ -26,22 +27,14 @@ class Pictures(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, place: int) -> tuple[int, UInt8[Tensor, "c H W"] | Bad]:
+    def __getitem__(self, item: int | tuple[int, int]) -> tuple[int, UInt8[Tensor, "c H W"] | Bad]:
+        seed, place = (0, item) if isinstance(item, int) else item
         image = read(self.source, place)
-        return place, image if isinstance(image, Bad) else self.transform(image)
-
-
-def read(source: Source, place: int) -> Image.Image | Bad:
-    """An image, or why it cannot be read."""
-    try:
-        return source.read(place)
-    except UNREADABLE as error:
-        return Bad(source.where(place), f"{type(error).__name__}: {error}")
-
-
-def nothing_readable(count: int, first: Bad) -> UserError:
-    """The error of a set without any readable image."""
-    return UserError(f"none of the {count} image files can be read; the first: {first.path} ({first.reason})")
+        if isinstance(image, Bad):
+            return place, image
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return place, self.transform(image)
 
 
 def image_batches(
@@ -51,6 +44,7 @@ def image_batches(
     workers: int,
     report: Callable[[list[Bad]], object],
     device: torch.device = CPU,
+    patience: float = 0.0,
 ) -> Iterator[tuple[UInt8[Tensor, "b c H W"], list[int]]]:
     """Every readable image of a source once, in its order, with its position there.
 
@@ -61,6 +55,7 @@ def image_batches(
         workers: processes that read images.
         report: told of those that cannot be read, which are left out.
         device: where the batches will go.
+        patience: minutes to wait for images that are away.
 
     Raises:
         UserError: none can be read.
@@ -68,13 +63,23 @@ def image_batches(
     order = [list(range(a, min(a + batch_size, len(source)))) for a in range(0, len(source), batch_size)]
     first: Bad | None = None
     some = False
-    for images, places, bad in loader(Pictures(source, transform), order, workers, device, collate_readable):
+    feed = loader(Pictures(source, transform), order, workers, device, collate_readable, patience)
+    for images, places, bad in feed:
         report(bad)
         first, some = first or next(iter(bad), None), some or bool(places)
         if places:
             yield images, places
     if first and not some:
         raise nothing_readable(len(source), first)
+
+
+def tell_left_out(source: Files, kept: Sequence[int]) -> None:
+    """Say on the standard error, once, which images of a set could not be read."""
+    if lost := sorted(set(range(len(source))) - set(kept)):
+        names = ", ".join(map(source.where, lost[:3])) + (", ..." if len(lost) > 3 else "")
+        say_once(
+            f"leanmim: {len(lost)} of {len(source)} images of {source.root} cannot be read and are left out: {names}"
+        )
 
 
 def collate_readable(items: list[tuple[int, Tensor | Bad]]) -> tuple[Tensor | None, list[int], list[Bad]]:

@@ -1,5 +1,6 @@
 """Where images come from. To everybody else a source has a length, names, and `read(index)`."""
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Sequence
 from glob import iglob
@@ -11,7 +12,44 @@ import numpy as np
 from PIL import Image
 
 from leanmim.data.find import list_images, match_images, read_list
-from leanmim.data.read import read_image
+from leanmim.data.read import UNREADABLE, Bad, read_image
+from leanmim.errors import UserError
+
+UNREACHABLE = {
+    getattr(errno, name)
+    for name in (
+        "EIO", "ENODEV", "ENXIO", "ESTALE", "ENOTCONN", "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH",
+        "ECONNRESET", "ECONNABORTED", "ECONNREFUSED", "EREMOTEIO", "ENOMEDIUM",
+    )
+    if hasattr(errno, name)
+}  # fmt: skip
+"""What the system says of files on a drive that is away, or damaged."""
+
+
+REMEDY = "; mount their drive or put them back (one file that stays so is damaged: remove it), then give the same command again"
+
+
+class Away(UserError):
+    """The images cannot be reached at the moment; a training waits for them, see `loader`."""
+
+
+def read(source: "Source", place: int) -> Image.Image | Bad:
+    """An image, or why it cannot be read.
+
+    Raises:
+        Away: no image can be read at the moment.
+    """
+    try:
+        return source.read(place)
+    except Away:
+        raise
+    except UNREADABLE as error:
+        return Bad(source.where(place), f"{type(error).__name__}: {error}")
+
+
+def nothing_readable(count: int, first: Bad) -> UserError:
+    """The error of a set without any readable image."""
+    return UserError(f"none of the {count} image files can be read; the first: {first.path} ({first.reason})")
 
 
 @runtime_checkable
@@ -33,6 +71,7 @@ class Source(Protocol):
         Raises:
             UNREADABLE: it cannot be read. It must be one of these exceptions (OSError, ValueError, ...): training then
                 takes another image and lists this one; any other exception ends the run.
+            Away: no image can be read at the moment; training waits.
         """
         ...
 
@@ -62,8 +101,28 @@ class Files:
         return str(Path(self.root, self._names[index]))
 
     def read(self, index: int) -> Image.Image:
-        """The file as a picture."""
-        return read_image(self.where(index), self.channels)
+        """The file as a picture.
+
+        Raises:
+            UNREADABLE: it is broken, or not there though its root folder is.
+            Away: the root folder is missing or empty, or the system says that the drive is away.
+        """
+        path = self.where(index)
+        try:
+            return read_image(path, self.channels)
+        except OSError as error:
+            if error.errno in UNREACHABLE or (isinstance(error, FileNotFoundError) and is_empty(self.root)):
+                raise Away(f"the images are away: {path} cannot be reached ({error.strerror}){REMEDY}") from error
+            raise
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder is missing or holds nothing, as where a drive is not mounted."""
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is None
+    except OSError:
+        return True
 
 
 class Folder(Files):

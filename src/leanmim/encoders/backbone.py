@@ -8,7 +8,7 @@ from jaxtyping import Float
 from timm.models import SwinTransformer, SwinTransformerV2, VisionTransformer
 from torch import Tensor, nn
 
-from leanmim.config.base import Model
+from leanmim.config.base import Model, check_model
 from leanmim.errors import UserError
 
 SWIN = (SwinTransformer, SwinTransformerV2)
@@ -20,11 +20,13 @@ OPTIONAL = ("img_size", "drop_path_rate")  # arguments that not every timm model
 
 def backbone_arguments(config: Model) -> dict[str, Any]:
     """What `backbone_of` gives to timm.create_model, as far as the model takes it."""
+    check_model(config.model, config.model_kwargs)
     return _create(config.model, config.size, config.channels, config.model_kwargs | {"device": "meta"})[1]
 
 
 def backbone_of(config: Model, keep: int | None = None, /, **arguments: Any) -> Backbone:
-    """The backbone of a configuration; ``arguments`` go before its own. Errors as for `create_backbone`."""
+    """The backbone of a configuration; ``arguments`` go before its own. Errors as for `create_backbone` and `check_model`."""
+    check_model(config.model, config.model_kwargs)
     return create_backbone(config.model, config.size, config.channels, keep, **{**config.model_kwargs, **arguments})
 
 

@@ -25,7 +25,7 @@ class ViTEncoder(nn.Module):
         setting: masking (``drop`` MAE, ``token`` SimMIM, ``pixel`` FastMIM), and how the blocks are cut.
 
     Raises:
-        UserError: patches are not square, or do not divide the input size.
+        UserError: patches are not square, or do not divide the input size; or the width is no multiple of 4.
     """
 
     def __init__(self, backbone: Backbone, setting: Setting) -> None:
@@ -37,6 +37,10 @@ class ViTEncoder(nn.Module):
         setting.check_stride(self.stride)
         if self.stride != backbone.patch_embed.patch_size[1]:
             raise UserError(f"patches must be square, not {backbone.patch_embed.patch_size}; choose another patch_size")
+        if backbone.embed_dim % 4:
+            raise UserError(
+                f"--model-kwargs embed_dim {backbone.embed_dim} must be a multiple of 4: positions are sines and cosines"
+            )
         self.depths = cuts(setting.segments, len(backbone.blocks))
         self.widths = (backbone.embed_dim,) * len(self.depths)
         self.full_grid = setting.masking != "drop"

@@ -30,19 +30,22 @@ import torch
 from jaxtyping import Float
 from rich.markup import escape
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from leanmim.config import Evaluator
 from leanmim.costs import readable
-from leanmim.data import Labelled, loader
+from leanmim.data import Bad, Labelled, loader
+from leanmim.data.readable import collate_readable, tell_left_out
+from leanmim.data.source import nothing_readable
 from leanmim.encoders.backbone import Backbone, as_tokens
 from leanmim.errors import UserError
 from leanmim.evaluators.features import Features, Subject, pooled, read_layers, run_folder
+from leanmim.files import writable
 from leanmim.progress import track
 from leanmim.version import __version__
 from leanmim.weights import digest
 
 TOKENS = "tokens"
+KEPT = "kept"  # which images of the set the rows are of
 LARGE = 2**30  # bytes of features from which on it is said how much they take
 DAY = 86400.0  # s
 
@@ -75,25 +78,34 @@ class Store:
         own, device = name or subject.pool, subject.normalise.device
 
         def read(data: Labelled) -> Features:
-            array = self.arrays(subject, data, [own, *also])[own]
-            return Features(torch.tensor(np.asarray(array), device=device), torch.tensor(data.labels, device=device))
+            arrays = self.arrays(subject, data, [own, *also])
+            labels = data.labels_of(arrays[KEPT].tolist()).to(device)
+            return Features(torch.tensor(np.asarray(arrays[own]), device=device), labels)
 
         return read(subject.train), read(subject.val)
 
     def arrays(self, subject: Subject, data: Labelled, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """Features of a set as read-only arrays on disk; those that are not there are computed, all in one pass."""
+        """Features of the readable images of a set as read-only arrays on disk, and their places in the set as ``kept``. Those
+        that are not there are computed, all in one pass.
+        """
         entry = self.folder / self.digest(subject, data)
         missing = [name for name in names if not (entry / f"{name}.npy").is_file()]
-        if missing:
+        if missing or not (entry / f"{KEPT}.npy").is_file():
             self.forget(subject)
+            self.folder.mkdir(exist_ok=True)
             with TemporaryDirectory(prefix=f"part-{os.getpid()}-{platform.node()}-", dir=self.folder) as part:
-                stream(subject, data, missing, self.batch_size, Path(part))
+                stream(subject, data, missing or list(names), self.batch_size, Path(part))
                 about = {"name": subject.name, "step": subject.step, "folder": str(data.source.root)}
                 Path(part, "about.json").write_text(json.dumps(about))
+                if entry.is_dir() and not same_images(entry, Path(part)):
+                    shutil.rmtree(entry)  # what is there is of other images: some became readable, or unreadable
                 entry.mkdir(exist_ok=True)
                 for file in Path(part).iterdir():
                     os.replace(file, entry / file.name)
-        return {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in names}
+            return self.arrays(subject, data, names)
+        kept = np.load(entry / f"{KEPT}.npy")
+        tell_left_out(data.source, kept.tolist())
+        return {name: np.load(entry / f"{name}.npy", mmap_mode="r")[: len(kept)] for name in names} | {KEPT: kept}
 
     def digest(self, subject: Subject, data: Labelled) -> str:
         """Of all that features depend on."""
@@ -124,12 +136,17 @@ class Store:
                 shutil.rmtree(part)
 
 
+def same_images(one: Path, two: Path) -> bool:
+    """Whether the features in two folders are of the same images."""
+    files = [folder / f"{KEPT}.npy" for folder in (one, two)]
+    return all(map(Path.is_file, files)) and np.array_equal(*map(np.load, files))
+
+
 @contextmanager
 def storage(config: Evaluator) -> Iterator[Store]:
     """Where features are kept: in the run folder, or until the end only if there is none or --no-cache."""
     folder = run_folder(config) if config.cache else None
-    if folder is not None:
-        (folder / "cache").mkdir(exist_ok=True)
+    if folder is not None and writable(folder / "cache"):
         store = Store(folder / "cache", config.batch_size)
         store.clean()
         yield store
@@ -155,10 +172,11 @@ def file_facts(name: str, path: str) -> tuple[str, int, int]:
 
 @torch.inference_mode()
 def stream(subject: Subject, data: Labelled, names: Sequence[str], batch_size: int, folder: Path) -> None:
-    """Compute features and write them as NAME.npy, never more than a batch of them in memory.
+    """Compute features and write them as NAME.npy, never more than a batch of them in memory; the places of the images that can
+    be read as kept.npy, whose rows come first.
 
     Raises:
-        UserError: they do not fit on the disk.
+        UserError: they do not fit on the disk, or no image can be read.
     """
     image = torch.zeros(1, data.source.channels, *subject.size, device=subject.normalise.device)
     shapes = {name: (len(data), *value.shape[1:]) for name, value in kinds(subject, image, names).items()}
@@ -168,15 +186,21 @@ def stream(subject: Subject, data: Labelled, names: Sequence[str], batch_size: i
         name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", types[name], shape)
         for name, shape in shapes.items()
     }
-    order = [[(0, i) for i in range(a, min(a + batch_size, len(data)))] for a in range(0, len(data), batch_size)]
-    feed = loader(data, order, subject.workers, subject.normalise.device, default_collate)
-    done = 0
-    for images, _ in track(feed, f"{escape(subject.name)} features of {len(data)} images", len(order)):
+    order = [list(range(a, min(a + batch_size, len(data)))) for a in range(0, len(data), batch_size)]
+    feed = loader(data.pictures, order, subject.workers, subject.normalise.device, collate_readable)
+    kept, unreadable = list[int](), list[Bad]()
+    for images, places, bad in track(feed, f"{escape(subject.name)} features of {len(data)} images", len(order)):
+        unreadable += bad
+        if not places:
+            continue
         for name, value in kinds(subject, subject.normalise(images), names).items():
-            arrays[name][done : done + len(value)] = value.float().cpu().numpy()
-        done += len(images)
+            arrays[name][len(kept) : len(kept) + len(value)] = value.float().cpu().numpy()
+        kept += places
+    if not kept:
+        raise nothing_readable(len(data), unreadable[0])
     for array in arrays.values():
         array.flush()
+    np.save(folder / f"{KEPT}.npy", np.array(kept))
 
 
 def check_room(folder: Path, subject: Subject, images: int, sizes: dict[str, int]) -> None:

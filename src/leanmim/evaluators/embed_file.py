@@ -22,8 +22,9 @@ from torch import Tensor
 
 from leanmim.config.embed import Embed
 from leanmim.data import Bad, Source
-from leanmim.data.readable import nothing_readable
-from leanmim.errors import UserError
+from leanmim.data.source import nothing_readable
+from leanmim.errors import CannotWrite, UserError
+from leanmim.names import one_line
 from leanmim.run import write_atomically, write_json
 
 PART_IMAGES, PART_BYTES = 2048, 2**26
@@ -137,8 +138,10 @@ class Parts:
                 shutil.rmtree(self.folder, ignore_errors=True)
                 self.out.unlink(missing_ok=True)
             write_json(self.folder / "identity.json", self.identity)
-        except OSError as error:
-            raise UserError(f"--out {str(self.out)!r} cannot be written ({error}); choose another") from error
+        except (OSError, CannotWrite) as error:
+            raise UserError(
+                f"--out {str(self.out)!r} cannot be written ({error.__cause__ or error}); choose another"
+            ) from error
 
     def save(self, part: int, batches: Iterable[Rows]) -> None:
         """Write one part.
@@ -174,7 +177,7 @@ class Parts:
         """Paths and features of each part."""
         for i in range(self.count):
             with np.load(self.part(i)) as part:
-                yield [line(self.source.where(place)) for place in part["kept"].tolist()], part["x"]
+                yield [one_line(self.source.where(place)) for place in part["kept"].tolist()], part["x"]
 
     def finish(self, write: "Writer") -> None:
         """Put the parts together and remove them.
@@ -205,11 +208,6 @@ def write_skipped(path: Path, bad: list[Bad]) -> None:
         return
     text = "".join(json.dumps({"path": one.path, "reason": one.reason}) + "\n" for one in bad)
     write_atomically(path, lambda file: file.write_text(text))
-
-
-def line(path: str) -> str:
-    """A path as one line of UTF-8; what is neither is escaped."""
-    return path.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n").replace("\r", "\\r")
 
 
 Writer = Callable[[Parts, int], None]  # of the parts, with so many images

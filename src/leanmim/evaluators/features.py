@@ -3,7 +3,7 @@
 b batch, c channels, H W pixels, h w n patches, d width.
 """
 
-import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -15,15 +15,18 @@ import torch
 from jaxtyping import Float, Int
 from rich.console import Console
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
 from leanmim.config import Evaluator, Pretrain
-from leanmim.data import Labelled, Normalise, centre_crop, labelled_pair, loader, resolve_workers
+from leanmim.config.evaluate import TRIVIAL
+from leanmim.data import Bad, Labelled, Normalise, centre_crop, labelled_pair, loader, resolve_workers
+from leanmim.data.readable import collate_readable, tell_left_out
+from leanmim.data.source import nothing_readable
 from leanmim.device import device_name, resolve_device
 from leanmim.encoders import encoder_of
 from leanmim.encoders.backbone import Backbone, Truncated, as_tokens, full_depth
 from leanmim.errors import UserError
 from leanmim.evaluators.accuracy import Accuracy
+from leanmim.files import append_line
 from leanmim.progress import track
 from leanmim.run import Run
 from leanmim.start import Start, open_start
@@ -121,7 +124,7 @@ def extract(
     title: str = "features",
     console: Console | None = None,
 ) -> Features:
-    """Features of every image of a set, on the device, in the order of its files.
+    """Features of every readable image of a set, on the device, in the order of its files.
 
     Args:
         embed: from normalised images to features.
@@ -132,14 +135,21 @@ def extract(
         seed: of the transform's random choices.
         title: of the progress bar.
         console: where the bar is drawn; None is the standard error.
+
+    Raises:
+        UserError: none can be read.
     """
     order = [[(seed, i) for i in range(a, min(a + batch_size, len(data)))] for a in range(0, len(data), batch_size)]
-    xs, ys = [], []
-    feed = loader(data, order, workers, normalise.device, default_collate)
-    for images, labels in track(feed, f"{title} of {len(data)} images", len(order), console):
-        xs.append(embed(normalise(images)).float())
-        ys.append(labels.to(normalise.device))
-    return Features(torch.cat(xs), torch.cat(ys))
+    xs, kept, unreadable = [], list[int](), list[Bad]()
+    feed = loader(data.pictures, order, workers, normalise.device, collate_readable)
+    for images, places, bad in track(feed, f"{title} of {len(data)} images", len(order), console):
+        kept, unreadable = kept + places, unreadable + bad
+        if places:
+            xs.append(embed(normalise(images)).float())
+    if not kept:
+        raise nothing_readable(len(data), unreadable[0])
+    tell_left_out(data.source, kept)
+    return Features(torch.cat(xs), data.labels_of(kept).to(normalise.device))
 
 
 class Subject(NamedTuple):
@@ -167,17 +177,22 @@ def subjects(config: Evaluator) -> Iterator[Subject]:
     """
     config.check()
     start = open_start(config.run, config.model, config.model_kwargs, config.input_size, config.channels, config.depth)
+    assert isinstance(config.baselines, tuple)  # its __post_init__ made it one
+    others = {  # opened now: a wrong one shows before anything is measured
+        word: open_start(word, input_size=config.input_size, channels=start.model.channels)
+        for word in config.baselines
+        if word not in TRIVIAL
+    }
     device = resolve_device(config.device)
     first = subject_of("pretrained", start, start.encoder().to(device), config)
     yield first._replace(step=start.step, facts=facts_of(start, first, config.depth))
-    assert isinstance(config.baselines, tuple)  # its __post_init__ made it one
     for word in config.baselines:
         if word == "pixels":
             yield first._replace(name=word, embed=raw_pixels, backbone=None)
         elif word == "random":
             yield subject_of(word, start, random_start(start).to(device), config)
         else:
-            other = open_start(word, input_size=config.input_size, channels=start.model.channels)
+            other = others[word]
             yield subject_of(word, other, other.encoder().to(device), config)._replace(step=other.step)
 
 
@@ -260,7 +275,11 @@ def record(config: Evaluator, what: str, subject: Subject, accuracy: Accuracy, *
         "data": config.data,
         "options": asdict(config) | {"pool": subject.pool},
     }
+    if (left_out := len(subject.val) - accuracy.images) > 0:  # of several draws there are more than images
+        line["left_out"] = left_out
     if (folder := run_folder(config)) is not None:
-        with open(Run(folder).evaluations, "a") as file:
-            file.write(json.dumps(line | (subject.facts or {}) | more) + "\n")
+        try:
+            append_line(Run(folder).evaluations, line | (subject.facts or {}) | more)
+        except OSError as error:
+            print(f"leanmim: {subject.name}'s {what} is not recorded in {str(folder)!r}: {error}", file=sys.stderr)
     return subject.name, accuracy

@@ -17,16 +17,18 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from timm.optim import Lars
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
 from leanmim.config import Probe
-from leanmim.data import epoch_order, loader, seed_of
+from leanmim.data import Bad, epoch_order, loader, seed_of
+from leanmim.data.readable import collate_readable
+from leanmim.data.source import nothing_readable
 from leanmim.errors import UserError
 from leanmim.evaluators.accuracy import Accuracy
 from leanmim.evaluators.attentive import Tokens, attentive_probe
-from leanmim.evaluators.cache import TOKENS, Store, digest_of_weights, storage
+from leanmim.evaluators.cache import KEPT, TOKENS, Store, digest_of_weights, storage
 from leanmim.evaluators.features import Features, Subject, extract, record, run_folder, subjects
+from leanmim.files import writable
 from leanmim.loop import Loop
 from leanmim.processes import ALONE
 from leanmim.run import Run
@@ -70,8 +72,9 @@ def attentive(subject: Subject, store: Store, queries: int, epochs: int, warmup_
         )
     device = subject.normalise.device
     train, val = (
-        Tokens(store.arrays(subject, data, [TOKENS])[TOKENS], torch.tensor(data.labels, device=device))
+        Tokens(arrays[TOKENS], data.labels_of(arrays[KEPT].tolist()).to(device))
         for data in (subject.train, subject.val)
+        for arrays in [store.arrays(subject, data, [TOKENS])]
     )
     return attentive_probe(train, val, queries, epochs, warmup_epochs, seed, title=escape(subject.name))
 
@@ -178,7 +181,7 @@ def lars_probe(subject: Subject, config: Probe) -> Accuracy:
 @contextmanager
 def probe_folder(config: Probe, subject: Subject) -> Iterator[Path]:
     """Where the probe's checkpoints go: into the run folder; without one they last no longer than the command."""
-    if (folder := run_folder(config)) is not None:
+    if (folder := run_folder(config)) is not None and writable(folder / "probe"):
         yield folder / "probe" / subject.name.replace("/", "_")
         return
     with TemporaryDirectory() as temporary:
@@ -188,10 +191,7 @@ def probe_folder(config: Probe, subject: Subject) -> Iterator[Path]:
 def lars_in(run: Run, subject: Subject, config: Probe) -> Accuracy:
     """`lars_probe` in a folder, from the checkpoint there if it is of the same options and encoder."""
     train, device = subject.train, subject.normalise.device
-    height, width = train[0][0].shape[1:]
-    augmented = train.transformed(
-        v2.Compose([LoopFreeCrop((height, width)), v2.RandomHorizontalFlip(), v2.PILToTensor()])
-    )
+    augmented = train.transformed(v2.Compose([LoopFreeCrop(subject.size), v2.RandomHorizontalFlip(), v2.PILToTensor()]))
     batch = min(config.probe_batch_size, max(64, len(train) // 78), len(train))
     per_epoch = max(1, len(train) // batch)
     steps, warmup = per_epoch * config.epochs, float(per_epoch * min(config.warmup_epochs, config.epochs))
@@ -207,7 +207,7 @@ def lars_in(run: Run, subject: Subject, config: Probe) -> Accuracy:
     run.prepare(config, start)
 
     order = image_order(len(train), config, batch, start, steps)
-    feed = loader(augmented, order, subject.workers, device, default_collate)
+    feed = loader(augmented.pictures, order, subject.workers, device, collate_readable)
     console, name = Console(stderr=True, highlight=False, soft_wrap=True), escape(subject.name)
     with Loop(run, config, steps, state, ALONE, device, name, console) as loop:
         if start < steps:
@@ -241,17 +241,22 @@ def image_order(count: int, config: Probe, batch: int, start: int, stop: int) ->
             yield [(seed_of(config.seed, epoch, index), index) for index in chunk.tolist()]
 
 
-def gather(feed: Iterator[tuple[Tensor, Tensor]], subject: Subject, batch: int) -> Iterator[Features]:
-    """The frozen encoder's features, in batches of the probe."""
+def gather(feed: Iterator[tuple[Tensor, list[int], list[Bad]]], subject: Subject, batch: int) -> Iterator[Features]:
+    """The frozen encoder's features, in batches of the probe; images that cannot be read are left out of theirs."""
     while True:
         xs: list[Tensor] = []
-        ys: list[Tensor] = []
-        while sum(map(len, ys)) < batch:
-            images, labels = next(feed)
-            with torch.inference_mode():
-                xs.append(subject.embed(subject.normalise(images)).float())
-            ys.append(labels.to(subject.normalise.device))
-        yield Features(torch.cat(xs).clone(), torch.cat(ys))  # cloned, to be used with autograd
+        kept: list[int] = []
+        unreadable: list[Bad] = []
+        while len(kept) + len(unreadable) < batch:
+            images, places, bad = next(feed)
+            kept, unreadable = kept + places, unreadable + bad
+            if places:
+                with torch.inference_mode():
+                    xs.append(subject.embed(subject.normalise(images)).float())
+        if not kept:
+            raise nothing_readable(batch, unreadable[0])
+        labels = subject.train.labels_of(kept).to(subject.normalise.device)
+        yield Features(torch.cat(xs).clone(), labels)  # cloned, to be used with autograd
 
 
 def probe(config: Probe) -> Iterator[tuple[str, Accuracy]]:

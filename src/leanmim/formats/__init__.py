@@ -6,19 +6,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from leanmim.classifier.model import build_classifier
 from leanmim.config import Export, Pretrain
-from leanmim.errors import UserError
+from leanmim.errors import CannotWrite, UserError
 from leanmim.formats.onnx_format import onnx_classifier, onnx_encoder
 from leanmim.formats.timm_format import timm_classifier, timm_files, timm_lines
 from leanmim.formats.vitmae import vitmae_files
 from leanmim.mim import MIM
 from leanmim.run import Run, load, write_atomically, write_json
 from leanmim.start import Start, checkpoint_of, open_start
-from leanmim.weights import rebuild
+from leanmim.weights import digest, rebuild
 
 __all__ = ["FORMATS", "Format", "export", "timm_files", "timm_lines", "vitmae_files"]
 
@@ -53,6 +53,7 @@ def export(config: Export) -> Path:
         UserError: the run cannot be read, the format cannot hold this model, no segment ends at the depth, or files
             would be overwritten.
     """
+    config.check()
     if config.all_depths and config.depth is not None:
         raise UserError("--depth and --all-depths: give one of them")
     path = Path(config.run)
@@ -102,7 +103,7 @@ def export_encoder(config: Export, state: dict[str, Any]) -> Path:
 def home(config: Export) -> Path:
     """The folder of a run's exports."""
     path = Path(config.run)
-    if path.suffix == ".pt":
+    if path.is_file():
         path = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     return path / "export"
 
@@ -115,7 +116,7 @@ def folder_of(config: Export, depth: int | None) -> Path:
     """
     if config.out:
         folder = Path(config.out) / f"depth{depth}" if config.all_depths else Path(config.out)
-        if not config.overwrite and folder.is_dir() and any(folder.iterdir()):
+        if not config.overwrite and folder.is_dir() and any(file.suffix != ".part" for file in folder.iterdir()):
             raise UserError(f"{str(folder)!r} is not empty; choose another --out, or --overwrite")
     else:
         folder = home(config) / (config.format if depth is None else f"{config.format}-depth{depth}")
@@ -125,12 +126,25 @@ def folder_of(config: Export, depth: int | None) -> Path:
 
 
 def write(folder: Path, files: Files) -> None:
-    """Write each file atomically: tensors as safetensors, bytes as they are, anything else as JSON."""
-    for name, content in files.items():
-        if name.endswith(".safetensors"):
-            tensors = {key: value.detach().contiguous().clone() for key, value in content.items()}
-            write_atomically(folder / name, partial(save_file, tensors, metadata={"format": "pt"}))
-        elif isinstance(content, bytes):
-            write_atomically(folder / name, partial(Path.write_bytes, data=content))
-        else:
-            write_json(folder / name, content)
+    """Write each file atomically: tensors as safetensors, bytes as they are, anything else as JSON.
+
+    Raises:
+        CannotWrite: of the disk.
+    """
+    try:
+        for name, content in files.items():
+            write_file(folder / name, content)
+    except CannotWrite as error:
+        raise CannotWrite(f"{error}; or export to another place with --out FOLDER") from error
+
+
+def write_file(path: Path, content: Any) -> None:
+    """One of them."""
+    if path.suffix == ".safetensors":
+        tensors = {key: value.detach().contiguous().clone() for key, value in sorted(content.items())}
+        metadata = {"format": "pt", "leanmim_digest": digest(tensors)}  # `read_weights` compares it
+        write_atomically(path, partial(Path.write_bytes, data=save(tensors, metadata)))
+    elif isinstance(content, bytes):
+        write_atomically(path, partial(Path.write_bytes, data=content))
+    else:
+        write_json(path, content)

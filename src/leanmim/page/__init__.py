@@ -25,6 +25,7 @@ def report(config: Report) -> Path:
     Raises:
         UserError: a folder is not a run, its configuration cannot be read, or the page cannot be written.
     """
+    config.check()
     if not config.runs:
         raise UserError(
             "give the run folder of a `leanmim pretrain` or `leanmim finetune`, or several: leanmim report run"

@@ -32,6 +32,7 @@ class Loaded:
     metrics: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     skipped: list[dict[str, Any]]
+    changes: list[dict[str, Any]]
 
     @property
     def title(self) -> Html:
@@ -111,6 +112,7 @@ def load(folder: Path, name: str, colour: str) -> Loaded:
         "metrics": read_lines(run.metrics),
         "evaluations": read_lines(run.evaluations),
         "skipped": read_lines(run.skipped),
+        "changes": read_lines(run.changes),
     }
     if isinstance(config, Pretrain):
         return Pretrained(config=config, reconstructions=read_bytes(folder / "reconstructions.png"), **shared)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from leanmim.names import one_line
 from leanmim.page.accuracies import accuracies, depths
 from leanmim.page.html import NOT_YET, Html, picture, row, safe, soft, table
 from leanmim.page.load import Loaded, finetuned, pretrained
@@ -61,6 +62,24 @@ def skipped(runs: Sequence[Loaded]) -> Html:
     return table(["run", "skipped"], rows, "long")
 
 
+def changes(runs: Sequence[Loaded]) -> Html:
+    """What was another when a run was continued: images that had changed, options."""
+    rows = [row(run.title, [line.get("step"), *change(line)]) for run in runs for line in run.changes]
+    return table(["run", "after step", "what", "change"], rows, "long") if rows else Html("")
+
+
+def change(line: dict[str, Any]) -> tuple[str, Html]:
+    """What changed, and how, by a line of changes.jsonl."""
+    if "option" in line:
+        return str(line["option"]), safe(f"{line.get('before')} before, {line.get('now')} from then on")
+    counts = [f"{line[kind]} {kind}" for kind in ("added", "removed", "changed") if line.get(kind)]
+    names = [name for found in line.get("names", {}).values() for name in found]
+    more = ", ..." if len(names) > 10 else ""
+    return "images", Html(
+        f"{safe(', '.join(counts) or 'another order')}<br>{soft(', '.join(map(one_line, names[:10])) + more)}"
+    )
+
+
 def recipe(runs: Sequence[Loaded]) -> Html:
     """What the recipe of each fine-tuned run has been resolved to."""
     own = finetuned(runs)
@@ -106,6 +125,7 @@ SECTIONS: dict[str, Callable[[Sequence[Loaded]], Html]] = {
     "Reconstructions": reconstructions,
     "Recipe of fine-tuning": recipe,
     "Unreadable files": skipped,
+    "Changed while training": changes,
     "Configuration": configuration,
     "Environment": environment,
 }

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from leanmim.config import Pretrain
-from leanmim.data import Source, effective_batch
+from leanmim.data import effective_batch
 from leanmim.errors import UserError
 from leanmim.factory import build
 from leanmim.schedule import phase_named, phases
@@ -28,8 +28,8 @@ class PhaseSteps(NamedTuple):
         return step - self.start + self.epoch * self.per_epoch
 
 
-def plan_phases(config: Pretrain, source: Source, world: int) -> list[PhaseSteps]:
-    """The phases of a run on this data.
+def plan_phases(config: Pretrain, count: int, world: int) -> list[PhaseSteps]:
+    """The phases of a run on so many images.
 
     Raises:
         UserError: a step takes more images than there are, or a phase cannot be built.
@@ -38,13 +38,13 @@ def plan_phases(config: Pretrain, source: Source, world: int) -> list[PhaseSteps
     start = 0
     for number, phase in enumerate(phases(config)):
         own, images = phase.config, effective_batch(phase.config, world)
-        if len(source) < images:
+        if count < images:
             raise UserError(
                 f"a batch of {images} images ({own.batch_size} x accum {own.accum} x {world} processes) is more than "
-                f"the {len(source)} in {config.data!r}; choose --batch-size "
-                f"{max(1, len(source) // own.accum // world)} or smaller"
+                f"the {count} in {config.data!r}; choose --batch-size "
+                f"{max(1, count // own.accum // world)} or smaller"
             )
-        per_epoch = len(source) // images
+        per_epoch = count // images
         stop = start + per_epoch * (phase.stop - phase.start)
         plan.append(PhaseSteps(number, own, phase.start, phase.stop, start, stop, per_epoch, images))
         start = stop

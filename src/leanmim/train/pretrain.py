@@ -1,6 +1,8 @@
 """Pre-training. It never knows the method: images in, losses out."""
 
+from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,12 @@ from leanmim.pictures import show
 from leanmim.planner import counted_as
 from leanmim.processes import Process, processes
 from leanmim.run import Run, write_json
+from leanmim.train.adjusted import check_adjusted, note_adjusted, told
 from leanmim.train.bad_files import BadFiles
+from leanmim.train.data_list import DataList, check_alike, check_unchanged, keep_list, other_images, read_list
 from leanmim.train.header import continuing, header
 from leanmim.train.phases import plan_phases
-from leanmim.train.right_size import guard_memory, right_sized
+from leanmim.train.right_size import guard_memory, right_sized, split
 from leanmim.train.training import Training, begin
 
 
@@ -44,53 +48,75 @@ def pretrain(config: Pretrain) -> Path:
     for name, what in (("data", "a folder of images"), ("out", "the run folder to write")):
         if not getattr(config, name):
             raise UserError(f"--{name} is needed: {what}")
-    with processes(config.device) as (process, device):
-        return train(config, process, device)
+    with processes(config.device, config.process_timeout) as (process, device), ExitStack() as held:
+        return train(config, process, device, held)
 
 
-def train(config: Pretrain, process: Process, device: torch.device) -> Path:
-    """`pretrain` in one of several processes."""
+def train(config: Pretrain, process: Process, device: torch.device, held: ExitStack) -> Path:
+    """`pretrain` in one of several processes; what is held until its end is the lock of the run folder."""
     # Everything that can be wrong is looked at before anything is written.
     run = Run(Path(config.out))
     source = open_source(config.data, config.channels)
+    images = DataList.of(source.names, source.where, len(source), process.world)
+    check_alike(process, images.digest, "images in --data")
     config = replace(config, data=absolute(config.data))
     config, notes = right_sized(config, run, source, process, device)
     state = run.to_resume(config, config.overwrite)
+    check_alike(process, state["step"] if state else 0, "run in --out")
+    before = read_list(run, process) if state else None
+    images = images.in_place_of(before)
     if state:
-        run.check_names(source.names)
         check_extension(config, state)
-    plan = plan_phases(config, source, process.world)
-    predicted, _ = count(config, counted_as(device))
-    guard_memory(config, predicted, process, device)
+    own, other_split = split(config, process)
+    plan = plan_phases(own, images.images, process.world)
+    steps, start = plan[-1].stop, state["step"] if state else 0
+    adjusted = check_adjusted(config, run, start, steps)
+    changes = check_unchanged(before, images, config.data_changed) if start < steps else None
+    predicted, _ = count(own, counted_as(device))
+    guard_memory(own, predicted, process, device)
     knn_sets = labelled_pair(config.knn_data, config.channels, centre_crop(config.size)) if config.knn_data else None
     memory_before = psutil.Process().memory_info().rss
     training, origin = begin(config, plan, source, state, device, process)
-    steps, start = plan[-1].stop, state["step"] if state else 0
+    if process.first and start < steps:
+        run.check_room(training.model, config.keep)
 
     process.wait()  # all have read the folder before the first one writes to it
     if process.first:
+        held.enter_context(run.locked())
+        note_adjusted(run, adjusted, start)
         run.prepare(config, start)
-        run.write_names(source.names)
+        if start < steps:
+            keep_list(run, images, changes, start)
         write_json(run.folder / "environment.json", environment(device, process.world))
     process.wait()
     if process.first and start < steps:
         write_json(run.cost, {"predicted": asdict(predicted)})
     bad = BadFiles(run, len(source), config.max_bad_share, process)
 
-    with Loop(run, config, steps, state, process, device, config.recipe) as loop:
+    diagnose = partial(training.diagnose, source)
+    with Loop(
+        run, config, steps, state, process, device, config.recipe, max_bad_steps=config.max_bad_steps, diagnose=diagnose
+    ) as loop:
         notes += [f"starting from {origin}"] if origin else []
         for line in (
             *header(config, plan, len(source), predicted, training),
             *notes,
+            *run.notes,
+            *other_split,
+            *other_images(changes, images),
             *continuing(config, state, steps),
+            *told(adjusted, start),
         ):
             loop.console.print(line)
+        if start < steps:
+            bad.retry([source], loop.console)
         for phase in plan:
             if start >= phase.stop:
                 continue
             training.enter(phase)
             begins = phase.own(max(start, phase.start))
-            feed = loop.timed(batches(phase.config, source, begins, phase.own(phase.stop), process, device))
+            feed = batches(phase.config, source, begins, phase.own(phase.stop), process, device, phase.per_epoch)
+            feed = loop.timed(feed)
             for step in loop.until(phase.stop):
                 lr = training.set_learning_rate(step)
                 losses = training.step(step, map(bad.filter, islice(feed, phase.config.accum)))
@@ -100,14 +126,12 @@ def train(config: Pretrain, process: Process, device: torch.device) -> Path:
                     bad.merge()
                     if knn_sets and (epoch % config.knn_every == 0 or loop.done == steps):
                         online_knn(training, knn_sets, loop, epoch)
+                if loop.done == steps:
+                    write_measured(loop, predicted, memory_before)
                 if loop.checkpoint_due:
                     loop.save(training.state())
 
     if process.first:
-        if speed := loop.images_per_second:
-            # a GPU's allocator counts tensors; elsewhere it is what the process grew by, readers and all
-            peak = peak_memory(device) - (0 if device.type == "cuda" else memory_before)
-            write_json(run.cost, {"predicted": asdict(predicted), "measured": measured(predicted, peak, speed)})
         if bad.seen:
             loop.console.print(f"{len(bad.seen)} unreadable files were skipped; they are listed in {run.skipped}")
         folder = export(Export(run=config.out, overwrite=True))
@@ -138,10 +162,22 @@ def check_extension(config: Pretrain, state: dict[str, Any]) -> None:
         )
 
 
-def measured(predicted: StepCost, peak: int, speed: float) -> dict[str, int | float]:
-    """What cost.json says of a run that has ended."""
-    return {
+def write_measured(loop: Loop, predicted: StepCost, memory_before: int) -> None:
+    """What was measured, into cost.json: before the last checkpoint, since nothing is measured after it.
+
+    Args:
+        loop: at its last step.
+        predicted: the cost of a step.
+        memory_before: bytes of this process before there was a model.
+    """
+    speed = loop.images_per_second
+    if not loop.process.first or speed is None:
+        return
+    # a GPU's allocator counts tensors; elsewhere it is what the process grew by, readers and all
+    peak = peak_memory(loop.device) - (0 if loop.device.type == "cuda" else memory_before)
+    found = {
         "peak_bytes": peak,
         "images_per_second": speed,
         "flops_per_second": speed * predicted.train_flops_per_image,
     }
+    write_json(loop.run.cost, {"predicted": asdict(predicted), "measured": found})

@@ -1,5 +1,6 @@
 """The numbers of a run in place of every ``auto``, by the rules of `leanmim.auto`; the memory guard."""
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leanmim.auto import HOURS, MOST, epochs_within, images_a_step, peak_rate
 from leanmim.caches import empty_caches
+from leanmim.checkpoint import all_of
 from leanmim.config import Optimisation, Pretrain, parse_bytes
+from leanmim.config.base import Logging
 from leanmim.costs import StepCost, count, readable
 from leanmim.data import Source
 from leanmim.encoders import Encoder, encoder_of
@@ -21,6 +24,8 @@ from leanmim.planner import Trained, available, average_throughput, fit
 from leanmim.processes import Process
 from leanmim.recipes import hyphens
 from leanmim.run import Run
+from leanmim.schedule import phases
+from leanmim.train.data_list import read_list
 
 Counted = Callable[[Any, str], tuple[StepCost, Any]]
 CHOSEN = ("epochs", "batch_size", "blr", "decoder_depth", "decoder_width", "decoder_heads")
@@ -31,7 +36,8 @@ def right_sized(
 ) -> tuple[Pretrain, list[str]]:
     """The configuration with numbers in place of every ``auto``.
 
-    A run that is continued keeps the numbers that it began with.
+    A run that is continued keeps the numbers that it began with, and those are of the processes that it began with: `split`
+    fits them to those that there are.
 
     Returns:
         The configuration, and what was chosen, for people to read.
@@ -39,7 +45,7 @@ def right_sized(
     Raises:
         UserError: not even one image fits the memory, or the step's images do not divide among the processes.
     """
-    config, kept = as_begun(config, {} if config.overwrite else run.stored(), process.world)
+    config, kept = as_begun(config, {} if config.overwrite and not run.begun_by_this_job() else run.stored())
     encoder = untrained_encoder(config)
     chosen: list[str] = []
     if "auto" in (config.decoder_depth, config.decoder_width, config.decoder_heads):
@@ -65,7 +71,7 @@ def right_sized(
         config, cost, memory = batch_that_fits(config, effective, process, device)
         fits = f"{readable(cost.peak_bytes)} predicted of {readable(memory)}"
         chosen.append(f"batch {config.batch_size} x accum {config.accum}, {fits}")
-    effective = int(config.batch_size) * config.accum * process.world
+    effective = int(config.batch_size) * config.accum * processes_begun(config, run, process)
     if config.lr is None and config.blr == "auto":
         rate = peak_rate(effective, encoder.widths[-1])
         config = replace(config, blr=rate * 256 / effective)
@@ -80,29 +86,84 @@ def right_sized(
 
 
 def as_begun(
-    config: Trained, stored: dict[str, Any], world: int, chosen: Collection[str] = CHOSEN
+    config: Trained, stored: dict[str, Any], chosen: Collection[str] = CHOSEN
 ) -> tuple[Trained, dict[str, Any]]:
-    """What is ``auto`` as it is stored; the batch only if it makes up the same step with this number of processes.
+    """What is ``auto`` as it is stored; the batch only if not another step is asked for, which `Run.to_resume` refuses.
 
     Args:
         config: of the command.
         stored: that of the run folder; empty if there is none.
-        world: processes.
         chosen: fields that may be ``auto``.
 
     Returns:
         The configuration, and the fields that were taken over.
     """
     kept = {key: stored[key] for key in chosen if getattr(config, key) == "auto" and is_number(stored.get(key))}
+    if config.lr is not None:
+        kept.pop("blr", None)
     if "batch_size" in kept and is_number(stored.get("accum")):
-        step = kept["batch_size"] * stored["accum"] * world
-        wanted = stored.get("effective_batch", step) if config.effective_batch == "auto" else config.effective_batch
-        if step == wanted:
+        if config.effective_batch in ("auto", stored.get("effective_batch")):
             kept["accum"] = stored["accum"]
         else:
             del kept["batch_size"]
-            kept["effective_batch"] = wanted
     return replace(config, **kept), kept
+
+
+def processes_begun(config: Logging, run: Run, process: Process) -> int:
+    """How many processes the run in the folder began with; those that there are, if it has no checkpoint."""
+    afresh = not all_of(run.last) or (config.overwrite and not run.begun_by_this_job())
+    began = None if afresh else read_list(run, process)
+    return began.processes if began else process.world
+
+
+def split(config: Trained, process: Process) -> tuple[Trained, list[str]]:
+    """The same images a step by another number of processes than the run began with.
+
+    A batch stays if accumulation makes up for the number, else it becomes the largest smaller one that does: what fitted the
+    memory fits.
+
+    Args:
+        config: as the run began; its numbers are resolved.
+        process: this one among all.
+
+    Returns:
+        The configuration of this call, and what is different, for people to read.
+
+    Raises:
+        UserError: a step's images do not divide among the processes.
+    """
+    batch, world = int(config.batch_size), process.world
+    begun = int(config.effective_batch) // (batch * config.accum)
+    if begun == world:
+        return config, []
+    pairs = [(batch, config.accum)]
+    if isinstance(config, Pretrain) and (config.phase_batches or config.phase_accums):
+        pairs += [(int(phase.config.batch_size), phase.config.accum) for phase in phases(config)]
+    images = [batch * accum * begun for batch, accum in pairs]
+    if any(step % world for step in images):
+        common = math.gcd(*images)
+        counts = [count for count in range(1, common + 1) if common % count == 0]
+        raise UserError(
+            f"this run began with {begun} {'process' if begun == 1 else 'processes'} and has {' or '.join(map(str, dict.fromkeys(images)))} images "
+            f"a step, which do not divide among {world}; continue it with {', '.join(map(str, counts))} processes"
+        )
+    shared = [shared_batch(batch, step // world) for (batch, _), step in zip(pairs, images, strict=True)]
+    changes: dict[str, Any] = {"batch_size": shared[0][0], "accum": shared[0][1]}
+    if len(shared) > 1:
+        phase_batches, phase_accums = zip(*shared[1:], strict=True)
+        changes |= {"phase_batches": phase_batches, "phase_accums": phase_accums}
+    own = replace(config, **changes)
+    return own, [
+        f"processes: {world} in place of the {begun} that the run began with; batch {own.batch_size} x accum {own.accum} in place "
+        f"of {batch} x {config.accum}: steps, their images and learning rates stay; masks and augmentation are drawn anew in each "
+        "process, so the weights will not be bit for bit those of a run that went on as it began"
+    ]
+
+
+def shared_batch(batch: int, images: int) -> tuple[int, int]:
+    """The largest batch up to ``batch``, and the accumulation, that make up so many images."""
+    largest = max(size for size in range(1, min(batch, images) + 1) if images % size == 0)
+    return largest, images // largest
 
 
 def is_number(value: Any) -> bool:

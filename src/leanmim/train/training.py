@@ -14,7 +14,9 @@ from leanmim.data import (
     IMAGENET,
     Labelled,
     Normalise,
+    Order,
     Source,
+    batches,
     centre_crop,
     resolve_workers,
     seed_of,
@@ -30,8 +32,9 @@ from leanmim.placement import offloads, place
 from leanmim.processes import Process
 from leanmim.schedule import learning_rate
 from leanmim.step import load_state, make_optimizers, update
+from leanmim.train.non_finite import first_not_finite, running_statistics, undo
 from leanmim.train.phases import PhaseSteps
-from leanmim.weights import carry_over, carry_over_moments, initialise, truncated
+from leanmim.weights import carry_over, carry_over_moments, check_shapes, initialise, truncated
 
 
 class Training:
@@ -104,10 +107,33 @@ class Training:
 
     def step(self, step: int, feed: Iterator[Tensor]) -> Tensor:
         """One update from so many batches of uint8 images; masks and drop path depend on seed, process and step only."""
-        accum = self.phase.config.accum
-        seeds = [seed_of(self.config.seed, self.process.rank, step, micro) for micro in range(accum)]
+        own, running = self.phase.config, running_statistics(self.model)
+        before = [value.clone() for value in running]
         images = map(self.normalise, feed)
-        return update(self.placement.losses, self.optimizers, images, accum, self.config.clip_grad, seeds)
+        losses = update(
+            self.placement.losses, self.optimizers, images, own.accum, self.config.clip_grad, self.seeds(step)
+        )
+        undo(running, before, losses)
+        return losses
+
+    def seeds(self, step: int) -> list[int]:
+        """Of a step's batches in this process."""
+        return [seed_of(self.config.seed, self.process.rank, step, micro) for micro in range(self.phase.config.accum)]
+
+    def diagnose(self, source: Source, step: int) -> dict[str, Any]:
+        """What reproduces a step of this process, and what in it is not finite first."""
+        own, per_epoch, accum = self.phase.config, self.phase.per_epoch, self.phase.config.accum
+        begin, seeds = self.phase.own(step), self.seeds(step)
+        order = Order(
+            len(source), int(own.batch_size), per_epoch * accum, begin * accum, (begin + 1) * accum, own.seed, *self.process
+        )  # fmt: skip
+        again = batches(replace(own, workers=0), source, begin, begin + 1, self.process, self.device, per_epoch)
+        with self.placement.whole():
+            first = first_not_finite(
+                self.model, self.model.losses, (self.normalise(images) for images, _ in again), seeds
+            )
+        files = [[source.names[index] for _, index in batch] for batch in order]
+        return {"first_not_finite": first, "seeds": seeds, "files": files}
 
     def knn(self, train: Labelled, val: Labelled, console: Console) -> Accuracy:
         """Online accuracy of the encoder; a bar on the console while it is measured."""
@@ -153,7 +179,7 @@ def begin(
     process: Process,
 ) -> tuple[Training, str]:
     """A new training, or the one of a checkpoint; and where its weights come from, for people to read."""
-    phase = plan[state["phase"] if state else 0]
+    phase = plan[state.get("phase", 0) if state else 0]
     torch.manual_seed(config.seed)
     model = build(phase.config)
     origin = initialise(model, config.init, config.channels) if config.init and state is None else ""
@@ -166,6 +192,7 @@ def begin(
     else:
         mean, std = map(list, IMAGENET[config.channels])
     if state:
+        check_shapes(model, state["model"], config.out)
         model.load_state_dict(state["model"])
     training = Training(config, phase, model, mean, std, device, process)
     if state:

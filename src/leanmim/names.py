@@ -1,0 +1,13 @@
+"""Names of files and classes, for people to read."""
+
+
+def one_line(name: str) -> str:
+    """The name as one line of UTF-8; what is neither is escaped."""
+    text = name.encode("utf-8", "backslashreplace").decode()
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def shortened(name: str, most: int) -> str:
+    """The name as one line, or its beginning and end."""
+    text, half = one_line(name), most // 2
+    return text if len(text) <= most else f"{text[: half - 1]}...{text[-half + 2 :]}"

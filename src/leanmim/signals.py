@@ -1,0 +1,46 @@
+"""Signals that ask a command to stop: Ctrl-C, and what schedulers and closed terminals send."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked to stop.
+
+    Args:
+        number: of the signal; the command line exits with 128 + number.
+        when: what was done before, for people to read.
+    """
+
+    def __init__(self, number: int, when: str = "") -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}{when}")
+        self.number = number
+
+
+def heeded() -> list[signal.Signals]:
+    """The signals to listen to: those that are not ignored, as nohup has it, and in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Here each of the signals raises `Stopped` at once, as Ctrl-C raises KeyboardInterrupt: so readers are ended, and people
+    are told.
+    """
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in heeded()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
