@@ -60,6 +60,15 @@ def test_the_loop_is_this_loop(tiny: Pretrain) -> None:
     assert equal(weights(config), model.state_dict())
 
 
+def test_too_many_readers_are_refused_before_anything_is_written(
+    tiny: Pretrain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    with pytest.raises(UserError, match="--workers 1024 is too many"):
+        pretrain(replace(tiny, workers=1024))
+    assert not Path(tiny.out).exists()
+
+
 def test_the_run_folder_holds_everything(tiny: Pretrain, capsys: pytest.CaptureFixture) -> None:
     folder = leanmim.pretrain(replace(tiny, epochs=3))
     names = {path.name for path in folder.iterdir()}

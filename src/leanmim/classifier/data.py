@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from leanmim.classifier.augment import seeded
 from leanmim.config.finetune import Finetune
-from leanmim.data import Bad, Files, Order, loader, resolve_workers, seed_of
+from leanmim.data import Bad, Files, loader, order_of_steps, resolve_workers, seed_of
 from leanmim.data.labels import Labels
 from leanmim.data.readable import image_batches
 from leanmim.data.source import nothing_readable, read
@@ -93,9 +93,9 @@ def train_batches(
         device: where the batches will go; for a GPU they wait in pinned memory.
         per_epoch: steps; None is `steps_per_epoch`.
     """
-    batch, accum, count = int(config.batch_size), config.accum, len(labels.train)
-    per_epoch = per_epoch or steps_per_epoch(count, batch * accum * process.world)
-    order = Order(count, batch, per_epoch * accum, start * accum, stop * accum, config.seed, *process)
+    count = len(labels.train)
+    per_epoch = per_epoch or steps_per_epoch(count, int(config.batch_size) * config.accum * process.world)
+    order = order_of_steps(config, count, per_epoch, start, stop, process)
     dataset = TrainImages(labels, transform, config.seed)
     return loader(dataset, order, resolve_workers(config.workers), device, collate, config.data_patience)
 

@@ -19,7 +19,7 @@ from leanmim.classifier.results import Predictions, top_accuracy, write_results
 from leanmim.classifier.right_size import right_sized
 from leanmim.classifier.tuning import Batch, Tuning
 from leanmim.config import Export, Finetune, Report
-from leanmim.data import Files, Normalise, Order, seed_of
+from leanmim.data import Files, Normalise, order_of_steps, resolve_workers, seed_of
 from leanmim.data.labels import Labels, choose_labels
 from leanmim.environment import environment
 from leanmim.errors import UserError
@@ -72,6 +72,7 @@ def finetune(config: Finetune) -> Path:
 def tune(config: Finetune, process: Process, device: torch.device, held: ExitStack) -> Path:
     """`finetune` in one of several processes; what is held until its end is the lock of the run folder."""
     # Everything that can be wrong is looked at before anything is written.
+    resolve_workers(config.workers)
     run = Run(Path(config.out))
     start = open_start(
         config.start, config.model, config.model_kwargs, config.input_size, config.channels, config.depth
@@ -134,8 +135,7 @@ def tune(config: Finetune, process: Process, device: torch.device, held: ExitSta
 
     def diagnose(step: int) -> dict[str, Any]:
         """What reproduces a step of this process, and what in it is not finite first."""
-        batch, accum, count = int(own.batch_size), own.accum, len(labels.train)
-        order = Order(count, batch, per_epoch * accum, step * accum, (step + 1) * accum, own.seed, *process)
+        order = order_of_steps(own, len(labels.train), per_epoch, step, step + 1, process)
         alone = replace(own, workers=0)
         again = train_batches(alone, labels, transform, step, step + 1, process, device, per_epoch)
         return {

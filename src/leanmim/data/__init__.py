@@ -8,12 +8,12 @@ from leanmim.data.batches import batches, collate, effective_batch, loader, reso
 from leanmim.data.crops import IMAGENET, Crops, Normalise, centre_crop, cut_centre, statistics
 from leanmim.data.find import SUFFIXES, list_images
 from leanmim.data.labelled import Labelled, labelled_pair
-from leanmim.data.order import Order, epoch_order, seed_of
+from leanmim.data.order import Order, epoch_order, order_of_steps, seed_of
 from leanmim.data.read import UNREADABLE, Bad, read_image
 from leanmim.data.source import SOURCES, Files, Folder, Source, absolute, open_source
 
 __all__ = [
     "IMAGENET", "SOURCES", "SUFFIXES", "UNREADABLE", "Bad", "Crops", "Files", "Folder", "Labelled", "Normalise", "Order",
     "Source", "absolute", "batches", "centre_crop", "collate", "cut_centre", "effective_batch", "epoch_order",
-    "labelled_pair", "list_images", "loader", "open_source", "read_image", "resolve_workers", "seed_of", "statistics",
+    "labelled_pair", "list_images", "loader", "open_source", "order_of_steps", "read_image", "resolve_workers", "seed_of", "statistics",
 ]  # fmt: skip

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from leanmim.config import Pretrain
 from leanmim.data.crops import Crops
-from leanmim.data.order import Order
+from leanmim.data.order import order_of_steps
 from leanmim.data.read import Bad
 from leanmim.data.source import REMEDY, Away, Source
 from leanmim.errors import UserError
@@ -66,10 +66,7 @@ def batches(
         source, config.size, config.crop_scale, config.crop_ratio, config.flip, config.seed, config.interpolation
     )
     per_epoch = per_epoch or len(source) // effective_batch(config, process.world)
-    order = Order(
-        len(source), int(config.batch_size), per_epoch * config.accum, start * config.accum, stop * config.accum,
-        config.seed, *process,
-    )  # fmt: skip
+    order = order_of_steps(config, len(source), per_epoch, start, stop, process)
     return loader(dataset, order, resolve_workers(config.workers), device, collate, config.data_patience)
 
 

@@ -7,6 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from leanmim.config import Finetune, Pretrain
+from leanmim.processes import Process
+
 
 def seed_of(*numbers: int) -> int:
     """One seed from several numbers, without collisions between, say, (0, 1), (1, 0) and (0, 1, 0)."""
@@ -17,6 +20,23 @@ def seed_of(*numbers: int) -> int:
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
     """The order of the files in an epoch."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
+
+
+def order_of_steps(
+    config: Pretrain | Finetune, count: int, per_epoch: int, start: int, stop: int, process: Process
+) -> "Order":
+    """The order of steps ``start`` to ``stop``, ``config.accum`` batches for each.
+
+    Args:
+        config: batch, accumulation, seed.
+        count: images.
+        per_epoch: steps.
+        start: steps that came before.
+        stop: the step after the last one.
+        process: which part of each step's images is asked for.
+    """
+    batch, accum = int(config.batch_size), config.accum
+    return Order(count, batch, per_epoch * accum, start * accum, stop * accum, config.seed, *process)
 
 
 class Order(torch.utils.data.Sampler):

@@ -1,6 +1,5 @@
 """The unreadable files of a run."""
 
-import json
 from collections.abc import Iterable
 
 from rich.console import Console
@@ -9,7 +8,7 @@ from torch import Tensor
 from leanmim.data import Bad, Source
 from leanmim.data.source import read
 from leanmim.errors import UserError
-from leanmim.files import append_line, readable_lines, write_atomically
+from leanmim.files import append_line, readable_lines, write_lines
 from leanmim.processes import Process
 from leanmim.progress import track
 from leanmim.run import Run
@@ -41,8 +40,7 @@ class BadFiles:
             places = [(source, i) for source in sources for i in range(len(source)) if source.where(i) in self.seen]
             found = (read(source, i) for source, i in track(places, f"{before} unreadable files again", len(places)))
             self.seen = {bad.path: bad.reason for bad in found if isinstance(bad, Bad)}
-            lines = "".join(json.dumps({"path": path, "reason": why}) + "\n" for path, why in self.seen.items())
-            write_atomically(self.run.skipped, lambda file: file.write_text(lines))
+            write_lines(self.run.skipped, [{"path": path, "reason": why} for path, why in self.seen.items()])
         self.seen = self.process.gather(self.seen)[0]
         self.listed = set(self.seen)
         if len(self.seen) < before:

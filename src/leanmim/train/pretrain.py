@@ -12,7 +12,7 @@ import torch
 
 from leanmim.config import Export, Pretrain, Report, Show
 from leanmim.costs import StepCost, count
-from leanmim.data import Labelled, absolute, batches, centre_crop, labelled_pair, open_source
+from leanmim.data import Labelled, absolute, batches, centre_crop, labelled_pair, open_source, resolve_workers
 from leanmim.device import peak_memory
 from leanmim.environment import environment
 from leanmim.errors import UserError
@@ -55,6 +55,7 @@ def pretrain(config: Pretrain) -> Path:
 def train(config: Pretrain, process: Process, device: torch.device, held: ExitStack) -> Path:
     """`pretrain` in one of several processes; what is held until its end is the lock of the run folder."""
     # Everything that can be wrong is looked at before anything is written.
+    resolve_workers(config.workers)
     run = Run(Path(config.out))
     source = open_source(config.data, config.channels)
     images = DataList.of(source.names, source.where, len(source), process.world)

@@ -14,10 +14,10 @@ from leanmim.data import (
     IMAGENET,
     Labelled,
     Normalise,
-    Order,
     Source,
     batches,
     centre_crop,
+    order_of_steps,
     resolve_workers,
     seed_of,
     statistics,
@@ -122,17 +122,15 @@ class Training:
 
     def diagnose(self, source: Source, step: int) -> dict[str, Any]:
         """What reproduces a step of this process, and what in it is not finite first."""
-        own, per_epoch, accum = self.phase.config, self.phase.per_epoch, self.phase.config.accum
+        own, per_epoch, names = self.phase.config, self.phase.per_epoch, source.names
         begin, seeds = self.phase.own(step), self.seeds(step)
-        order = Order(
-            len(source), int(own.batch_size), per_epoch * accum, begin * accum, (begin + 1) * accum, own.seed, *self.process
-        )  # fmt: skip
+        order = order_of_steps(own, len(source), per_epoch, begin, begin + 1, self.process)
         again = batches(replace(own, workers=0), source, begin, begin + 1, self.process, self.device, per_epoch)
         with self.placement.whole():
             first = first_not_finite(
                 self.model, self.model.losses, (self.normalise(images) for images, _ in again), seeds
             )
-        files = [[source.names[index] for _, index in batch] for batch in order]
+        files = [[names[index] for _, index in batch] for batch in order]
         return {"first_not_finite": first, "seeds": seeds, "files": files}
 
     def knn(self, train: Labelled, val: Labelled, console: Console) -> Accuracy:
