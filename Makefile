@@ -10,7 +10,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python demo/demo.py --out $(RUN)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

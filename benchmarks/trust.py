@@ -385,44 +385,39 @@ EXPERIMENTS: dict[str, Callable[[Path, float, int], Trials]] = {
 }
 
 
+def table(found: dict[str, Counter[str]]) -> list[dict[str, Any]]:
+    """A row for every fault, and their sum."""
+    outcomes = ("survived", "lost", "traceback", "hang")
+    rows = [
+        {"fault": fault, "tried": counts.total(), **{key: counts[key] for key in outcomes}}
+        for fault, counts in found.items()
+    ]
+    whole = sum(found.values(), Counter())
+    return [*rows, {"fault": "all", "tried": whole.total(), **{key: whole[key] for key in outcomes}}]
+
+
 def main() -> None:
-    """Run the experiments, write the table."""
+    """Run the experiments; each writes its table when it is done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"all, or some of: {', '.join(EXPERIMENTS)}")
     parser.add_argument("--share", type=float, default=1.0, help="of the trials")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    names = given.names or list(EXPERIMENTS)
-    found: dict[str, Counter[str]] = {}
-    worst: list[str] = []
-    with tempfile.TemporaryDirectory() as work:
-        for name in names:
-            (Path(work) / name).mkdir()
-            began = time.monotonic()
-            for fault, outcome in EXPERIMENTS[name](Path(work) / name, given.share, given.seed):
+    for name in given.names or EXPERIMENTS:
+        found: dict[str, Counter[str]] = {}
+        worst: list[str] = []
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as work:
+            (place := Path(work) / name).mkdir()
+            for fault, outcome in EXPERIMENTS[name](place, given.share, given.seed):
                 kind = outcome.partition(":")[0]
                 found.setdefault(fault, Counter())[kind] += 1
                 if kind != "survived":
-                    worst.append(f"{fault}: {outcome}")
-                    print(worst[-1].replace(work, "WORK"), flush=True)
-            print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
-    rows = [
-        {"fault": fault, "tried": sum(counts.values()), "survived": counts["survived"], "lost": counts["lost"],
-         "traceback": counts["traceback"], "hang": counts["hang"]}
-        for fault, counts in found.items()
-    ]  # fmt: skip
-    total = Counter()
-    for row in rows:
-        total.update({key: value for key, value in row.items() if isinstance(value, int)})
-    rows.append({"fault": "all", **{key: total[key] for key in list(rows[0])[1:]}})
-    record.write(
-        "trust-cpu",
-        "Tried and survived",
-        {"share of the trials": given.share, "seed": given.seed},
-        rows,
-        [line.replace(work, "WORK") for line in worst],
-    )
+                    worst.append(f"{fault}: {outcome}".replace(work, "WORK"))
+                    print(worst[-1], flush=True)
+        settings = {"share of the trials": given.share, "seed": given.seed, "seconds": round(time.monotonic() - began)}
+        record.write(f"trust-{name}-cpu", f"Tried and survived: {name}", settings, table(found), worst)
 
 
 if __name__ == "__main__":

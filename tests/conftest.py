@@ -1,24 +1,56 @@
 """Tiny models and the photos that the project ships: no network, no GPU."""
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 from timm import create_model
 
 from leanmim import config as configurations
+from leanmim import costs, planner
 from leanmim.cli import main
 from leanmim.config import Config, Pretrain
+from leanmim.costs import StepCost
+from leanmim.costs.flops import Flops
 from leanmim.recipes import MAE, SIMMIM
+from leanmim.train import pretrain as pretraining
+from leanmim.train import right_size
 from tests.helpers import PHOTOS, PLAIN
 from tests.runs import Refused
 
 torch.set_num_threads(1)  # xdist runs one test a core
+matplotlib.rcParams["savefig.dpi"] = 20  # every run ends with a picture; tests of pictures draw them whole
 for _kind in vars(configurations).values():  # they take more than they declare, and check it
     if inspect.isclass(_kind) and issubclass(_kind, Config):
         _kind.__init__ = inspect.unwrap(_kind.__init__)  # type: ignore[method-assign]
+
+
+@pytest.fixture
+def whole_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn at the size that a user sees."""
+    monkeypatch.setitem(matplotlib.rcParams, "savefig.dpi", "figure")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def counted_once() -> Iterator[None]:
+    """Every run says what a step costs; of one configuration it is counted once. Tests of the counting do not go this way."""
+    known: dict[str, tuple[StepCost, dict[str, Flops]]] = {}
+    count = costs.count
+
+    def looked_up(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[str, Flops]]:
+        key = repr((replace(config, data="", out="", knn_data=""), device))
+        if key not in known:
+            known[key] = count(config, device)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (pretraining, right_size, planner):
+            patch.setattr(module, "count", looked_up)
+        yield
 
 
 @pytest.fixture

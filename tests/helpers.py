@@ -267,8 +267,8 @@ def three_classes(folder: Path) -> str:
 
 GROWING = {
     "vit": ("vit_tiny_patch16_224", {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}, 32),
-    "swin": ("swin_tiny_patch4_window7_224", {"embed_dim": 24}, 64),
-    "pvt": ("pvt_v2_b0", {}, 64),
+    "swin": ("swin_tiny_patch4_window7_224", {"embed_dim": 24, "depths": [1, 2, 1, 1]}, 64),
+    "pvt": ("pvt_v2_b0", {"depths": [1, 1, 1, 1]}, 64),
 }
 
 

@@ -1,11 +1,10 @@
 """What can happen to a training in several processes, each tried for real: `SCENARIOS` and `attempt`.
 
-The processes are forked from a server that has imported torch once, and find each other in a store as torchrun keeps one.
+The processes find each other in a store as torchrun keeps one.
 """
 
 import errno
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -13,13 +12,16 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
 
+from tests.forks import launch
 from tests.helpers import PHOTOS
 from tests.runs import labelled
 
@@ -97,6 +99,14 @@ def full_disk() -> None:
     torch.save = refuse
 
 
+def hurried() -> None:
+    """Its clock says that a checkpoint is due, at every step."""
+    import leanmim.loop
+
+    clock = SimpleNamespace(perf_counter=lambda: 1e6 * time.perf_counter())
+    leanmim.loop.time = clock  # type: ignore[assignment]
+
+
 def strike(fault: Fault) -> None:
     """Let the fault happen in this process when its time comes."""
     act: Callable[[], None] = globals()[fault.what]
@@ -120,32 +130,16 @@ def strike(fault: Fault) -> None:
     torch.optim.AdamW.step = counted  # type: ignore[method-assign]
 
 
-def one(rank: int, world: int, port: int, arguments: list[str], faults: list[Fault], output: str) -> None:
-    """The command in one of several processes."""
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }  # fmt: skip
-    torch.set_num_threads(1)
+def all_that_happen_to(rank: int, faults: list[Fault]) -> None:
+    """Those faults that are this process's."""
     for fault in faults:
         if fault.rank == rank:
             strike(fault)
-    from leanmim.cli import main
-
-    main(arguments)
-
-
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["leanmim.train.pretrain", "leanmim.classifier.finetune", "tests.process_faults"])
 
 
 def together(
     folder: Path,
-    command: str,
+    words: list[str],
     world: int = 2,
     faults: list[Fault] = (),
     each: list[str] | None = None,
@@ -155,7 +149,7 @@ def together(
 
     Args:
         folder: for what they print.
-        command: what follows ``leanmim``.
+        words: what follows ``leanmim``.
         world: processes.
         faults: that happen to them.
         each: for each process more options.
@@ -166,10 +160,12 @@ def together(
     began = time.monotonic()
     ranks = []
     for rank in range(world):
-        words = [*command.split(), *(each[rank].split() if each else [])]
-        arguments = (rank, world, store.port, words, list(faults), str(outputs[rank]))
-        ranks.append(FORKS.Process(target=one, args=arguments))
-        ranks[-1].start()
+        environment = {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }  # fmt: skip
+        own = [*words, *(each[rank].split() if each else [])]
+        ranks.append(launch(own, outputs[rank], environment, partial(all_that_happen_to, rank, list(faults))))
     frozen = {fault.rank for fault in faults if fault.what == "stopped"}
     codes: dict[int, int] = {}
     while len(codes) < world:
@@ -271,7 +267,7 @@ def attempt(scenario: Scenario, folder: Path) -> str:
         f"--process-timeout {TIMEOUT if short else 10}"
     )
     each = [options.format(**places) for options in scenario.each] or None
-    ended = together(folder, command, scenario.world, scenario.faults, each)
+    ended = together(folder, command.split(), scenario.world, scenario.faults, each)
     wrong = []
     if tuple(ended.codes) != scenario.codes:
         wrong.append(f"exit codes {ended.codes}, not {list(scenario.codes)}")
@@ -279,7 +275,7 @@ def attempt(scenario: Scenario, folder: Path) -> str:
         if code not in (KILLED, STOPPED, 0) and (scenario.said not in text or "Traceback" in text):
             wrong.append(f"{scenario.said!r} is not what was said:\n{text[-2000:]}")
     if scenario.continues:
-        again = together(folder, command, scenario.world)
+        again = together(folder, command.split(), scenario.world)
         if set(again.codes) != {0}:
             wrong.append(f"the same command did not continue: {again.codes}\n{again.texts[0][-2000:]}")
         found = [step for step, _ in steps(folder / "run")]

@@ -110,6 +110,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
     return Drawn(monkeypatch)
 
 
+@pytest.mark.usefixtures("whole_pictures")
 def test_the_picture(config: Pretrain, drawn: Drawn) -> None:
     run = run_of(config)
     path = show(Show(run=str(run), count=3))

@@ -12,6 +12,8 @@ from leanmim.config import Pretrain, Show
 from leanmim.pictures import show
 from tests.drawn import Drawn, names, run_of
 
+pytestmark = pytest.mark.usefixtures("whole_pictures")
+
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:

@@ -1,10 +1,12 @@
 """Several processes train as one."""
 
+import socket
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -19,22 +21,20 @@ from leanmim.factory import build
 from leanmim.processes import Peers, Process, enough_memory, of_distributed, processes
 from leanmim.schedule import learning_rate
 from leanmim.step import parameter_groups
-from tests.process_faults import SCENARIOS, attempt
-from tests.runs import ENVIRONMENT, arguments, command, lines, weights
+from tests.forks import finish
+from tests.process_faults import SCENARIOS, attempt, together
+from tests.runs import ENVIRONMENT, arguments, lines, weights
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("accum", [1, 2])
-def test_two_processes_average_their_gradients(tiny: Pretrain, accum: int) -> None:
+def test_two_processes_average_their_gradients(tiny: Pretrain, tmp_path: Path, accum: int) -> None:
     """Two gloo processes of batch 4 take the step that averages both processes' gradients."""
     config = replace(tiny, epochs=1, accum=accum, blr=0.1, warmup_epochs=0.0)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "leanmim", *arguments(config)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"effective batch {8 * accum} = 4 x accum {accum} x 2 processes" in done.stdout
+    done = together(tmp_path, arguments(config))
+    assert done.codes == [0, 0], done.texts
+    assert f"effective batch {8 * accum} = 4 x accum {accum} x 2 processes" in done.texts[0]
 
     torch.manual_seed(0)
     model = build(config).train()
@@ -61,8 +61,7 @@ def test_two_processes_average_their_gradients(tiny: Pretrain, accum: int) -> No
     # one process goes on with it: evaluates, exports, starts from it
     backbone, _, _ = leanmim.load_backbone(config.out)
     assert backbone(torch.randn(1, 3, 32, 32)).shape == (1, 32)
-    alone = subprocess.run(command(config), env=ENVIRONMENT, capture_output=True, text=True)
-    assert f"finished after step {steps}" in alone.stdout
+    assert f"finished after step {steps}" in finish(arguments(config), tmp_path / "alone.txt")
 
 
 def peers(rank: int, store: dist.Store, minutes: float = 1e-3) -> Peers:
@@ -131,6 +130,23 @@ def test_errors_of_memory_and_of_others() -> None:
     assert of_distributed(dist.DistBackendError("no"))
     assert of_distributed(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"))
     assert not of_distributed(RuntimeError("shapes"))
+
+
+def test_others_that_cannot_be_met_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables that some launchers set, and nobody at the address."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match=r"rank 1 of 2 .*MASTER_ADDR expected.*unset WORLD_SIZE"), processes("cpu", 1.0):
+        pass
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(port))):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("leanmim.processes.START", timedelta(seconds=1))
+    with pytest.raises(UserError, match=rf"cannot meet the others at 127\.0\.0\.1:{port} "), processes("cpu", 1.0):
+        pass
 
 
 @pytest.mark.parametrize(

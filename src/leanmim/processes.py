@@ -193,17 +193,19 @@ groups = itertools.count()  # of this process, one after the other
 @contextlib.contextmanager
 def among(process: Process, place: torch.device, minutes: float) -> Iterator[None]:
     """In a process group. An error of torch.distributed becomes a `UserError` that says which process is gone."""
-    rank, world = process
-    store: dist.Store
-    store, _, _ = next(dist.rendezvous("env://", timeout=START))
-    # torchrun's store outlives a restart: with the same keys the addresses of dead processes would be found in it
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"leanmim {restart} {next(groups)}", store)
-    store.set(f"here {rank}", "")
-    store.wait([f"here {other}" for other in range(world)], START)
     nccl = place.type == "cuda"
     limit = timedelta(minutes=2 * minutes if nccl else minutes)  # NCCL's own end is a trace of C++: ours comes before
-    dist.init_process_group("nccl" if nccl else "gloo", store=store, rank=rank, world_size=world, timeout=limit)
+    try:
+        store = common_store(*process)
+        dist.init_process_group(
+            "nccl" if nccl else "gloo", store=store, rank=process.rank, world_size=process.world, timeout=limit
+        )
+    except (ValueError, RuntimeError) as error:  # dist.DistError is one, and gloo's are plain ones
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(
+            f"rank {process.rank} of {process.world} processes (RANK, WORLD_SIZE) cannot meet the others at {address} (MASTER_ADDR, "
+            f"MASTER_PORT): {str(error).splitlines()[0]}; start them with torchrun, or unset WORLD_SIZE to train in one process"
+        ) from error
     peers = Peers.joined = Peers(process, dist.PrefixStore("peers", store), minutes, exits=nccl)
     try:
         yield
@@ -218,6 +220,18 @@ def among(process: Process, place: torch.device, minutes: float) -> Iterator[Non
     finally:
         peers.rest()
         dist.destroy_process_group()
+
+
+def common_store(rank: int, world: int) -> dist.Store:
+    """Where the processes leave word for each other, once all are there."""
+    store: dist.Store
+    store, _, _ = next(dist.rendezvous("env://", timeout=START))
+    # torchrun's store outlives a restart: with the same keys the addresses of dead processes would be found in it
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"leanmim {restart} {next(groups)}", store)
+    store.set(f"here {rank}", "")
+    store.wait([f"here {other}" for other in range(world)], START)
+    return store
 
 
 def of_distributed(error: BaseException) -> bool:

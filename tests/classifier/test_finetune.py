@@ -4,9 +4,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +24,9 @@ from leanmim.pictures import show
 from leanmim.run import Run, load
 from leanmim.start import open_start
 from leanmim.train.pretrain import pretrain
-from tests.runs import ENVIRONMENT, noisy_tiles, untrained
+from tests.forks import launch, until
+from tests.process_faults import together
+from tests.runs import noisy_tiles, untrained
 
 COLOURS = ("red", "green", "blue")
 
@@ -143,20 +142,31 @@ def test_a_killed_process_continues_and_ends_bit_identical(config: Finetune, tmp
     config = replace(config, epochs=8, checkpoint_minutes=0.0)
     whole = replace(config, out=str(tmp_path / "whole"))
     finetune(whole)
-    words = [sys.executable, "-m", "leanmim", "finetune", config.start, "--data", config.data, "--out", config.out, "--epochs", "8",
+    words = ["finetune", config.start, "--data", config.data, "--out", config.out, "--epochs", "8",
              "--batch-size", "8", "--device", "cpu", "--workers", "0", "--log-every", "1", "--checkpoint-minutes", "0"]  # fmt: skip
-    process = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    process = launch(words, tmp_path / "killed.txt")
     last = Run(Path(config.out)).last
-    while process.poll() is None and not last.exists():
-        time.sleep(0.01)
+    until(process, last.exists)
     process.kill()
-    process.wait()
+    process.join()
     assert load(last)["step"] < 24
     finetune(config)
     states = [load(Run(Path(own.out)).last) for own in (config, whole)]
     for state in states:
         state.pop("config")
     assert equal(*states)
+
+
+def test_damaged_best_weights_give_way_to_the_last(config: Finetune, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = finetune(config)
+    (folder / "results.json").unlink()
+    best = Run(folder).best
+    best.write_bytes(best.read_bytes()[:-100])
+    finetune(config)
+    assert "The weights of the last step take its place" in capsys.readouterr().out
+    states = [load(path)["model"] for path in (best, Run(folder).last)]
+    assert equal(*states)
+    assert (folder / "results.json").exists()
 
 
 def test_a_finished_run_given_again_writes_its_results_again(config: Finetune) -> None:
@@ -254,13 +264,12 @@ def test_two_processes_are_one_with_twice_the_batch(config: Finetune, tmp_path: 
     finetune(one)
     words = ["finetune", config.start, "--data", config.data, "--out", config.out, "--epochs", "3", "--batch-size", "4", "--device",
              "cpu", "--workers", "0", "--log-every", "1", "--drop-path", "0", "--lr", "1e-3"]  # fmt: skip
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "leanmim"]
-    done = subprocess.run([*launch, *words], env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = together(tmp_path, words)
+    assert done.codes == [0, 0], done.texts
     mine, theirs = (load(Run(Path(own.out)).last)["model"] for own in (one, config))
     for name, value in mine.items():
         torch.testing.assert_close(theirs[name], value, atol=2e-5, rtol=1e-4, msg=name)
-    assert "effective batch 8 = 4 x accum 1 x 2 processes" in done.stdout
+    assert "effective batch 8 = 4 x accum 1 x 2 processes" in done.texts[0]
 
 
 def test_a_given_learning_rate_continues(config: Finetune) -> None:

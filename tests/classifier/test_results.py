@@ -136,6 +136,7 @@ def test_files_are_whole_or_those_of_before(tmp_path: Path, monkeypatch: pytest.
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
+@pytest.mark.usefixtures("whole_pictures")
 @pytest.mark.parametrize("classes", [2, 16, 41])
 def test_pictures_are_drawn_for_few_and_many_classes(classes: int, tmp_path: Path) -> None:
     write(tmp_path, drawn(classes, 4, seed=1, right=0.0))

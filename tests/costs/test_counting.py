@@ -76,11 +76,10 @@ def saved_on_real_tensors(step: Callable, model: MIM) -> int:
     return most
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("accum", [1, 3])
+@pytest.mark.parametrize(("accum", "precision"), [(1, "fp32"), (2, "fp32"), (1, "bf16")])
 @pytest.mark.parametrize("name", SMALL)
 def test_prediction_is_what_is_allocated(name: str, accum: int, precision: str) -> None:
-    config = replace(SMALL[name], batch_size=8, accum=accum, precision=precision)
+    config = replace(SMALL[name], batch_size=4, accum=accum, precision=precision)
     cost, _ = count(config)
     step, model = real_step(config)
     weights = sum(t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers()))

@@ -1,9 +1,6 @@
 """BIM: a run in segments, its log, its checkpoints, its depths."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from leanmim.step import make_optimizers, update
 from leanmim.train.pretrain import pretrain
 from leanmim.weights import restore
 from tests.helpers import PLAIN, equal, in_segments, of_segments, three_classes
+from tests.process_faults import Fault, together
 
 
 @pytest.fixture(scope="module")
@@ -110,27 +108,8 @@ def test_depths_are_evaluated_and_compared_in_the_report(
     assert [line["latency_ms"] for line in facts] == [250.0] * 4
 
 
-TWO_PROCESSES = """
-import os, socket, sys, time, types
-import leanmim.loop, leanmim.train.pretrain
-from leanmim.cli import main
-for name in ("export", "show", "report"):
-    setattr(leanmim.train.pretrain, name, str)  # what comes after training takes its time
-with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-child = os.fork()
-os.environ["RANK"] = os.environ["LOCAL_RANK"] = "1" if child else "0"
-if child:  # whose clock says that a checkpoint is due, every time
-    leanmim.loop.time = types.SimpleNamespace(perf_counter=lambda: 1e6 * time.perf_counter())
-main(sys.argv[1:])
-if child:
-    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""  # as torchrun does, but with one import of torch
-
-
 def test_two_processes_average_their_gradients(tmp_path: Path) -> None:
+    """By the clock of one of them a checkpoint is always due; they agree."""
     config = in_segments(
         segments=2, mask_ratio=(0.5, 0.75), out=str(tmp_path / "run"), epochs=1, blr=0.1, warmup_epochs=0.0,
         clip_grad=0.5,
@@ -142,12 +121,8 @@ def test_two_processes_average_their_gradients(tmp_path: Path) -> None:
     }  # fmt: skip
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     words += ["--mask-ratio", "0.5", "0.75", "--model-kwargs", *(str(part) for pair in PLAIN.items() for part in pair)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", TWO_PROCESSES, "pretrain", "bim", *words],
-        env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = together(tmp_path, ["pretrain", "bim", *words], faults=[Fault("hurried", 1, 0)])
+    assert done.codes == [0, 0], done.texts
 
     torch.manual_seed(0)
     model = build(config).train()

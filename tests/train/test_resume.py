@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +16,9 @@ from leanmim.config import Pretrain
 from leanmim.errors import UserError
 from leanmim.run import Run, load, write_json
 from leanmim.train.pretrain import pretrain
+from tests.forks import finish, launch, until
 from tests.helpers import equal
-from tests.runs import ENVIRONMENT, arguments, command, lines, pretrain_until, weights
+from tests.runs import arguments, lines, pretrain_until, weights
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -27,26 +26,17 @@ def test_killed_and_continued_is_bit_identical(tiny: Pretrain, tmp_path: Path, w
     """SIGKILL at arbitrary moments, three times; weights, optimizer state and metrics as if nothing had happened."""
     config = replace(tiny, epochs=12, accum=2, checkpoint_minutes=0.0, workers=workers, blr=0.01)
     whole = replace(config, out=str(tmp_path / "whole"))
-    subprocess.run(command(whole), check=True, env=ENVIRONMENT, capture_output=True)
-
+    finish(arguments(whole), tmp_path / "whole.txt")
     run = Run(Path(config.out))
     for kill_after in (2, 9, 15):  # steps, of 24
-        process = subprocess.Popen(command(config), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            done = run.metrics.read_text().count("\n") if run.metrics.exists() else 0
-            if done >= kill_after:
-                break
-            time.sleep(0.002)
-        assert process.poll() is None, process.communicate()[0].decode()
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        process = launch(arguments(config), tmp_path / "killed.txt")
+        until(process, lambda steps=kill_after: run.metrics.exists() and run.metrics.read_text().count("\n") >= steps)
+        process.kill()
+        process.join()
         (run.folder / "checkpoints" / "last.pt.part").write_bytes(
             b"half a checkpoint"
         )  # as a kill while writing leaves it
-    last = subprocess.run(command(config), check=True, env=ENVIRONMENT, capture_output=True, text=True)
-    assert "continuing after step" in last.stdout
+    assert "continuing after step" in finish(arguments(config), tmp_path / "last.txt")
 
     one, two = load(run.last), load(Run(Path(whole.out)).last)
     assert one["step"] == two["step"] == 24
@@ -104,15 +94,13 @@ def test_sigterm_ends_with_a_checkpoint_and_the_same_command_continues(tiny: Pre
     """
     config = replace(tiny, epochs=10, log_every=3, blr=0.01, workers=2)
     run = Run(Path(config.out))
-    process = subprocess.Popen(
-        command(config), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )  # fmt: skip
-    while process.poll() is None and not (run.metrics.exists() and run.metrics.read_text().count("\n") >= 2):
-        time.sleep(0.002)
+    process = launch(arguments(config), tmp_path / "said.txt", session=True)
+    until(process, lambda: run.metrics.exists() and run.metrics.read_text().count("\n") >= 2)
     readers = psutil.Process(process.pid).children()
     os.killpg(process.pid, signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    process.join(60)
+    err = (tmp_path / "said.txt").read_text()
+    assert process.exitcode == 128 + signal.SIGTERM
     step = load(run.last)["step"]
     assert 6 <= step < 40
     assert f"leanmim: stopped by SIGTERM after step {step}, with a checkpoint; the same command continues" in err

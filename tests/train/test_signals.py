@@ -2,9 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +17,8 @@ from leanmim.train import pretrain as command_of
 from leanmim.train import training
 from leanmim.train.pretrain import pretrain
 from tests.helpers import equal, growing, three_classes
-from tests.runs import ENVIRONMENT, arguments, lines
+from tests.process_faults import Fault, together
+from tests.runs import arguments, lines
 
 
 @pytest.fixture(autouse=True)
@@ -97,18 +95,13 @@ def test_before_and_after_the_steps_it_ends_at_once(
     assert (Path(config.out) / "report.html").exists()
 
 
-def test_to_torchrun(tiny: Pretrain) -> None:
-    """Both processes stop after the same step, soon, also between two lines of the log; then they continue."""
+def test_to_two_processes(tiny: Pretrain, tmp_path: Path) -> None:
+    """As torchrun passes it on, not to both at the same moment. They stop after the same step, soon, between two lines of the log."""
     config = replace(tiny, epochs=500, log_every=10**6, effective_batch=8)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    process = subprocess.Popen(
-        [*torchrun, "-m", "leanmim", *arguments(config)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )  # fmt: skip
     run = Run(Path(config.out))
-    while process.poll() is None and not run.last.exists():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
+    done = together(tmp_path, arguments(config), faults=[Fault("asked_to_stop", 0, 4), Fault("asked_to_stop", 1, 5)])
+    assert done.codes == [128 + signal.SIGTERM] * 2
     step = load(run.last)["step"]
-    assert 1 < step < 1000
-    assert err.count(f"leanmim: stopped by SIGTERM after step {step}, with a checkpoint") == 2, err
+    assert 4 <= step < 20
+    for text in done.texts:
+        assert f"leanmim: stopped by SIGTERM after step {step}, with a checkpoint" in text

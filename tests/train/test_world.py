@@ -67,11 +67,11 @@ def test_one_two_and_again_one(tiny: Pretrain, tmp_path: Path) -> None:
     whole = replace(config, out=str(tmp_path / "whole"))
     pretrain(whole)
     pretrain_until(config, 2)
-    command = " ".join(arguments(config))
-    three = together(tmp_path, command, 3)
+    words = arguments(config)
+    three = together(tmp_path, words, 3)
     assert three.codes == [2, 2, 2]
     assert "8 images a step, which do not divide among 3; continue it with 1, 2, 4, 8 processes" in three.texts[0]
-    two = together(tmp_path, command, 2)
+    two = together(tmp_path, words, 2)
     assert two.codes == [0, 0], two.texts
     assert "2 in place of the 1 that the run began with; batch 4 x accum 1 in place of 4 x 2" in two.texts[0]
     pretrain(config)

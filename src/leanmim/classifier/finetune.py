@@ -22,7 +22,7 @@ from leanmim.config import Export, Finetune, Report
 from leanmim.data import Files, Normalise, order_of_steps, resolve_workers, seed_of
 from leanmim.data.labels import Labels, choose_labels
 from leanmim.environment import environment
-from leanmim.errors import UserError
+from leanmim.errors import Damaged, UserError
 from leanmim.formats import export
 from leanmim.loop import Loop
 from leanmim.page import report
@@ -253,15 +253,22 @@ class Judge:
             loop.say(f"epoch {epoch:.0f}  accuracy {top1}")
             if (float(top1), -loss) > self.best:
                 self.best = (float(top1), -loss)
-                save(
-                    self.run.best,
-                    self.facts(tuning) | {"accuracy": float(top1), "epoch": epoch, "model": tuning.weights()},
-                )
+                self.keep(tuning, float(top1), epoch)
+
+    def keep(self, tuning: Tuning, accuracy: float, epoch: float) -> None:
+        """Write the weights to best.pt."""
+        save(self.run.best, self.facts(tuning) | {"accuracy": accuracy, "epoch": epoch, "model": tuning.weights()})
 
     def conclude(self, tuning: Tuning, bad: BadFiles, loop: Loop) -> None:
-        """Results, pictures, export and report, of the best weights."""
+        """Results, pictures, export and report, of the best weights; of the last ones where those are damaged."""
+        say = loop.console.print
         last = top_accuracy(self.predict(tuning, bad)[0])
-        best = load(self.run.best)
+        try:
+            best = load(self.run.best)
+        except Damaged as error:
+            say(f"{error}\nThe weights of the last step take its place.")
+            self.keep(tuning, float(last), float(self.config.epochs))
+            best = load(self.run.best)
         tuning.take(best["model"])
         found, _ = self.predict(tuning, bad)
         source = Files(self.labels.root, found.names, self.start.model.channels)
@@ -269,7 +276,6 @@ class Judge:
             self.run.folder, found, source.read, data=self.config.data, split="val", step=best["step"], epoch=best["epoch"],
             weights="best",
         )  # fmt: skip
-        say = loop.console.print
         if bad.seen:
             say(f"{len(bad.seen)} unreadable files were skipped; they are listed in {self.run.skipped}")
         say(f"accuracy after epoch {best['epoch']:.0f}, the best: {top_accuracy(found)}; after the last: {last}")
