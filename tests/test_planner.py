@@ -41,16 +41,16 @@ def test_what_is_no_size(text: str) -> None:
 
 def test_the_largest_batch_that_fits(tiny: Pretrain) -> None:
     def peak(batch: int) -> int:
-        return leanmim.planner.count(replace(tiny, batch_size=batch, accum=8 // batch))[0].peak_bytes
+        return leanmim.planner.count(replace(tiny, batch_size=batch, accum=4 // batch))[0].peak_bytes
 
-    for memory in (peak(2) / SHARE + 1, peak(4) / SHARE - 1, peak(8) / SHARE + 1):
-        found = fit(tiny, 8, int(memory), CPU)
+    for memory in (peak(1) / SHARE + 1, peak(2) / SHARE - 1, peak(4) / SHARE + 1):
+        found = fit(tiny, 4, int(memory), CPU)
         assert found is not None
         config, cost = found
-        assert int(config.batch_size) * config.accum == 8
+        assert int(config.batch_size) * config.accum == 4
         assert cost.peak_bytes <= SHARE * memory
-        assert config.batch_size == 8 or peak(2 * int(config.batch_size)) > SHARE * memory
-    assert fit(tiny, 8, peak(1) // 2, CPU) is None
+        assert config.batch_size == 4 or peak(2 * int(config.batch_size)) > SHARE * memory
+    assert fit(tiny, 4, peak(1) // 2, CPU) is None
 
 
 def test_auto_accumulates_to_the_effective_batch_and_resumes(

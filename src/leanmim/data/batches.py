@@ -4,6 +4,7 @@ b batch, c channels, H W pixels.
 """
 
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from itertools import islice
+from multiprocessing.util import Finalize
 from typing import Any
 
 import numpy as np
@@ -162,7 +164,19 @@ def quietly(batches: DataLoader) -> Iterator[Any]:
     feed = iter(batches)
     if before is not None:
         signal.signal(signal.SIGCHLD, before)
-    yield from feed
+    # should this process exit while something still holds the readers, as an error's traceback does
+    at_exit = Finalize(None, end_readers, exitpriority=0)
+    try:
+        yield from feed
+    finally:
+        at_exit.cancel()
+
+
+def end_readers() -> None:
+    """Kill the readers. multiprocessing would send them one SIGTERM at the exit, which they outlast, and wait for ever."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def outlast_the_first_signal(_: int) -> None:
