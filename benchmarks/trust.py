@@ -9,6 +9,7 @@ a process of its own is forked from this one, which has imported leanmim already
 """
 
 import argparse
+import contextlib
 import os
 import random
 import resource
@@ -84,7 +85,7 @@ def forked(
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
-        os.setsid()
+        os.setpgid(0, 0)
         os.chdir(folder)
         for number, log in enumerate(logs, start=1):
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -102,6 +103,8 @@ def forked(
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(code)
+    with contextlib.suppress(PermissionError, ProcessLookupError):  # it was faster
+        os.setpgid(pid, pid)
     code, sent = None, after is None
     while code is None and time.perf_counter() - began < HANG:
         done, status = os.waitpid(pid, os.WNOHANG)
