@@ -420,7 +420,13 @@ def main() -> None:
                     worst.append(f"{fault}: {outcome}".replace(work, "WORK"))
                     print(worst[-1], flush=True)
         settings = {"share of the trials": given.share, "seed": given.seed, "seconds": round(time.monotonic() - began)}
-        record.write(f"trust-{name}-cpu", f"Tried and survived: {name}", settings, table(found), worst)
+        record.write(
+            f"trust-{name}{f'-seed{given.seed}' if given.seed else ''}-cpu",
+            f"Tried and survived: {name}",
+            settings,
+            table(found),
+            worst,
+        )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from leanmim.config.base import (
     AGAINST_DIVERGENCE,
     FREE_IN_TRAINING,
     Auto,
+    Decode,
     Faults,
     Interpolation,
     LinearInit,
@@ -37,7 +38,7 @@ class Pretrain(Logging, Faults, Machine, Optimisation, Model):
     """
 
     FREE: ClassVar[frozenset[str]] = FREE_IN_TRAINING | {"offload", "knn_data", "knn_every"}
-    ADJUSTABLE: ClassVar[frozenset[str]] = AGAINST_DIVERGENCE | {"phase_blrs"}
+    ADJUSTABLE: ClassVar[frozenset[str]] = AGAINST_DIVERGENCE | {"phase_blrs", "decode"}
     LEFT_EMPTY: ClassVar[frozenset[str]] = frozenset({"data", "out"})
     GROWING: ClassVar[frozenset[str]] = frozenset({"epochs"})
     RENAMED: ClassVar[dict[str, str]] = {
@@ -120,6 +121,9 @@ class Pretrain(Logging, Faults, Machine, Optimisation, Model):
     """RandomResizedCrop: width / height of the crop."""
     interpolation: Interpolation = "bicubic"
     """How crops are resized."""
+    decode: Decode = "fast"
+    """fast chooses the crop first and decodes a JPEG at the smallest scale (1, 1/2, 1/4, 1/8) that leaves it its pixels; exact
+    decodes every image whole, as torchvision does."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
     statistics: Literal["imagenet", "data"] = "imagenet"

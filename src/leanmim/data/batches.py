@@ -65,8 +65,9 @@ def batches(
         per_epoch: steps; None is as many as there are images for.
     """
     dataset = Crops(
-        source, config.size, config.crop_scale, config.crop_ratio, config.flip, config.seed, config.interpolation
-    )
+        source, config.size, config.crop_scale, config.crop_ratio, config.flip, config.seed, config.interpolation,
+        config.decode,
+    )  # fmt: skip
     per_epoch = per_epoch or len(source) // effective_batch(config, process.world)
     order = order_of_steps(config, len(source), per_epoch, start, stop, process)
     return loader(dataset, order, resolve_workers(config.workers), device, collate, config.data_patience)

@@ -3,8 +3,10 @@
 Workers hand over uint8; normalisation happens on the device. b batch, c channels, H W pixels.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from random import Random
 
 import numpy as np
 import torch
@@ -14,9 +16,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
+from leanmim.config.base import Decode
 from leanmim.data.order import epoch_order, seed_of
-from leanmim.data.read import Bad
-from leanmim.data.source import Source, nothing_readable, read
+from leanmim.data.read import Bad, Cut
+from leanmim.data.source import Source, nothing_readable, read, read_box
 from leanmim.errors import UserError
 from leanmim.progress import track
 
@@ -24,10 +27,52 @@ IMAGENET = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.449,), (0.
 LARGE = 2**24  # pixels of a resized image
 
 
+def random_box(
+    width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], draw: Random
+) -> tuple[int, int, int, int]:
+    """A box of RandomResizedCrop, as torchvision documents it: a share of the area, then the logarithm of width by height,
+    both uniform; ten attempts to fit it in, then the largest box in the centre whose ratio is in bounds.
+
+    Returns:
+        Left, top, right, bottom, px.
+    """
+    for _ in range(10):
+        area, shape = width * height * draw.uniform(*scale), math.exp(draw.uniform(*map(math.log, ratio)))
+        w, h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = draw.randint(0, width - w), draw.randint(0, height - h)
+            return left, top, left + w, top + h
+    w, h = min(width, max(1, round(height * ratio[1]))), min(height, max(1, round(width / ratio[0])))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def resized(cut: Cut, size: tuple[int, int], interpolation: str) -> UInt8[Tensor, "c H W"]:
+    """The box of a cut at a size (height, width), with antialiasing."""
+    left, top, right, bottom = map(round, cut.box)
+    pixels = np.array(
+        cut.pixels[top : max(bottom, top + 1), left : max(right, left + 1)]
+    )  # Pillow's are not to be written to
+    crop = torch.from_numpy(pixels).permute(2, 0, 1)
+    how = v2.InterpolationMode(interpolation)
+    return v2.functional.resize(crop, list(size), how, antialias=True).contiguous()
+
+
 class Crops(Dataset):
     """Random crops for training. The item (epoch, index) is a pure function of (seed, epoch, index).
 
     An unreadable image is replaced by the next readable one of the source, and reported.
+
+    Args:
+        source: the images.
+        size: height and width, px.
+        scale: share of an image's area.
+        ratio: width by height.
+        flip: probability of a horizontal flip.
+        seed: of all that is drawn.
+        interpolation: bilinear or bicubic.
+        decode: fast draws the box first, and decodes a JPEG at the smallest scale that leaves it its pixels; exact decodes
+            it whole.
     """
 
     def __init__(
@@ -39,10 +84,12 @@ class Crops(Dataset):
         flip: float,
         seed: int,
         interpolation: str = "bicubic",
+        decode: Decode = "fast",
     ) -> None:
-        self.source = source
-        self.seed = seed
-        self.crop = v2.Compose(
+        self.source, self.size, self.scale, self.ratio = source, size, scale, ratio
+        self.flip, self.seed, self.interpolation = flip, seed, interpolation
+        self.crop = self.fast if decode == "fast" else self.exact
+        self.whole = v2.Compose(
             [
                 v2.RandomResizedCrop(size, scale, ratio, v2.InterpolationMode(interpolation), antialias=True),
                 v2.RandomHorizontalFlip(flip),
@@ -57,15 +104,30 @@ class Crops(Dataset):
         epoch, index = item
         bad: list[Bad] = []
         for step in range(len(self)):
-            place = (index + step) % len(self)
-            image = read(self.source, place)
-            if isinstance(image, Bad):
-                bad.append(image)
-                continue
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))  # torch's also reseeds the GPU
-                return self.crop(image), bad
+            crop = self.crop((index + step) % len(self), seed_of(self.seed, epoch, index))
+            if not isinstance(crop, Bad):
+                return crop, bad
+            bad.append(crop)
         raise nothing_readable(len(self), bad[0])
+
+    def fast(self, place: int, seed: int) -> UInt8[Tensor, "c H W"] | Bad:
+        """The box first."""
+        draw = Random(seed)
+        choose = partial(random_box, scale=self.scale, ratio=self.ratio, draw=draw)
+        cut = read_box(self.source, place, choose, self.size)
+        if isinstance(cut, Bad):
+            return cut
+        crop = resized(cut, self.size, self.interpolation)
+        return crop.flip(-1) if draw.random() < self.flip else crop
+
+    def exact(self, place: int, seed: int) -> UInt8[Tensor, "c H W"] | Bad:
+        """The whole image first."""
+        image = read(self.source, place)
+        if isinstance(image, Bad):
+            return image
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch's also reseeds the GPU
+            return self.whole(image)
 
 
 class Normalise:

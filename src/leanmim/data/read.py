@@ -1,21 +1,28 @@
 """Any image file as an 8-bit picture, in bounded time and memory."""
 
+import math
 import os
 import signal
 import stat
 import struct
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps, features
+from jaxtyping import UInt8
+from PIL import ExifTags, Image, ImageOps, features
+
+try:
+    import simplejpeg
+except ImportError:  # where it has no wheel
+    simplejpeg = None
 
 CODECS = {".avif": "avif", ".j2k": "jpg_2000", ".jp2": "jpg_2000", ".jpx": "jpg_2000"}
 """What Pillow calls the codec of a suffix, for those that not every Pillow has."""
@@ -26,6 +33,19 @@ MAX_BYTES = 2**30
 MAX_SECONDS = 30.0
 """Of computing, to decode a file: a busy machine or a slow drive makes no file unreadable."""
 BAND = 2**20  # pixels that are converted at once
+SIDEWAYS = (5, 6, 7, 8)
+"""EXIF orientations of pictures whose width is stored as height."""
+Choose = Callable[[int, int], tuple[int, int, int, int]]
+"""From width and height, px, a box: left, top, right, bottom."""
+
+
+class Cut(NamedTuple):
+    """A picture, decoded for the sake of a box in it."""
+
+    pixels: UInt8[np.ndarray, "h w c"]
+    """Of the whole picture, perhaps at a reduced scale."""
+    box: tuple[float, float, float, float]
+    """Left, top, right, bottom, in these pixels."""
 
 
 def read_image(path: str | Path, channels: int) -> Image.Image:
@@ -37,10 +57,69 @@ def read_image(path: str | Path, channels: int) -> Image.Image:
     Raises:
         UNREADABLE: the file cannot be read, is no file, or is larger or takes longer than the limits.
     """
+    with bounded(path), opened(path) as stored:
+        image = ImageOps.exif_transpose(stored)
+        image.load()
+        return eight_bit(image, channels)
+
+
+def read_cut(path: str | Path, channels: int, choose: Choose, size: tuple[int, int]) -> Cut:
+    """A box of an image file, which is chosen before anything is decoded; as `read_image` otherwise.
+
+    A JPEG is decoded at the smallest scale (1, 1/2, 1/4 or 1/8) that leaves the box as many pixels as ``size`` has, by
+    simplejpeg where that is installed.
+
+    Args:
+        path: the file.
+        channels: 1 or 3.
+        choose: a box from the upright picture's width and height.
+        size: height and width that the box will be resized to.
+    """
+    with bounded(path), opened(path) as stored:
+        turned = stored.getexif().get(ExifTags.Base.Orientation, 1)
+        width, height = stored.size[::-1] if turned in SIDEWAYS else stored.size
+        box = choose(width, height)
+        least = math.ceil(size[1] * width / (box[2] - box[0])), math.ceil(size[0] * height / (box[3] - box[1]))
+        pixels = None
+        if stored.format == "JPEG" and stored.mode in ("L", "RGB"):
+            if turned == 1:
+                pixels = scaled_jpeg(stored, channels, *least)
+            if pixels is None:
+                stored.draft(None, least[::-1] if turned in SIDEWAYS else least)
+        if pixels is None:
+            image = ImageOps.exif_transpose(stored)
+            image.load()
+            pixels = np.asarray(eight_bit(image, channels))
+    down, across = pixels.shape[0] / height, pixels.shape[1] / width
+    return Cut(
+        pixels.reshape(*pixels.shape[:2], channels), (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+    )
+
+
+def scaled_jpeg(stored: Image.Image, channels: int, width: int, height: int) -> np.ndarray | None:
+    """A JPEG at the smallest scale of at least this width and height, or whole; None if it takes Pillow to read it."""
+    if simplejpeg is None:
+        return None
+    scale = next((by for by in (8, 4, 2) if stored.width >= by * width and stored.height >= by * height), 1)
+    stored.fp.seek(0)
+    try:
+        return simplejpeg.decode_jpeg(
+            stored.fp.read(),
+            "RGB" if channels == 3 else "GRAY",
+            min_width=stored.width // scale,
+            min_height=stored.height // scale,
+        )
+    except ValueError:  # also of what does no harm
+        return None
+
+
+@contextmanager
+def bounded(path: str | Path) -> Iterator[None]:
+    """In bounded time; whatever a damaged file leads the decoder to is `UNREADABLE`."""
     with time_limit(MAX_SECONDS), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of what does no harm or is followed by an error
         try:
-            return eight_bit(decode(path), channels)
+            yield
         except UNREADABLE as error:
             suffix = Path(path).suffix.lower()
             if suffix in CODECS and CODECS[suffix] not in features.get_supported():
@@ -52,8 +131,9 @@ def read_image(path: str | Path, channels: int) -> Image.Image:
             raise OSError(f"{type(error).__name__}: {error}") from error
 
 
-def decode(path: str | Path) -> Image.Image:
-    """The picture of a file, upright, as it is stored."""
+@contextmanager
+def opened(path: str | Path) -> Iterator[Image.Image]:
+    """The picture of a file as it is stored, of which nothing is decoded yet."""
     facts = os.stat(path)
     if not stat.S_ISREG(facts.st_mode):  # to open a FIFO waits for ever, to open a device may do anything
         raise OSError("it is no regular file")
@@ -61,9 +141,7 @@ def decode(path: str | Path) -> Image.Image:
         raise OSError(f"it has {facts.st_size} bytes, more than {MAX_BYTES}")
     # Not Image.open(path): Pillow maps such a file into memory, which scrambles grey TIFFs that lie on their side.
     with open(path, "rb") as file, Image.open(file, formats=formats()) as stored:
-        image = ImageOps.exif_transpose(stored)
-        image.load()
-    return image
+        yield stored
 
 
 @cache

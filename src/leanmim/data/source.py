@@ -2,17 +2,19 @@
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from glob import iglob
 from itertools import takewhile
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from PIL import Image
 
 from leanmim.data.find import list_images, match_images, read_list
-from leanmim.data.read import UNREADABLE, Bad, read_image
+from leanmim.data.read import UNREADABLE, Bad, Choose, Cut, read_cut, read_image
 from leanmim.errors import UserError
 
 UNREACHABLE = {
@@ -29,6 +31,9 @@ UNREACHABLE = {
 REMEDY = "; mount their drive or put them back (one file that stays so is damaged: remove it), then give the same command again"
 
 
+Read = TypeVar("Read")
+
+
 class Away(UserError):
     """The images cannot be reached at the moment; a training waits for them, see `loader`."""
 
@@ -39,8 +44,30 @@ def read(source: "Source", place: int) -> Image.Image | Bad:
     Raises:
         Away: no image can be read at the moment.
     """
+    return attempt(source, place, source.read)
+
+
+def read_box(source: "Source", place: int, choose: Choose, size: tuple[int, int]) -> Cut | Bad:
+    """An image for the sake of a box in it, which will be resized to ``size`` (height, width); or why it cannot be read.
+
+    Raises:
+        Away: no image can be read at the moment.
+    """
+    cut = getattr(source, "cut", None) or partial(cut_whole, source)
+    return attempt(source, place, lambda index: cut(index, choose, size))
+
+
+def cut_whole(source: "Source", index: int, choose: Choose, size: tuple[int, int]) -> Cut:
+    """From a source that reads whole images only."""
+    image = source.read(index)
+    pixels = np.asarray(image)
+    return Cut(pixels.reshape(*pixels.shape[:2], -1), choose(*image.size))
+
+
+def attempt(source: "Source", place: int, how: Callable[[int], Read]) -> Read | Bad:
+    """What is read, or why it cannot be."""
     try:
-        return source.read(place)
+        return how(place)
     except Away:
         raise
     except UNREADABLE as error:
@@ -107,9 +134,20 @@ class Files:
             UNREADABLE: it is broken, or not there though its root folder is.
             Away: the root folder is missing or empty, or the system says that the drive is away.
         """
+        with self.reached(index) as path:
+            return read_image(path, self.channels)
+
+    def cut(self, index: int, choose: Choose, size: tuple[int, int]) -> Cut:
+        """The file for the sake of a box in it, see `read_cut`. Errors as for `read`."""
+        with self.reached(index) as path:
+            return read_cut(path, self.channels, choose, size)
+
+    @contextmanager
+    def reached(self, index: int) -> Iterator[str]:
+        """The file's path, in which an error that is the drive's becomes `Away`."""
         path = self.where(index)
         try:
-            return read_image(path, self.channels)
+            yield path
         except OSError as error:
             if error.errno in UNREACHABLE or (isinstance(error, FileNotFoundError) and is_empty(self.root)):
                 raise Away(f"the images are away: {path} cannot be reached ({error.strerror}){REMEDY}") from error
@@ -169,6 +207,12 @@ class Joined:
         """What the image's source reads."""
         position, own = self._places[index].tolist()
         return self.sources[position].read(own)
+
+    def cut(self, index: int, choose: Choose, size: tuple[int, int]) -> Cut:
+        """What the image's source cuts."""
+        position, own = self._places[index].tolist()
+        source = self.sources[position]
+        return source.cut(own, choose, size) if isinstance(source, Files) else cut_whole(source, own, choose, size)
 
 
 Opener = Callable[[str, int], "Source | None"]

@@ -1,0 +1,162 @@
+"""Images a second of our crops beside torchvision's usual pipeline, and what scaled decoding changes.
+
+    python benchmarks/data_speed.py --data photos
+
+Photos are written once as JPEGs of 500 x 375 px. Every pipeline is read through torch's DataLoader with two workers, and in
+this process alone; rounds of all of them follow each other, and what is reported is the median of the ratios of a round.
+Without --data the photos are those of the demo.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from statistics import median
+from typing import Any
+
+import numpy as np
+import record
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from leanmim.data.batches import collate
+from leanmim.data.crops import Crops, random_box, resized
+from leanmim.data.source import Folder
+
+SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
+SIDES = (128, 224)
+IMAGES = 480  # of a pass
+
+
+class Epoch(torch.utils.data.Dataset):
+    """The crops of a first epoch."""
+
+    def __init__(self, crops: Crops) -> None:
+        self.crops = crops
+
+    def __len__(self) -> int:
+        return IMAGES
+
+    def __getitem__(self, index: int) -> Any:
+        return self.crops[0, index % len(self.crops)]
+
+
+class Repeated(torch.utils.data.Dataset):
+    """torchvision's folder, so many images long."""
+
+    def __init__(self, folder: ImageFolder) -> None:
+        self.folder = folder
+
+    def __len__(self) -> int:
+        return IMAGES
+
+    def __getitem__(self, index: int) -> Any:
+        return self.folder[index % len(self.folder)]
+
+
+def pipelines(root: Path, side: int) -> dict[str, tuple[torch.utils.data.Dataset, Callable | None]]:
+    """Data sets, and how their items are collated; the first is the one to compare with."""
+    usual = v2.Compose(
+        [
+            v2.RandomResizedCrop(side, SCALE, RATIO),
+            v2.RandomHorizontalFlip(),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+        ]
+    )
+    found: dict[str, tuple[torch.utils.data.Dataset, Callable | None]] = {
+        "torchvision: ImageFolder, RandomResizedCrop, flip, to float": (Repeated(ImageFolder(str(root), usual)), None)
+    }
+    for decode in ("exact", "fast"):
+        crops = Crops(Folder(root, 3), (side, side), SCALE, RATIO, 0.5, 0, decode=decode)
+        found[f"leanmim, --decode {decode}"] = (Epoch(crops), collate)
+    return found
+
+
+def seconds(dataset: torch.utils.data.Dataset, collate_fn: Callable | None, workers: int) -> float:
+    """Of a pass, without the start of the workers."""
+    loader = DataLoader(
+        dataset, batch_size=32, num_workers=workers, collate_fn=collate_fn, prefetch_factor=4 if workers else None
+    )
+    feed = iter(loader)
+    began = time.perf_counter() if not workers else None
+    for number, _ in enumerate(feed):
+        if number == 0 and workers:
+            began = time.perf_counter()
+    assert began is not None
+    taken = time.perf_counter() - began
+    return taken * IMAGES / (IMAGES - 32) if workers else taken
+
+
+def differences(root: Path, side: int) -> dict[str, float]:
+    """Of the same boxes, fast and exact: mean and 99th percentile of the absolute difference of pixels, of 255."""
+    source, found = Folder(root, 3), []
+    for place in range(len(source)):
+        image = source.read(place)
+        box = random_box(*image.size, SCALE, RATIO, Random(place))
+        fast = resized(source.cut(place, lambda *_, box=box: box, (side, side)), (side, side), "bicubic")
+        left, top, right, bottom = box
+        how = v2.InterpolationMode.BICUBIC
+        exact = v2.functional.pil_to_tensor(
+            v2.functional.resized_crop(image, top, left, bottom - top, right - left, [side, side], how, True)
+        )
+        found.append((fast.float() - exact.float()).abs().flatten())
+    every = torch.cat(found)
+    return {"mean": every.mean().item(), "99th percentile": float(np.percentile(every.numpy(), 99))}
+
+
+def photos(given: Path, root: Path) -> None:
+    """JPEGs of 500 x 375 px, quality 90."""
+    (root / "photos").mkdir()
+    for number, path in enumerate(sorted(given.rglob("*.[jJ][pP]*[gG]"))[:IMAGES]):
+        with Image.open(path) as image:
+            image.convert("RGB").resize((500, 375), Image.Resampling.BICUBIC).save(
+                root / "photos" / f"{number:04}.jpg", quality=90
+            )
+
+
+def main() -> None:
+    """Measure, write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path(__file__).parent.parent / "demo" / "photos")
+    parser.add_argument("--rounds", type=int, default=7)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    raw: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        photos(given.data, root)
+        for side in SIDES:
+            sets = pipelines(root, side)
+            for workers in (0, 2):
+                taken: dict[str, list[float]] = {name: [] for name in sets}
+                for number in range(given.rounds + 1):
+                    for name, (dataset, collate_fn) in sets.items():
+                        own = seconds(dataset, collate_fn, workers)
+                        if number:  # the first warms up
+                            taken[name].append(own)
+                usual = next(iter(taken.values()))
+                for name, own in taken.items():
+                    ratios = [one / other for one, other in zip(usual, own, strict=True)]
+                    rows.append({"px": side, "workers": workers, "pipeline": name, "images/s": f"{IMAGES / median(own):.0f}",
+                                 "to torchvision": f"{median(ratios):.2f}", "least": f"{min(ratios):.2f}", "most": f"{max(ratios):.2f}"})  # fmt: skip
+                raw[f"{side} px, {workers} workers"] = taken
+            raw[f"{side} px, difference of fast from exact, of 255"] = differences(root, side)
+    said = [
+        f"{key}: " + ", ".join(f"{name} {value:.2f}" for name, value in found.items())
+        for key, found in raw.items()
+        if "difference" in key
+    ]
+    record.write("data-speed-cpu", "Reading photos", {"photos": "500 x 375 px, quality 90", "images a pass": IMAGES, "rounds": given.rounds,
+                 "load at the end": os.getloadavg()[0]}, rows, raw, "\n".join(said))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
