@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import PIL
 from jaxtyping import UInt8
-from PIL import ExifTags, Image, ImageOps, features
+from PIL import ExifTags, Image, ImageFile, ImageOps, features
 
 try:
     import simplejpeg
@@ -96,9 +96,9 @@ def read_cut(path: str | Path, channels: int, choose: Choose, size: tuple[int, i
     )
 
 
-def scaled_jpeg(stored: Image.Image, channels: int, width: int, height: int) -> np.ndarray | None:
+def scaled_jpeg(stored: ImageFile.ImageFile, channels: int, width: int, height: int) -> np.ndarray | None:
     """A JPEG at the smallest scale of at least this width and height, or whole; None if it takes Pillow to read it."""
-    if simplejpeg is None:
+    if simplejpeg is None or stored.fp is None:
         return None
     scale = next((by for by in (8, 4, 2) if stored.width >= by * width and stored.height >= by * height), 1)
     stored.fp.seek(0)
@@ -132,7 +132,7 @@ def bounded(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def opened(path: str | Path) -> Iterator[Image.Image]:
+def opened(path: str | Path) -> Iterator[ImageFile.ImageFile]:
     """The picture of a file as it is stored, of which nothing is decoded yet."""
     facts = os.stat(path)
     if not stat.S_ISREG(facts.st_mode):  # to open a FIFO waits for ever, to open a device may do anything
