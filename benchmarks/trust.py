@@ -205,6 +205,8 @@ def writers(work: Path) -> Iterator[Writer]:
         ["predict", f"{work}/finetune-whole", str(PHOTOS), "--out", str(out), "--device", "cpu", "--workers", "0", "--overwrite"],
         out, same_files,
     )  # fmt: skip
+    out = work / "pack" / "photos.tar"
+    yield Writer("pack", ["pack", str(PHOTOS), "--size", "64", "--out", str(out), "--workers", "0"], out, same_files)
     for form in ("timm", "onnx"):
         out = work / f"export-{form}"
         yield Writer(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # for type checkers and editors; when run, a name is imported
         Export,
         Finetune,
         Knn,
+        Pack,
         Plan,
         Predict,
         Pretrain,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:  # for type checkers and editors; when run, a name is imported
     )
     from leanmim.costs import cost as _cost
     from leanmim.data import SOURCES
+    from leanmim.data.pack import pack as _pack
     from leanmim.encoders import MASKINGS
     from leanmim.errors import UserError
     from leanmim.evaluators.embed import embed as _embed
@@ -55,6 +57,7 @@ if TYPE_CHECKING:  # for type checkers and editors; when run, a name is imported
     export = by_name(_export)
     finetune = by_name(_finetune)
     knn = by_name(_knn)
+    pack = by_name(_pack)
     plan = by_name(_plan)
     predict = by_name(_predict)
     pretrain = by_name(_pretrain)
@@ -65,9 +68,10 @@ if TYPE_CHECKING:  # for type checkers and editors; when run, a name is imported
 _NAMES = {
     "classifier.finetune": "finetune",
     "classifier.predict": "predict",
-    "config": "Cost Embed Evaluate Export Finetune Knn Plan Predict Pretrain Probe Report Show",
+    "config": "Cost Embed Evaluate Export Finetune Knn Pack Plan Predict Pretrain Probe Report Show",
     "costs": "cost",
     "data": "SOURCES",
+    "data.pack": "pack",
     "encoders": "MASKINGS",
     "errors": "UserError",
     "evaluators.embed": "embed",
@@ -86,13 +90,13 @@ _NAMES = {
     "weights": "load_backbone restore",
 }
 _COMMANDS = {
-    "cost", "embed", "evaluate", "export", "finetune", "knn", "plan", "predict", "pretrain", "probe", "report", "show",
+    "cost", "embed", "evaluate", "export", "finetune", "knn", "pack", "plan", "predict", "pretrain", "probe", "report", "show",
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = [
     "BIM", "FASTMIM", "FASTMIM_P", "MAE", "MASKINGS", "MIM", "PR_MIM", "RECIPES", "SIMMIM", "SOURCES", "TARGETS", "Cost",
-    "Embed", "Evaluate", "Export", "Finetune", "Knn", "Plan", "Predict", "Pretrain", "Probe", "Report", "Show", "UserError",
-    "__version__", "build", "cost", "embed", "evaluate", "export", "finetune", "knn", "load_backbone", "plan", "predict",
+    "Embed", "Evaluate", "Export", "Finetune", "Knn", "Pack", "Plan", "Predict", "Pretrain", "Probe", "Report", "Show", "UserError",
+    "__version__", "build", "cost", "embed", "evaluate", "export", "finetune", "knn", "load_backbone", "pack", "plan", "predict",
     "pretrain", "probe", "report", "restore", "show",
 ]  # fmt: skip
 

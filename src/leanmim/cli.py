@@ -19,6 +19,7 @@ from leanmim.config import (
     Export,
     Finetune,
     Knn,
+    Pack,
     Plan,
     Predict,
     Pretrain,
@@ -52,6 +53,7 @@ DESCRIPTIONS = {
 }
 COMMANDS = {
     "pretrain": Command("pre-train a backbone on a folder of images", Pretrain, "train.pretrain.pretrain", RECIPES),
+    "pack": Command("shrink every image once, into one file that --data takes", Pack, "data.pack.pack"),
     "finetune": Command("fine-tune it to a classifier of labelled images", Finetune, "classifier.finetune.finetune"),
     "predict": Command("classify images with a fine-tuned run, to a CSV file", Predict, "classifier.predict.predict"),
     "embed": Command("features of images, to an .npy or .parquet file", Embed, "evaluators.embed.embed"),
@@ -67,7 +69,7 @@ COMMANDS = {
     "report": Command("one HTML page about one or several runs", Report, "page.report"),
 }
 NARROWEST = 40  # columns; help of one column is never done
-RESUMABLE = {"pretrain", "finetune", "embed", "probe"}
+RESUMABLE = {"pretrain", "pack", "finetune", "embed", "probe"}
 RENAMED = {  # options of earlier versions
     "pretrain": {f"--stage-{name}": f"--phase-{name}" for name in ("scales", "starts", "batches", "accums", "blrs")},
     "show": {"--block": "--segment"},

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from leanmim.classifier.augment import seeded
 from leanmim.config.finetune import Finetune
-from leanmim.data import Bad, Files, loader, order_of_steps, resolve_workers, seed_of
+from leanmim.data import Bad, images_at, loader, order_of_steps, resolve_workers, seed_of
 from leanmim.data.labels import Labels
 from leanmim.data.readable import image_batches
 from leanmim.data.source import nothing_readable, read
@@ -34,7 +34,7 @@ class TrainImages(Dataset):
     """
 
     def __init__(self, labels: Labels, transform: Callable, seed: int) -> None:
-        self.source = Files(labels.root, labels.train, channels=3)
+        self.source = images_at(labels.root, labels.train, 3)
         self.labels = torch.tensor(labels.train_labels)
         self.transform, self.seed = transform, seed
 
@@ -127,7 +127,7 @@ def val_batches(
     Raises:
         UserError: none can be read.
     """
-    source = Files(labels.root, labels.val, config.channels or 3)
+    source = images_at(labels.root, labels.val, config.channels or 3)
     workers = resolve_workers(config.workers)
     batch, patience = int(config.batch_size), config.data_patience
     for images, places in image_batches(source, transform, batch, workers, report, device, patience):

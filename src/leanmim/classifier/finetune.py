@@ -19,7 +19,7 @@ from leanmim.classifier.results import Predictions, top_accuracy, write_results
 from leanmim.classifier.right_size import right_sized
 from leanmim.classifier.tuning import Batch, Tuning
 from leanmim.config import Export, Finetune, Report
-from leanmim.data import Files, Normalise, order_of_steps, resolve_workers, seed_of
+from leanmim.data import Normalise, images_at, order_of_steps, resolve_workers, seed_of
 from leanmim.data.labels import Labels, choose_labels
 from leanmim.environment import environment
 from leanmim.errors import Damaged, UserError
@@ -81,7 +81,7 @@ def tune(config: Finetune, process: Process, device: torch.device, held: ExitSta
         raise UserError(f"--out {config.out!r} is where the start's weights are; choose another folder")
     labels = choose_labels(config.data, config.seed, config.val_share, config.label_share, config.labels_per_class)
     classes, names = tuple(labels.classes), labels.train + labels.val
-    images = DataList.of(names, Files(labels.root, names, 3).where, len(labels.train), process.world)
+    images = DataList.of(images_at(labels.root, names, 3), len(labels.train), process.world)
     check_alike(process, images.digest, "images in --data")
     config, predicted, notes = right_sized(config, run, start, labels, process, device)
     state = run.to_resume(config, config.overwrite)
@@ -158,7 +158,7 @@ def tune(config: Finetune, process: Process, device: torch.device, held: ExitSta
         if state:
             loop.console.print(f"{'continuing' if first < steps else 'finished'} after step {first}")
         if first < steps:
-            bad.retry([Files(labels.root, names, 3)], loop.console)
+            bad.retry([images_at(labels.root, names, 3)], loop.console)
         feed = loop.timed(train_batches(own, labels, transform, first, steps, process, device, per_epoch))
 
         for step in loop.until(steps):
@@ -271,7 +271,7 @@ class Judge:
             best = load(self.run.best)
         tuning.take(best["model"])
         found, _ = self.predict(tuning, bad)
-        source = Files(self.labels.root, found.names, self.start.model.channels)
+        source = images_at(self.labels.root, found.names, self.start.model.channels)
         write_results(
             self.run.folder, found, source.read, data=self.config.data, split="val", step=best["step"], epoch=best["epoch"],
             weights="best",

@@ -46,6 +46,7 @@ RANGES: dict[str, tuple[float, float]] = {
     # images
     "crop_scale": (0, 1), "crop_ratio": (0, 100), "crop": (0.01, 1), "flip": (0, 1),
     "mixup": (0, MANY), "cutmix": (0, MANY), "mixup_switch": (0, 1), "smoothing": (0, 1), "erase": (0, 1),
+    "size": (1, 16384), "quality": (1, 100),
     # labels
     "label_share": (0, 1), "labels_per_class": (1, MANY), "val_share": (0.01, 0.9), "shots": (1, MANY), "draws": (1, MANY),
     # steps

@@ -49,6 +49,28 @@ class Export(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pack(Config):
+    """Shrink every image once, and write all into one tar file that --data takes in place of the folder."""
+
+    data: Positional[str]
+    """Folder of images, pattern or list, as for `leanmim pretrain`; or a labelled folder, whose train/CLASS/... the names keep."""
+    out: str
+    """Tar file to write; its name ends in .tar."""
+    size: int = 192
+    """Pixels of the short side; smaller images stay as they are. About 1.5 times the --input-size leaves crops their pixels."""
+    format: Literal["jpeg", "raw"] = "jpeg"
+    """jpeg; or raw, pixels as they are: faster to read, eight times as large."""
+    quality: int = 90
+    """Of JPEG."""
+    channels: Literal[1, 3] = 3
+    """Image channels."""
+    workers: int = -1
+    """Processes that read and shrink; -1 is the CPU count less one, 8 at most."""
+    overwrite: bool = False
+    """Replace the file, and what is left of an interrupted command."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report(Config):
     """One self-contained HTML page about one or several runs."""
 

@@ -11,9 +11,12 @@ from leanmim.data.labelled import Labelled, labelled_pair
 from leanmim.data.order import Order, epoch_order, order_of_steps, seed_of
 from leanmim.data.read import UNREADABLE, Bad, read_image
 from leanmim.data.source import SOURCES, Files, Folder, Source, absolute, open_source
+from leanmim.data.tar import Tar, images_at, open_tar
 
 __all__ = [
     "IMAGENET", "SOURCES", "SUFFIXES", "UNREADABLE", "Bad", "Crops", "Files", "Folder", "Labelled", "Normalise", "Order",
-    "Source", "absolute", "batches", "centre_crop", "collate", "cut_centre", "effective_batch", "epoch_order",
+    "Source", "Tar", "absolute", "batches", "centre_crop", "collate", "cut_centre", "effective_batch", "epoch_order", "images_at",
     "labelled_pair", "list_images", "loader", "open_source", "order_of_steps", "read_image", "resolve_workers", "seed_of", "statistics",
 ]  # fmt: skip
+
+SOURCES.append(open_tar)

@@ -16,20 +16,24 @@ from leanmim.data.labels import choose_labels
 from leanmim.data.read import Bad
 from leanmim.data.readable import Pictures
 from leanmim.data.source import Files, Folder
+from leanmim.data.tar import Tar, images_at, is_tar
 from leanmim.errors import UserError
 
 
 class Labelled(Dataset):
     """Images of a folder with one sub-folder per class, transformed, with their labels.
 
-    An evaluation reads `pictures`, and leaves out what cannot be read.
+    An evaluation reads `pictures`, and leaves out what cannot be read. ``held_out`` says that they validate because there is no
+    val folder.
 
     Raises:
         UserError: there are no classes, or (when an item is asked for) its file is unreadable.
     """
 
+    held_out = False
+
     def __init__(self, folder: Path, channels: int, transform: Callable, classes: list[str] | None = None) -> None:
-        self.source: Files = Folder(folder, channels)
+        self.source: Files | Tar = Folder(folder, channels)
         names = [Path(name).parts[0] for name in self.source.names if len(Path(name).parts) > 1]
         if len(names) < len(self.source):
             raise UserError(f"{str(folder)!r} holds images outside of class folders; put each into {folder}/CLASS/")
@@ -46,7 +50,7 @@ class Labelled(Dataset):
         """Of images that were chosen already; ``names`` are paths below ``root``."""
         self = cls.__new__(cls)
         self.source, self.labels, self.classes, self.transform = (
-            Files(root, names, channels),
+            images_at(str(root), names, channels),
             labels,
             classes,
             transform,
@@ -80,18 +84,20 @@ class Labelled(Dataset):
 
 
 def labelled_pair(folder: str | Path, channels: int, transform: Callable) -> tuple[Labelled, Labelled]:
-    """The sets train/CLASS and val/CLASS of a labelled folder; without val those that fine-tuning would hold out.
+    """The sets train/CLASS and val/CLASS of a labelled folder, or of a tar file with such names; without val those that fine-tuning would hold out.
 
     Raises:
         UserError: it is no labelled folder, or there are fewer than two classes.
     """
     root = Path(folder)
-    if not all((root / part).is_dir() for part in ("train", "val")):
+    if is_tar(root) or not all((root / part).is_dir() for part in ("train", "val")):
         chosen = choose_labels(root)
-        return (
+        pair = (
             Labelled.of(root, chosen.train, chosen.train_labels, chosen.classes, channels, transform),
             Labelled.of(root, chosen.val, chosen.val_labels, chosen.classes, channels, transform),
         )
+        pair[1].held_out = not all(name.startswith("val/") for name in chosen.val)
+        return pair
     train = Labelled(root / "train", channels, transform)
     if len(train.classes) < 2:
         raise UserError(f"{str(root / 'train')!r} holds one class only; accuracy needs two or more")

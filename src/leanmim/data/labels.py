@@ -4,10 +4,11 @@ import hashlib
 import os
 from collections import defaultdict
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from leanmim.data.find import list_images, unlisted
+from leanmim.data.tar import is_tar, read_index
 from leanmim.errors import UserError
 
 LAYOUT = "a labelled folder holds train/CLASS and val/CLASS, or CLASS folders only"
@@ -162,6 +163,8 @@ def read_layout(root: Path) -> tuple[Classes, Classes, list[str]]:
     Raises:
         UserError: this is no labelled folder.
     """
+    if is_tar(root):
+        return layout_of(read_index(root).names, root)
     if not root.is_dir():
         raise UserError(f"--data {str(root)!r} is {'a file' if root.exists() else 'no folder'}; {LAYOUT}")
     folders = subfolders(root)
@@ -175,6 +178,29 @@ def read_layout(root: Path) -> tuple[Classes, Classes, list[str]]:
         raise UserError(f"{str(root / 'val')!r} has classes that train has not: {listed(unknown)}")
     others = [name for name in folders if name not in ("train", "val")]
     return train, val, [f"only train and val are read, not {listed(others)}"] if others else []
+
+
+def layout_of(names: list[str], root: Path) -> tuple[Classes, Classes, list[str]]:
+    """The same from the names in a tar file."""
+    parts = [PurePosixPath(name).parts for name in names]
+    split = any(part[0] == "train" for part in parts)
+    found: dict[str, Classes] = {"train": {}, "val": {}}
+    others: set[str] = set()
+    for name, (first, *rest) in zip(names, parts, strict=True):
+        own = rest if split else [first, *rest]
+        if split and first not in found:
+            others.add(first)
+        elif len(own) < 2:
+            raise UserError(f"{name!r} in {str(root)!r} is in no class folder; {LAYOUT}")
+        else:
+            found[first if split else "train"].setdefault(own[0], []).append(name)
+    if unknown := sorted(found["val"].keys() - found["train"].keys()):
+        raise UserError(f"{str(root)!r} has classes in val that train has not: {listed(unknown)}")
+    return (
+        found["train"],
+        found["val"],
+        [f"only train and val are read, not {listed(sorted(others))}"] if others else [],
+    )
 
 
 def read_classes(root: Path, folder: Path, empty: bool = False) -> Classes:

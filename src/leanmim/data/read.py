@@ -1,5 +1,6 @@
 """Any image file as an 8-bit picture, in bounded time and memory."""
 
+import io
 import math
 import os
 import signal
@@ -48,22 +49,27 @@ class Cut(NamedTuple):
     """Left, top, right, bottom, in these pixels."""
 
 
-def read_image(path: str | Path, channels: int) -> Image.Image:
+def read_image(path: str | Path, channels: int, data: bytes | None = None) -> Image.Image:
     """Any image file as 8-bit RGB or grey: upright by its EXIF orientation, transparency on white, first frame.
 
     16-bit and 32-bit integer images are scaled to 8 bits; floating-point ones are taken to lie in 0 to 1, or in
     0 to 255 if any value is above 1; what is not finite is black.
 
+    Args:
+        path: the file.
+        channels: 1 or 3.
+        data: what it holds, if that is known; nothing is opened then.
+
     Raises:
         UNREADABLE: the file cannot be read, is no file, or is larger or takes longer than the limits.
     """
-    with bounded(path), opened(path) as stored:
+    with bounded(path), opened(path, data) as stored:
         image = ImageOps.exif_transpose(stored)
         image.load()
         return eight_bit(image, channels)
 
 
-def read_cut(path: str | Path, channels: int, choose: Choose, size: tuple[int, int]) -> Cut:
+def read_cut(path: str | Path, channels: int, choose: Choose, size: tuple[int, int], data: bytes | None = None) -> Cut:
     """A box of an image file, which is chosen before anything is decoded; as `read_image` otherwise.
 
     A JPEG is decoded at the smallest scale (1, 1/2, 1/4 or 1/8) that leaves the box as many pixels as ``size`` has, by
@@ -74,8 +80,9 @@ def read_cut(path: str | Path, channels: int, choose: Choose, size: tuple[int, i
         channels: 1 or 3.
         choose: a box from the upright picture's width and height.
         size: height and width that the box will be resized to.
+        data: what the file holds, if that is known.
     """
-    with bounded(path), opened(path) as stored:
+    with bounded(path), opened(path, data) as stored:
         turned = stored.getexif().get(ExifTags.Base.Orientation, 1)
         width, height = stored.size[::-1] if turned in SIDEWAYS else stored.size
         box = choose(width, height)
@@ -132,8 +139,12 @@ def bounded(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def opened(path: str | Path) -> Iterator[ImageFile.ImageFile]:
+def opened(path: str | Path, data: bytes | None = None) -> Iterator[ImageFile.ImageFile]:
     """The picture of a file as it is stored, of which nothing is decoded yet."""
+    if data is not None:
+        with Image.open(io.BytesIO(data), formats=formats()) as stored:
+            yield stored
+        return
     facts = os.stat(path)
     if not stat.S_ISREG(facts.st_mode):  # to open a FIFO waits for ever, to open a device may do anything
         raise OSError("it is no regular file")

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from leanmim.config import Evaluator
 from leanmim.costs import readable
-from leanmim.data import Bad, Labelled, loader
+from leanmim.data import Bad, Files, Labelled, Tar, loader
 from leanmim.data.readable import collate_readable, tell_left_out
 from leanmim.data.source import nothing_readable
 from leanmim.encoders.backbone import Backbone, as_tokens
@@ -111,7 +111,7 @@ class Store:
         """Of all that features depend on."""
         if subject.name not in self.digests:
             self.digests[subject.name] = digest_of_weights(subject.backbone)
-        files = [file_facts(name, data.source.where(i)) for i, name in enumerate(data.source.names)]
+        files = stamps(data.source)
         mean, std = (value.flatten().tolist() for value in (subject.normalise.mean, subject.normalise.std))
         weights, versions = self.digests[subject.name], (__version__, timm.__version__)
         facts = (weights, versions, subject.size, subject.crop, data.source.channels, mean, std, files)
@@ -134,6 +134,14 @@ class Store:
                 killed = int(pid) == os.getpid() or not psutil.pid_exists(int(pid))
             if killed:
                 shutil.rmtree(part)
+
+
+def stamps(source: Files | Tar) -> list[Any]:
+    """What tells the images of a source from others, without reading them."""
+    if isinstance(source, Tar):
+        tars = [file_facts(path, path) for path in source.paths]
+        return [*tars, *zip(source.names, source.places.tolist(), strict=True)]
+    return [file_facts(name, source.where(i)) for i, name in enumerate(source.names)]
 
 
 def same_images(one: Path, two: Path) -> bool:

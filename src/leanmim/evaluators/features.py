@@ -202,7 +202,7 @@ def subject_of(name: str, start: Start, backbone: Backbone, config: Evaluator) -
     if pool == "auto":
         pool = "token" if getattr(config, "solver", "") == "lars" and has_class_token(backbone) else "avg"
     train, val = labelled_pair(config.data, start.model.channels, centre_crop(size, config.crop))
-    if train.source.root == val.source.root:
+    if val.held_out:
         Console(stderr=True, markup=False).print(f"no val folder in {config.data}: {len(val)} images are held out")
     normalise = Normalise(start.mean, start.std, resolve_device(config.device))
     embed = embedding(backbone, pool)

@@ -3,10 +3,11 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from leanmim.data import Source, Tar
 from leanmim.data.labels import Labels
 from leanmim.errors import UserError
 from leanmim.files import write_atomically
@@ -31,9 +32,10 @@ class DataList:
     """Of the run's beginning: with batch and accumulation they set the images of a step."""
 
     @classmethod
-    def of(cls, names: Sequence[str], where: Callable[[int], str], images: int, processes: int) -> "DataList":
-        """That of images by their names and where each of them is, for a run that begins."""
-        return cls(list(names), [size_of(where(index)) for index in range(len(names))], images, processes)
+    def of(cls, source: Source, images: int, processes: int) -> "DataList":
+        """That of a source, for a run that begins."""
+        known = source.sizes if isinstance(source, Tar) else [size_of(source.where(at)) for at in range(len(source))]
+        return cls(list(source.names), known, images, processes)
 
     def in_place_of(self, before: "DataList | None") -> "DataList":
         """These images in a run that began with others."""

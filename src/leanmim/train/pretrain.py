@@ -58,7 +58,7 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
     resolve_workers(config.workers)
     run = Run(Path(config.out))
     source = open_source(config.data, config.channels)
-    images = DataList.of(source.names, source.where, len(source), process.world)
+    images = DataList.of(source, len(source), process.world)
     check_alike(process, images.digest, "images in --data")
     config = replace(config, data=absolute(config.data))
     config, notes = right_sized(config, run, source, process, device)

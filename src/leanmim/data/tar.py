@@ -1,0 +1,221 @@
+"""Images in tar files: what `leanmim pack` writes, and WebDataset's shards.
+
+A file is read at random, so order, crops and continuation are those of a folder. Members that are no images are passed over.
+"""
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Sequence
+from glob import glob
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from leanmim.data.find import FORMATS, SUFFIXES
+from leanmim.data.read import Choose, Cut, read_cut, read_image
+from leanmim.data.source import REMEDY, UNREACHABLE, Away, Files, is_pattern
+from leanmim.errors import UserError
+
+ARRAY = ".npy"
+"""Suffix of a picture that is stored as it is: 8 bits, height x width x channels."""
+BLOCK = 512  # bytes, of which a tar file consists
+MAGIC = b"leanmim pack 1 "
+"""How the last block of a pack's index begins; the index's place and length follow."""
+OWN = "leanmim/"
+"""Members below it are not images: the options of the pack, its index, the files that could not be read."""
+
+
+class Index(NamedTuple):
+    """Where the images of a tar file are."""
+
+    names: list[str]
+    offsets: list[int]
+    sizes: list[int]
+
+    def add(self, name: str, offset: int, size: int) -> None:
+        """One more."""
+        for column, value in zip(self, (name, offset, size), strict=True):
+            column.append(value)  # type: ignore[attr-defined]
+
+
+def read_index(path: Path) -> Index:
+    """The images of a tar file: by its own index if `leanmim pack` wrote one, else by a walk over its members.
+
+    Raises:
+        UserError: it cannot be read, is no tar file, ends too early, or holds no images.
+    """
+    try:
+        index = own_index(path) or walked(path)
+        end = os.path.getsize(path)
+    except (OSError, tarfile.TarError, ValueError) as error:
+        raise UserError(f"{str(path)!r} cannot be read as a tar file ({error}); write or download it again") from error
+    if late := [name for name, start, size in zip(*index, strict=True) if start + size > end]:
+        raise UserError(
+            f"{str(path)!r} ends too early, {len(late)} of its {len(index.names)} images are missing; write or download it again"
+        )
+    if not index.names:
+        raise UserError(f"{str(path)!r} holds no images; leanmim reads {FORMATS}, and {ARRAY[1:]} of its own packs")
+    return index
+
+
+def own_index(path: Path) -> Index | None:
+    """What `leanmim pack` wrote at the end; None if it did not."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - tarfile.RECORDSIZE - BLOCK))
+        last = file.read()
+        begins = last.rfind(MAGIC)
+        if begins < 0:
+            return None
+        start, length = map(int, last[begins + len(MAGIC) :].split(b"\n")[0].split())
+        file.seek(start)
+        return Index(**json.loads(file.read(length)))
+
+
+def walked(path: Path) -> Index:
+    """The images among the members, in the file's order."""
+    found = Index([], [], [])
+    with tarfile.open(path, "r:") as archive:
+        for member in archive:
+            if member.isfile() and is_image(member.name):
+                found.add(member.name, member.offset_data, member.size)
+    return found
+
+
+def is_image(name: str) -> bool:
+    """Whether a member is one, by its suffix; hidden ones and our own notes are none."""
+    path = PurePosixPath(name)
+    return path.suffix.lower() in SUFFIXES | {ARRAY} and not path.name.startswith(".") and not name.startswith(OWN)
+
+
+class Tar:
+    """The images of tar files, one file after the other; with several, names begin with the file's: shard-0/a.jpg.
+
+    Args:
+        paths: of the files.
+        channels: 1 or 3.
+
+    Raises:
+        UserError: see `read_index`.
+    """
+
+    def __init__(self, paths: Sequence[str | Path], channels: int) -> None:
+        self.paths, self.channels = [str(path) for path in paths], channels
+        indices = [read_index(Path(path)) for path in paths]
+        stems = [f"{Path(path).stem}/" if len(paths) > 1 else "" for path in paths]
+        self._names = np.array(
+            [stem + name for stem, index in zip(stems, indices, strict=True) for name in index.names]
+        )
+        self.places = np.array(
+            [
+                (file, *place)
+                for file, index in enumerate(indices)
+                for place in zip(index.offsets, index.sizes, strict=True)
+            ]
+        )
+
+    @property
+    def root(self) -> Path:
+        """The first file."""
+        return Path(self.paths[0])
+
+    @property
+    def names(self) -> list[str]:
+        """Of the members."""
+        return self._names.tolist()
+
+    @property
+    def sizes(self) -> list[int | None]:
+        """Bytes of every image."""
+        return self.places[:, 2].tolist()
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def where(self, index: int) -> str:
+        """File and member."""
+        return f"{self.paths[self.places[index, 0]]}: {self._names[index]}"
+
+    def of(self, names: Iterable[str]) -> "Tar":
+        """Only these images, in this order."""
+        at = {name: place for place, name in enumerate(self.names)}
+        chosen = [at[name] for name in names]
+        part = Tar.__new__(Tar)
+        part.paths, part.channels = self.paths, self.channels
+        part._names, part.places = self._names[chosen], self.places[chosen]
+        return part
+
+    def read(self, index: int) -> Image.Image:
+        """A member as a picture.
+
+        Raises:
+            UNREADABLE: it is broken.
+            Away: the tar file cannot be reached.
+        """
+        name, data = str(self._names[index]), self.bytes_of(index)
+        if name.endswith(ARRAY):
+            pixels = array_of(data, self.channels)
+            return Image.fromarray(pixels if self.channels == 3 else pixels[..., 0])
+        return read_image(name, self.channels, data)
+
+    def cut(self, index: int, choose: Choose, size: tuple[int, int]) -> Cut:
+        """A member for the sake of a box in it, see `read_cut`. Errors as for `read`."""
+        name, data = str(self._names[index]), self.bytes_of(index)
+        if name.endswith(ARRAY):
+            pixels = array_of(data, self.channels)
+            return Cut(pixels, choose(pixels.shape[1], pixels.shape[0]))
+        return read_cut(name, self.channels, choose, size, data)
+
+    def bytes_of(self, index: int) -> bytes:
+        """What a member holds. Read, not mapped: of a mapped file on a drive that goes away the system kills the process."""
+        file, start, size = self.places[index].tolist()
+        path = self.paths[file]
+        try:
+            with open(path, "rb", buffering=0) as opened:
+                opened.seek(start)
+                data = opened.read(size)
+        except OSError as error:
+            if error.errno in UNREACHABLE or isinstance(error, FileNotFoundError):
+                raise Away(f"the images are away: {path} cannot be reached ({error.strerror}){REMEDY}") from error
+            raise
+        if len(data) < size:
+            raise OSError(f"{path} ends before the end of {self._names[index]}")
+        return data
+
+
+def open_tar(data: str, channels: int) -> Tar | None:
+    """The source of a tar file, or of all that match a pattern; None if --data names something else."""
+    paths = sorted(glob(data, recursive=True)) if is_pattern(data) and not os.path.exists(data) else [data]
+    return Tar(paths, channels) if paths and all(map(is_tar, paths)) else None
+
+
+def is_tar(path: str | Path) -> bool:
+    """Whether it is a tar file, by its name."""
+    return Path(path).suffix.lower() == ".tar" and os.path.isfile(path)
+
+
+def images_at(root: str, names: Sequence[str], channels: int) -> Files | Tar:
+    """Images by their names, below a folder or in a tar file."""
+    return Tar([root], channels).of(names) if is_tar(root) else Files(root, names, channels)
+
+
+def array_of(data: bytes, channels: int) -> UInt8[np.ndarray, "h w c"]:
+    """The picture of an array file.
+
+    Raises:
+        ValueError: it holds no picture of 8 bits.
+    """
+    pixels = np.load(io.BytesIO(data), allow_pickle=False)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or not pixels.size:
+        raise ValueError(
+            f"an array of {pixels.dtype} and shape {pixels.shape} is no picture; it is uint8, height x width x 1 or 3"
+        )
+    if pixels.shape[2] == channels:
+        return pixels
+    if channels == 3:
+        return np.repeat(pixels, 3, axis=2)
+    return np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
