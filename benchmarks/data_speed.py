@@ -25,8 +25,11 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from leanmim.config import Pack
+from leanmim.data import open_source
 from leanmim.data.batches import collate
 from leanmim.data.crops import Crops, random_box, resized
+from leanmim.data.pack import pack
 from leanmim.data.source import Folder
 
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
@@ -71,11 +74,19 @@ def pipelines(root: Path, side: int) -> dict[str, tuple[torch.utils.data.Dataset
         ]
     )
     found: dict[str, tuple[torch.utils.data.Dataset, Callable | None]] = {
-        "torchvision: ImageFolder, RandomResizedCrop, flip, to float": (Repeated(ImageFolder(str(root), usual)), None)
+        "torchvision: ImageFolder, RandomResizedCrop, flip, to float": (
+            Repeated(ImageFolder(str(root / "folder"), usual)),
+            None,
+        )
     }
-    for decode in ("exact", "fast"):
-        crops = Crops(Folder(root, 3), (side, side), SCALE, RATIO, 0.5, 0, decode=decode)
-        found[f"leanmim, --decode {decode}"] = (Epoch(crops), collate)
+    for name, data, decode in (
+        ("leanmim, --decode exact", root / "photos", "exact"),
+        ("leanmim", root / "photos", "fast"),
+        ("leanmim pack --size 192", root / "jpeg.tar", "fast"),
+        ("leanmim pack --size 192 --format raw", root / "raw.tar", "fast"),
+    ):
+        crops = Crops(open_source(str(data), 3), (side, side), SCALE, RATIO, 0.5, 0, decode=decode)
+        found[name] = (Epoch(crops), collate)
     return found
 
 
@@ -96,7 +107,7 @@ def seconds(dataset: torch.utils.data.Dataset, collate_fn: Callable | None, work
 
 def differences(root: Path, side: int) -> dict[str, float]:
     """Of the same boxes, fast and exact: mean and 99th percentile of the absolute difference of pixels, of 255."""
-    source, found = Folder(root, 3), []
+    source, found = Folder(root / "photos", 3), []
     for place in range(len(source)):
         image = source.read(place)
         box = random_box(*image.size, SCALE, RATIO, Random(place))
@@ -113,7 +124,8 @@ def differences(root: Path, side: int) -> dict[str, float]:
 
 def photos(given: Path, root: Path) -> None:
     """JPEGs of 500 x 375 px, quality 90."""
-    (root / "photos").mkdir()
+    (root / "folder" / "photos").mkdir(parents=True)
+    (root / "photos").symlink_to(root / "folder" / "photos")
     for number, path in enumerate(sorted(given.rglob("*.[jJ][pP]*[gG]"))[:IMAGES]):
         with Image.open(path) as image:
             image.convert("RGB").resize((500, 375), Image.Resampling.BICUBIC).save(
@@ -133,6 +145,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         photos(given.data, root)
+        for form in ("jpeg", "raw"):
+            pack(Pack(data=str(root / "photos"), out=str(root / f"{form}.tar"), size=192, format=form, workers=0))
         for side in SIDES:
             sets = pipelines(root, side)
             for workers in (0, 2):
