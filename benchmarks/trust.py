@@ -244,10 +244,10 @@ def judged(ended: Ended, kept: bool = True) -> str:
     return outcome if outcome == "survived" else f"{outcome}: {ended.text[-2000:]}"
 
 
-def kills(work: Path, share: float, seed: int) -> Trials:
+def kills(work: Path, share: float, seed: int, only: str = "") -> Trials:
     """SIGKILL at random moments, three times in a row, then the command is left to end."""
     draw = random.Random(seed)
-    for writer in writers(work):
+    for writer in (writer for writer in writers(work) if writer.name.startswith(only)):
         expected, seconds = undisturbed(writer, work)
         for _ in range(max(1, round(6 * share))):
             remove(writer.out)
@@ -259,10 +259,10 @@ def kills(work: Path, share: float, seed: int) -> Trials:
             yield f"continued: {writer.name}", judged(ended, ended.code == 0 and writer.same(writer.out, expected))
 
 
-def signals(work: Path, share: float, seed: int) -> Trials:
+def signals(work: Path, share: float, seed: int, only: str = "") -> Trials:
     """SIGTERM, SIGINT or SIGHUP at a random moment: it ends with a message and the signal's exit code; then it is continued."""
     draw = random.Random(seed)
-    for writer in writers(work):
+    for writer in (writer for writer in writers(work) if writer.name.startswith(only)):
         expected, seconds = undisturbed(writer, work)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) * max(1, round(2 * share)):
             remove(writer.out)
@@ -272,11 +272,11 @@ def signals(work: Path, share: float, seed: int) -> Trials:
             yield f"continued: {writer.name}", judged(ended, ended.code == 0 and writer.same(writer.out, expected))
 
 
-def disk(work: Path, share: float, seed: int) -> Trials:
+def disk(work: Path, share: float, seed: int, only: str = "") -> Trials:
     """A file system that gets full at a random moment, or a limit on the size of a file; then there is space."""
     draw, place = random.Random(seed), work / "small"
     place.mkdir()
-    for writer in writers(work):
+    for writer in (writer for writer in writers(work) if writer.name.startswith(only)):
         expected, _ = undisturbed(writer, work)
         size = sum(path.stat().st_size for path in (expected, *expected.rglob("*")) if path.is_file())
         here = moved(writer, place / writer.out.name)
@@ -379,7 +379,7 @@ def mount(place: Path, size: int, *options: str) -> None:
     )
 
 
-EXPERIMENTS: dict[str, Callable[[Path, float, int], Trials]] = {
+EXPERIMENTS: dict[str, Callable[..., Trials]] = {
     "kills": kills,
     "signals": signals,
     "disk": disk,
@@ -407,15 +407,17 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"all, or some of: {', '.join(EXPERIMENTS)}")
     parser.add_argument("--share", type=float, default=1.0, help="of the trials")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="kills, signals, disk: commands that begin so, for example pack")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    more = {"only": given.only} if given.only else {}
     for name in given.names or EXPERIMENTS:
         found: dict[str, Counter[str]] = {}
         worst: list[str] = []
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as work:
             (place := Path(work) / name).mkdir()
-            for fault, outcome in EXPERIMENTS[name](place, given.share, given.seed):
+            for fault, outcome in EXPERIMENTS[name](place, given.share, given.seed, **more):
                 kind = outcome.partition(":")[0]
                 found.setdefault(fault, Counter())[kind] += 1
                 if kind != "survived":
@@ -423,7 +425,7 @@ def main() -> None:
                     print(worst[-1], flush=True)
         settings = {"share of the trials": given.share, "seed": given.seed, "seconds": round(time.monotonic() - began)}
         record.write(
-            f"trust-{name}{f'-seed{given.seed}' if given.seed else ''}-cpu",
+            f"trust-{name}{f'-{given.only}' if given.only else ''}{f'-seed{given.seed}' if given.seed else ''}-cpu",
             f"Tried and survived: {name}",
             settings,
             table(found),
