@@ -76,6 +76,19 @@ def test_small_images_stay_and_grey_ones_are_grey(tmp_path: Path) -> None:
             assert np.abs(np.asarray(image).astype(int) - 77).max() <= 1
 
 
+@pytest.mark.parametrize("array", [np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint8), np.zeros((4, 0, 3), np.uint8)])
+def test_an_array_that_is_no_picture_is_bad(array: np.ndarray, tmp_path: Path) -> None:
+    file = io.BytesIO()
+    np.save(file, array)
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, data in (("a.npy", file.getvalue()), ("b.npy", file.getvalue()[:-1]), ("c.npy", b"array")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    with pytest.raises(UserError, match="none of the 3 image files can be read"):
+        crops(str(tmp_path / "a.tar"))[0, 0]
+
+
 def test_what_cannot_be_read_is_listed_in_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data"
     data.mkdir()

@@ -55,7 +55,7 @@ def resized(cut: Cut, size: tuple[int, int], interpolation: str) -> UInt8[Tensor
     )  # Pillow's are not to be written to
     crop = torch.from_numpy(pixels).permute(2, 0, 1)
     how = v2.InterpolationMode(interpolation)
-    return v2.functional.resize(crop, list(size), how, antialias=True).contiguous()
+    return v2.functional.resize(crop, list(size), how, antialias=True)
 
 
 class Crops(Dataset):
