@@ -25,8 +25,9 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+import leanmim
 from leanmim.config import Pack
-from leanmim.data import open_source
+from leanmim.data import Normalise, open_source
 from leanmim.data.batches import collate
 from leanmim.data.crops import Crops, random_box, resized
 from leanmim.data.pack import pack
@@ -105,21 +106,41 @@ def seconds(dataset: torch.utils.data.Dataset, collate_fn: Callable | None, work
     return taken * IMAGES / (IMAGES - 32) if workers else taken
 
 
-def differences(root: Path, side: int) -> dict[str, float]:
-    """Of the same boxes, fast and exact: mean and 99th percentile of the absolute difference of pixels, of 255."""
-    source, found = Folder(root / "photos", 3), []
+def pairs(root: Path, side: int, each: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same boxes of all photos, fast and exact."""
+    source, fast, exact, how = Folder(root / "photos", 3), [], [], v2.InterpolationMode.BICUBIC
     for place in range(len(source)):
-        image = source.read(place)
-        box = random_box(*image.size, SCALE, RATIO, Random(place))
-        fast = resized(source.cut(place, lambda *_, box=box: box, (side, side)), (side, side), "bicubic")
-        left, top, right, bottom = box
-        how = v2.InterpolationMode.BICUBIC
-        exact = v2.functional.pil_to_tensor(
-            v2.functional.resized_crop(image, top, left, bottom - top, right - left, [side, side], how, True)
-        )
-        found.append((fast.float() - exact.float()).abs().flatten())
-    every = torch.cat(found)
+        image, draw = source.read(place), Random(place)
+        for _ in range(each):
+            left, top, right, bottom = box = random_box(*image.size, SCALE, RATIO, draw)
+            fast.append(resized(source.cut(place, lambda *_, box=box: box, (side, side)), (side, side), "bicubic"))
+            crop = v2.functional.resized_crop(image, top, left, bottom - top, right - left, [side, side], how, True)
+            exact.append(v2.functional.pil_to_tensor(crop))
+    return torch.stack(fast), torch.stack(exact)
+
+
+def differences(root: Path, side: int) -> dict[str, float]:
+    """Mean and 99th percentile of the absolute difference of pixels, of 255."""
+    fast, exact = pairs(root, side)
+    every = (fast.float() - exact.float()).abs()
     return {"mean": every.mean().item(), "99th percentile": float(np.percentile(every.numpy(), 99))}
+
+
+@torch.inference_mode()
+def losses(run: str, root: Path) -> dict[str, float]:
+    """Of a trained model, for the same boxes and masks, fast and exact; and how far its losses of one photo's crops differ."""
+    config, model, state = leanmim.restore(run)
+    normalise = Normalise(state["mean"], state["std"], torch.device("cpu"))
+    found = []
+    for images in pairs(root, config.size[0], each=8):
+        torch.manual_seed(0)
+        found.append([sum(model.eval().losses(normalise(part))).item() for part in images.split(8)])
+    fast, exact = np.array(found)
+    return {
+        "fast": fast.mean(),
+        "exact": exact.mean(),
+        "largest difference for a photo": float(np.abs(fast - exact).max()),
+    }
 
 
 def photos(given: Path, root: Path) -> None:
@@ -138,6 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(__file__).parent.parent / "demo" / "photos")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--run", help="of `leanmim pretrain`: its loss on fast and on exact crops")
     given = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
@@ -163,8 +185,10 @@ def main() -> None:
                                  "to torchvision": f"{median(ratios):.2f}", "least": f"{min(ratios):.2f}", "most": f"{max(ratios):.2f}"})  # fmt: skip
                 raw[f"{side} px, {workers} workers"] = taken
             raw[f"{side} px, difference of fast from exact, of 255"] = differences(root, side)
+        if given.run:
+            raw["loss of a trained model, difference"] = losses(given.run, root)
     said = [
-        f"{key}: " + ", ".join(f"{name} {value:.2f}" for name, value in found.items())
+        f"{key}: " + ", ".join(f"{name} {value:.3g}" for name, value in found.items())
         for key, found in raw.items()
         if "difference" in key
     ]
