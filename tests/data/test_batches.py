@@ -160,6 +160,21 @@ def test_with_little_shared_memory_batches_come_through_pipes(
     assert capsys.readouterr().err.count("shared memory (/dev/shm) is too small") == 1
 
 
+def test_a_folder_for_temporary_files_with_a_long_path(
+    tiny: Pretrain, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No socket fits into it."""
+    place = tmp_path / ("long" * 30)
+    place.mkdir()
+    want = list(batches(tiny, Folder(photos, 3), 0, 2))
+    monkeypatch.setattr(batches_module.tempfile, "tempdir", str(place))
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", None)  # where multiprocessing keeps it
+    batches_module.say_once.cache_clear()
+    found = list(batches(replace(tiny, workers=2), Folder(photos, 3), 0, 2))
+    assert all(torch.equal(one[0], two[0]) for one, two in zip(want, found, strict=True))
+    assert "too long for shared memory, give a shorter one (TMPDIR)" in capsys.readouterr().err
+
+
 def test_all_that_is_read_ahead_counts_for_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=64 * 2**20))
     assert 10 * room_for_a_batch(2) < 64 * 2**20 < 12 * room_for_a_batch(2)

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +34,7 @@ from leanmim.processes import ALONE, Process
 from leanmim.signals import SIGNALS
 
 CPU = torch.device("cpu")
+SOCKET = 103  # bytes of a socket's path, on macOS; four more on Linux
 PREFETCH = 4  # batches that each reader is ahead
 
 
@@ -190,12 +192,21 @@ def outlast_the_first_signal(_: int) -> None:
 
 def room_for_a_batch(workers: int) -> int:
     """Bytes that a batch may take in shared memory, with all those that are read ahead; a container may have little."""
+    if no_room_for_sockets():
+        return 0
     try:
         free = shutil.disk_usage("/dev/shm").free
     except OSError:  # a system without, as macOS
         return sys.maxsize
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return int(0.9 * free) // (processes * (PREFETCH * workers + 2))
+
+
+def no_room_for_sockets() -> bool:
+    """Whether the folder for temporary files has too long a path: torch hands shared memory over by sockets in it, whose paths
+    the system keeps short. A reader that cannot would only print an error, and the training wait for ever.
+    """
+    return len(os.fsencode(tempfile.gettempdir())) > SOCKET - len("/pymp-12345678/listener-12345678")
 
 
 class Piped(list):
@@ -223,10 +234,13 @@ class HandOver:
 
 def tensors(batch: Piped) -> list[Any]:
     """A batch that came through a pipe."""
-    say_once(
-        "leanmim: shared memory (/dev/shm) is too small for the batches that are read ahead: they come through pipes, which "
-        "is slower; give it more (docker run --shm-size 8g), or take fewer --workers"
+    why = (
+        "the path of the folder for temporary files is too long for shared memory, give a shorter one (TMPDIR)"
+        if no_room_for_sockets()
+        else "shared memory (/dev/shm) is too small for the batches that are read ahead, give it more (docker run --shm-size 8g) or "
+        "take fewer --workers"
     )
+    say_once(f"leanmim: batches come through pipes, which is slower: {why}")
     return [torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in batch]
 
 
