@@ -83,7 +83,7 @@ def run_cell(cell: dict[str, Any], arguments: argparse.Namespace) -> dict[str, A
                 data=data,
                 device="cpu",
                 workers=0,
-                baselines=("random", "pixels"),
+                baselines=("random",),
                 epochs=PROBE_EPOCHS,
             )
         )

@@ -92,7 +92,7 @@ class Probe(Logging, Evaluator):
     epochs: int = 90
     """lars, attentive: passes over the data."""
     warmup_epochs: int = 10
-    """lars, attentive: epochs of linear warm-up; then half a cosine to 0."""
+    """lars, attentive: epochs of linear warm-up, a ninth of all at most; then half a cosine to 0."""
     blr: float | Auto = "auto"
     """lars: base learning rate; lr = blr x images of a step / 256. auto is MAE's 0.1, with the rate of its batch of 16384 for
     the weights, whose steps LARS adapts, and that of the batch at hand for the bias. attentive chooses its own on held-out

@@ -137,7 +137,7 @@ def attentive_probe(
         val: tokens to classify; nothing is chosen by them.
         queries: at most.
         epochs: of each training.
-        warmup_epochs: of these.
+        warmup_epochs: of these, but a ninth at most, as published: fewer epochs would be nothing but warm-up.
         seed: of the weights, the order, the held-out images.
         rates: learning rates to choose from; one needs no choice. Empty is `RATES`.
         title: of the progress bar.
@@ -179,7 +179,7 @@ def fit(
     training = Training(data.x.shape[2], int(data.y.max()) + 1, queries, seed, data.y.device)
     batch = min(max(32, min(1024, len(rows) // 16)), len(rows))
     per_epoch = len(rows) // batch
-    steps, warmup = per_epoch * epochs, float(per_epoch * min(warmup_epochs, epochs))
+    steps, warmup = per_epoch * epochs, per_epoch * min(warmup_epochs, epochs / 9)
     for epoch in range(epochs):
         order = rows[epoch_order(len(rows), seed, epoch)]
         for k in range(per_epoch):
