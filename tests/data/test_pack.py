@@ -147,8 +147,14 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
     packed(tmp_path, size=50, overwrite=True)
     assert out.read_bytes() != before
     out.rename(tmp_path / "other.tar.part")
-    with pytest.raises(UserError, match="the beginning of another pack"):
-        packed(tmp_path, "other.tar")
+    (tmp_path / "download.tar.part").write_bytes(bytes(5000))
+    for name in ("other.tar", "download.tar"):
+        before = (tmp_path / f"{name}.part").read_bytes()
+        with pytest.raises(UserError, match="the beginning of another pack"):
+            packed(tmp_path, name)
+        assert (tmp_path / f"{name}.part").read_bytes() == before
+    (tmp_path / "killed.tar.part").write_bytes(bytes(700))  # in the first member
+    packed(tmp_path, "killed.tar")
     with pytest.raises(UserError, match=r"must end in \.tar"):
         packed(tmp_path, "photos.zip")
     with pytest.raises(UserError, match="is a folder"):

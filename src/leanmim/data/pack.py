@@ -150,7 +150,8 @@ def recovered(part: Path, options: dict[str, Any]) -> tuple[int, int]:
     """
     if not part.exists():
         return 0, 0
-    if (there := begun(part)) is None:
+    there = begun(part)
+    if there is None and part.stat().st_size < 2 * BLOCK:
         return 0, 0  # killed before the first member was whole
     if there != options:
         raise UserError(
