@@ -38,30 +38,22 @@ SIDES = (128, 224)
 IMAGES = 480  # of a pass
 
 
-class Epoch(torch.utils.data.Dataset):
-    """The crops of a first epoch."""
+class Pass(torch.utils.data.Dataset):
+    """So many images of a data set, again and again.
 
-    def __init__(self, crops: Crops) -> None:
-        self.crops = crops
+    Args:
+        dataset: the images.
+        item: what it calls one.
+    """
 
-    def __len__(self) -> int:
-        return IMAGES
-
-    def __getitem__(self, index: int) -> Any:
-        return self.crops[0, index % len(self.crops)]
-
-
-class Repeated(torch.utils.data.Dataset):
-    """torchvision's folder, so many images long."""
-
-    def __init__(self, folder: ImageFolder) -> None:
-        self.folder = folder
+    def __init__(self, dataset: ImageFolder | Crops, item: Callable[[int], Any]) -> None:
+        self.dataset, self.item = dataset, item
 
     def __len__(self) -> int:
         return IMAGES
 
     def __getitem__(self, index: int) -> Any:
-        return self.folder[index % len(self.folder)]
+        return self.dataset[self.item(index % len(self.dataset))]
 
 
 def pipelines(root: Path, side: int) -> dict[str, tuple[torch.utils.data.Dataset, Callable | None]]:
@@ -76,7 +68,7 @@ def pipelines(root: Path, side: int) -> dict[str, tuple[torch.utils.data.Dataset
     )
     found: dict[str, tuple[torch.utils.data.Dataset, Callable | None]] = {
         "torchvision: ImageFolder, RandomResizedCrop, flip, to float": (
-            Repeated(ImageFolder(str(root / "folder"), usual)),
+            Pass(ImageFolder(str(root / "folder"), usual), lambda index: index),
             None,
         )
     }
@@ -87,7 +79,7 @@ def pipelines(root: Path, side: int) -> dict[str, tuple[torch.utils.data.Dataset
         ("leanmim pack --size 192 --format raw", root / "raw.tar", "fast"),
     ):
         crops = Crops(open_source(str(data), 3), (side, side), SCALE, RATIO, 0.5, 0, decode=decode)
-        found[name] = (Epoch(crops), collate)
+        found[name] = (Pass(crops, lambda index: (0, index)), collate)
     return found
 
 

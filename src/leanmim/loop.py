@@ -131,8 +131,8 @@ class Loop:
             0.0,
             0,
             0.0,
-        )  # seconds, images, seconds of waiting of all lines of this call
-        self.advised = False
+        )  # of all lines of this call: seconds, images, seconds of waiting
+        self.advised = False  # about the waiting
 
     def __enter__(self) -> "Loop":
         """Open the log, listen to signals."""
@@ -275,7 +275,7 @@ class Loop:
             if (share := self.idle / self.spent) > IDLE:
                 self.say(
                     f"waiting for images takes {share:.0%} of the time, without it a step were {1 / (1 - share):.1f} times as fast: "
-                    f"give more --workers, or pack the images once (leanmim pack --help)"
+                    "give more --workers, or pack the images once (leanmim pack --help)"
                 )
         self.losses, self.waited, self.images, self.logged = [], 0.0, 0, self.done
         self.since = time.perf_counter()

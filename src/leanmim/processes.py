@@ -201,10 +201,11 @@ def among(process: Process, place: torch.device, minutes: float) -> Iterator[Non
             "nccl" if nccl else "gloo", store=store, rank=process.rank, world_size=process.world, timeout=limit
         )
     except (ValueError, RuntimeError) as error:  # dist.DistError is one, and gloo's are plain ones
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(
             f"rank {process.rank} of {process.world} processes (RANK, WORLD_SIZE) cannot meet the others at {address} (MASTER_ADDR, "
-            f"MASTER_PORT): {str(error).splitlines()[0]}; start them with torchrun, or unset WORLD_SIZE to train in one process"
+            f"MASTER_PORT): {reason}; start them with torchrun, or unset WORLD_SIZE to train in one process"
         ) from error
     peers = Peers.joined = Peers(process, dist.PrefixStore("peers", store), minutes, exits=nccl)
     try:

@@ -162,6 +162,26 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
         packed(tmp_path, "folder.tar")
 
 
+def test_a_second_command_is_refused_while_one_packs(tmp_path: Path) -> None:
+    with module.alone(tmp_path / "photos.tar"), pytest.raises(UserError, match="another process packs into"):
+        packed(tmp_path)
+    assert not list(tmp_path.iterdir())
+    packed(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [{}, {"names": ["a.jpg"]}, {"names": ["a.jpg"], "offsets": [-5], "sizes": [10]}, [1, 2],
+     {"names": ["a.jpg", "b.jpg"], "offsets": [0], "sizes": [1]}, {"names": ["a.jpg"], "offsets": ["x"], "sizes": [1]},
+     {"names": ["a.jpg"], "offsets": [0], "sizes": [10**9]}],
+)  # fmt: skip
+def test_an_index_of_a_stranger(index: Any, tmp_path: Path) -> None:
+    table = json.dumps(index).encode()
+    (tmp_path / "a.tar").write_bytes(table.ljust(512) + module.MAGIC + f"0 {len(table)}\n".encode().ljust(512))
+    with pytest.raises(UserError, match=r"a\.tar"):
+        open_source(str(tmp_path / "a.tar"), 3)
+
+
 def test_a_file_that_would_not_fit_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: full)
@@ -209,7 +229,7 @@ def shards(tmp_path: Path) -> Path:
     for shard in range(2):
         with tarfile.open(tmp_path / f"shard-{shard}.tar", "w") as archive:
             for number, photo in enumerate(photos[8 * shard : 8 * shard + 8]):
-                for suffix, data in (("jpg", photo.read_bytes()), ("cls", b"3")):
+                for suffix, data in (("jpg", photo.read_bytes()), ("cls", b"3"), ("npy", b"features")):
                     member = tarfile.TarInfo(f"{number:05}.{suffix}")
                     member.size = len(data)
                     archive.addfile(member, io.BytesIO(data))
@@ -232,6 +252,8 @@ def test_shards_by_a_pattern(tmp_path: Path) -> None:
     joined = open_source([str(tmp_path / "shard-0.tar"), str(tmp_path / "shard-1.tar")], 3)
     assert joined.names[8] == "1/00000.jpg"
     assert joined.read(8).tobytes() == folder.read(8).tobytes()
+    for source in (joined, open_source(str(tmp_path / "shard-1.tar"), 3)):  # decoded no larger than it needs, there too
+        assert source.cut(0, lambda width, height: (0, 0, width, height), (16, 16)).pixels.shape[0] < 200
 
 
 @pytest.mark.parametrize("cut", [0, 100, 700, 5000])

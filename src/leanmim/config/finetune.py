@@ -34,7 +34,7 @@ class Finetune(Logging, Faults, Machine, Optimisation):
     """A run folder of `leanmim pretrain` or `leanmim finetune`, an exported folder, a checkpoint file of timm (with --model),
     timm's name of published weights, or scratch (with --model): a random initialisation, the baseline to beat."""
     data: str
-    """Labelled folder with train/CLASS and val/CLASS. Without val, or with class folders only, a share of the images is
+    """Labelled folder, or tar file of one, with train/CLASS and val/CLASS. Without val, or with class folders only, a share of the images is
     held out (--val-share)."""
     out: str
     """Run folder. The same command again continues the run in it."""

@@ -47,8 +47,8 @@ class Pretrain(Logging, Faults, Machine, Optimisation, Model):
 
     data: str | tuple[str, ...]
     """Folder of images, flat or nested; labels are not needed and ignored. Or a quoted pattern of folders or files
-    ("photos/*/raw"), or a .txt list of image files, one path a line, relative to the list. Several may be given; an image
-    in two of them counts once."""
+    ("photos/*/raw"), a .txt list of image files, one path a line, relative to the list, or tar files, one or a quoted pattern of
+    them (of `leanmim pack`, WebDataset's shards). Several may be given; a file in two of them counts once."""
     out: str
     """Run folder. The same command again continues the run in it."""
     recipe: str = "mae"
@@ -141,7 +141,7 @@ class Pretrain(Logging, Faults, Machine, Optimisation, Model):
     """Seed of weights, order, crops and masks."""
 
     knn_data: str | None = None
-    """Labelled folder (train/CLASS, val/CLASS) for a kNN accuracy during training."""
+    """Labelled folder or pack (train/CLASS, val/CLASS) for a kNN accuracy during training."""
     knn_every: int = 10
     """Epochs between two kNN accuracies; there is always one at the end."""
 

@@ -50,9 +50,8 @@ def random_box(
 def resized(cut: Cut, size: tuple[int, int], interpolation: str) -> UInt8[Tensor, "c H W"]:
     """The box of a cut at a size (height, width), with antialiasing."""
     left, top, right, bottom = map(round, cut.box)
-    pixels = np.array(
-        cut.pixels[top : max(bottom, top + 1), left : max(right, left + 1)]
-    )  # Pillow's are not to be written to
+    box = slice(top, max(bottom, top + 1)), slice(left, max(right, left + 1))
+    pixels = np.array(cut.pixels[box])  # a copy: Pillow's are not to be written to
     crop = torch.from_numpy(pixels).permute(2, 0, 1)
     how = v2.InterpolationMode(interpolation)
     return v2.functional.resize(crop, list(size), how, antialias=True)

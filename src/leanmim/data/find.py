@@ -10,7 +10,7 @@ from leanmim.errors import UserError
 
 SUFFIXES = {".avif", ".bmp", ".gif", ".j2k", ".jp2", ".jpeg", ".jpg", ".jpx", ".png", ".tif", ".tiff", ".webp"}
 FORMATS = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
-TAKES = "give a folder of images, a pattern such as 'photos/*/raw', or a .txt list of images"
+TAKES = "give a folder of images, a pattern such as 'photos/*/raw', a .txt list of images, or a tar file"
 Name = TypeVar("Name", str, Path)
 
 

@@ -84,7 +84,8 @@ class Labelled(Dataset):
 
 
 def labelled_pair(folder: str | Path, channels: int, transform: Callable) -> tuple[Labelled, Labelled]:
-    """The sets train/CLASS and val/CLASS of a labelled folder, or of a tar file with such names; without val those that fine-tuning would hold out.
+    """The sets train/CLASS and val/CLASS of a labelled folder, or of a tar file with such names; without val those that
+    fine-tuning would hold out.
 
     Raises:
         UserError: it is no labelled folder, or there are fewer than two classes.

@@ -7,12 +7,13 @@ import os
 import shutil
 import tarfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from rich.console import Console
 from torch.utils.data import Dataset
@@ -23,7 +24,7 @@ from leanmim.data.batches import CPU, loader, resolve_workers, say_once
 from leanmim.data.crops import resized
 from leanmim.data.read import Bad, Cut
 from leanmim.data.source import Source, absolute, nothing_readable, open_source, read
-from leanmim.data.tar import ARRAY, BLOCK, MAGIC, OWN, Index, is_image, own_index
+from leanmim.data.tar import ARRAY, BLOCK, MAGIC, OWN, Index, is_image
 from leanmim.errors import UserError
 from leanmim.files import cannot_write, existing, megabytes
 from leanmim.progress import track
@@ -39,6 +40,16 @@ class Packed(NamedTuple):
 
     name: str
     data: bytes
+
+
+class Begun(NamedTuple):
+    """What an unfinished pack holds."""
+
+    done: int
+    """Images, skipped ones among them."""
+    end: int
+    """The byte after the last whole member."""
+    images: Index
 
 
 class Shrunk(Dataset):
@@ -111,19 +122,42 @@ def pack(config: Pack) -> Path:
         print(f"{out} is complete; --overwrite packs afresh")
         return out
     images = Shrunk(source, config)
-    done, end = recovered(part, options)
-    check_room(out, images, done, end)
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        write(part, images, options, done, end, console)
-        os.replace(part, out)
-    except OSError as error:
-        raise cannot_write(part, error) from error
-    index = own_index(out)
-    skipped = len(images) - len(index.names) if index else 0
-    more = f"; {skipped} files could not be read, see {UNREAD} in it" if skipped else ""
-    print(f"{len(images) - skipped} images in {out}, {megabytes(out.stat().st_size)}{more}")
+    with alone(out):
+        there = recovered(part, options)
+        check_room(out, images, there)
+        try:
+            write(part, images, options, there, console)
+            os.replace(part, out)
+        except OSError as error:
+            raise cannot_write(part, error) from error
+    packed = len(there.images.names)
+    more = f"; {len(images) - packed} files could not be read, see {UNREAD} in it" if packed < len(images) else ""
+    print(f"{packed} images in {out}, {megabytes(out.stat().st_size)}{more}")
     return out
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Nobody else packs into this file; when the process ends, however it ends, another may.
+
+    Raises:
+        UserError: another process does.
+        CannotWrite: there can be no file.
+    """
+    lock = FileLock(out.with_name(out.name + ".lock"), timeout=0)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"another process packs into --out {str(out)!r}; wait for it, or choose another file") from None
+    except OSError as error:
+        raise cannot_write(out, error) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            Path(lock.lock_file).unlink()
+        lock.release()
 
 
 def options_of(config: Pack, source: Source) -> dict[str, Any]:
@@ -142,17 +176,18 @@ def begun(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def recovered(part: Path, options: dict[str, Any]) -> tuple[int, int]:
-    """How many images an unfinished pack holds, skipped ones among them, and the byte after the last whole member.
+def recovered(part: Path, options: dict[str, Any]) -> Begun:
+    """What is left of an interrupted call.
 
     Raises:
         UserError: it is another's.
     """
+    index = Index([], [], [])
     if not part.exists():
-        return 0, 0
+        return Begun(0, 0, index)
     there = begun(part)
     if there is None and part.stat().st_size < 2 * BLOCK:
-        return 0, 0  # killed before the first member was whole
+        return Begun(0, 0, index)  # killed before the first member was whole
     if there != options:
         raise UserError(
             f"{str(part)!r} is the beginning of another pack, or of other images; choose another --out, or --overwrite"
@@ -164,10 +199,12 @@ def recovered(part: Path, options: dict[str, Any]) -> tuple[int, int]:
             if after > size or member.name == f"{OWN}index.json":
                 break
             done, end = done + 1, after
-    return max(0, done), end
+            if is_image(member.name):
+                index.add(member.name, member.offset_data, member.size)
+    return Begun(max(0, done), end, index)
 
 
-def check_room(out: Path, images: Shrunk, done: int, end: int) -> None:
+def check_room(out: Path, images: Shrunk, there: Begun) -> None:
     """Print how large the file will be, from a sample; raise UserError if there is no room."""
     places = np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).astype(int).tolist()
     found = [images[place] for place in places]
@@ -177,32 +214,26 @@ def check_room(out: Path, images: Shrunk, done: int, end: int) -> None:
         raise UserError(f"none of {len(found)} sampled image files can be read, the first: {first}")
     whole = round(len(images) * (sum(sizes) / len(sizes) + 2 * BLOCK))
     free = shutil.disk_usage(existing(out)).free
-    print(f"{len(images)} images, about {megabytes(whole)}" + (f"; continuing after {done}" if done else ""))
-    if whole - end > free:
+    print(
+        f"{len(images)} images, about {megabytes(whole)}" + (f"; continuing after {there.done}" if there.done else "")
+    )
+    if whole - there.end > free:
         raise UserError(
-            f"--out {str(out)!r} needs about {megabytes(whole - end)}, {megabytes(free)} are free; make room, choose another "
+            f"--out {str(out)!r} needs about {megabytes(whole - there.end)}, {megabytes(free)} are free; make room, choose another "
             "place, or a smaller --size or --quality"
         )
 
 
-def write(part: Path, images: Shrunk, options: dict[str, Any], done: int, end: int, console: Console) -> None:
-    """Fill the file from where it ends, then add the index."""
-    index = Index([], [], [])
-    with open(part, "r+b" if end else "wb") as file:
-        if end:
-            with tarfile.open(part, "r:") as archive:
-                for member in archive:
-                    if member.offset_data >= end:
-                        break
-                    if is_image(member.name):
-                        index.add(member.name, member.offset_data, member.size)
-                    if member.offset_data + member.size + BLOCK > end:
-                        break
-            file.truncate(end)
-            file.seek(end)
+def write(part: Path, images: Shrunk, options: dict[str, Any], there: Begun, console: Console) -> None:
+    """Fill the file from where it ends, then add the index, which grows with it."""
+    index = there.images
+    with open(part, "r+b" if there.end else "wb") as file:
+        if there.end:
+            file.truncate(there.end)
+            file.seek(there.end)
         else:
             add(file, OPTIONS, json.dumps(options).encode())
-        for number, item in enumerate(packed(images, done, console), start=1):
+        for number, item in enumerate(packed(images, there.done, console), start=1):
             start = add(file, item.name, item.data)
             if is_image(item.name):
                 index.add(item.name, start, len(item.data))

@@ -4,7 +4,6 @@ import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from glob import iglob
 from itertools import takewhile
 from pathlib import Path
@@ -53,12 +52,13 @@ def read_box(source: "Source", place: int, choose: Choose, size: tuple[int, int]
     Raises:
         Away: no image can be read at the moment.
     """
-    cut = getattr(source, "cut", None) or partial(cut_whole, source)
-    return attempt(source, place, lambda index: cut(index, choose, size))
+    return attempt(source, place, lambda index: cut_of(source, index, choose, size))
 
 
-def cut_whole(source: "Source", index: int, choose: Choose, size: tuple[int, int]) -> Cut:
-    """From a source that reads whole images only."""
+def cut_of(source: "Source", index: int, choose: Choose, size: tuple[int, int]) -> Cut:
+    """By the source's own method ``cut``, or where it has none from the whole image."""
+    if cut := getattr(source, "cut", None):
+        return cut(index, choose, size)
     image = source.read(index)
     pixels = np.asarray(image)
     return Cut(pixels.reshape(*pixels.shape[:2], -1), choose(*image.size))
@@ -211,8 +211,7 @@ class Joined:
     def cut(self, index: int, choose: Choose, size: tuple[int, int]) -> Cut:
         """What the image's source cuts."""
         position, own = self._places[index].tolist()
-        source = self.sources[position]
-        return source.cut(own, choose, size) if isinstance(source, Files) else cut_whole(source, own, choose, size)
+        return cut_of(self.sources[position], own, choose, size)
 
 
 Opener = Callable[[str, int], "Source | None"]

@@ -18,7 +18,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from leanmim.data.find import FORMATS, SUFFIXES
-from leanmim.data.read import Choose, Cut, read_cut, read_image
+from leanmim.data.read import MAX_BYTES, Choose, Cut, read_cut, read_image
 from leanmim.data.source import REMEDY, UNREACHABLE, Away, Files, is_pattern
 from leanmim.errors import UserError
 
@@ -51,16 +51,30 @@ def read_index(path: Path) -> Index:
         UserError: it cannot be read, is no tar file, ends too early, or holds no images.
     """
     try:
-        index = own_index(path) or walked(path)
-        end = os.path.getsize(path)
-    except (OSError, tarfile.TarError, ValueError) as error:
+        facts = os.stat(path)
+        index = known_index(path, facts.st_size, facts.st_mtime_ns)
+    except (OSError, tarfile.TarError, ValueError, TypeError) as error:
         raise UserError(f"{str(path)!r} cannot be read as a tar file ({error}); write or download it again") from error
-    if late := [name for name, start, size in zip(*index, strict=True) if start + size > end]:
+    if late := [name for name, start, size in zip(*index, strict=True) if start + size > facts.st_size]:
         raise UserError(
             f"{str(path)!r} ends too early, {len(late)} of its {len(index.names)} images are missing; write or download it again"
         )
     if not index.names:
         raise UserError(f"{str(path)!r} holds no images; leanmim reads {FORMATS}, and {ARRAY[1:]} of its own packs")
+    return index
+
+
+@lru_cache(8)
+def known_index(path: Path, size: int, written: int) -> Index:
+    """That of a file of this size, written then: a command asks several times.
+
+    Raises:
+        ValueError: what it holds as an index is none.
+    """
+    index = own_index(path) or walked(path)
+    for _, start, length in zip(*index, strict=True):
+        if not (type(start) is type(length) is int and start >= 0 and length >= 0):
+            raise ValueError("its index is damaged")
     return index
 
 
@@ -78,13 +92,16 @@ def own_index(path: Path) -> Index | None:
 
 
 def walked(path: Path) -> Index:
-    """The images among the members, in the file's order."""
-    found = Index([], [], [])
+    """The images among the members, in the file's order; arrays only where there is nothing else: beside images they are
+    something else, such as features.
+    """
+    images, arrays = Index([], [], []), Index([], [], [])
     with tarfile.open(path, "r:") as archive:
         for member in archive:
             if member.isfile() and is_image(member.name):
-                found.add(member.name, member.offset_data, member.size)
-    return found
+                part = arrays if member.name.endswith(ARRAY) else images
+                part.add(member.name, member.offset_data, member.size)
+    return images if images.names else arrays
 
 
 def is_image(name: str) -> bool:
@@ -175,6 +192,8 @@ class Tar:
         """What a member holds. Read, not mapped: of a mapped file on a drive that goes away the system kills the process."""
         file, start, size = self.places[index].tolist()
         path = self.paths[file]
+        if size > MAX_BYTES:
+            raise OSError(f"it has {size} bytes, more than {MAX_BYTES}")
         try:
             with open(path, "rb", buffering=0) as opened:
                 opened.seek(start)

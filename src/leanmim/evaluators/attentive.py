@@ -179,7 +179,7 @@ def fit(
     training = Training(data.x.shape[2], int(data.y.max()) + 1, queries, seed, data.y.device)
     batch = min(max(32, min(1024, len(rows) // 16)), len(rows))
     per_epoch = len(rows) // batch
-    steps, warmup = per_epoch * epochs, per_epoch * min(warmup_epochs, epochs / 9)
+    steps, warmup = per_epoch * epochs, per_epoch * min(float(warmup_epochs), epochs / 9)
     for epoch in range(epochs):
         order = rows[epoch_order(len(rows), seed, epoch)]
         for k in range(per_epoch):

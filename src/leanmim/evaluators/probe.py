@@ -194,7 +194,7 @@ def lars_in(run: Run, subject: Subject, config: Probe) -> Accuracy:
     augmented = train.transformed(v2.Compose([LoopFreeCrop(subject.size), v2.RandomHorizontalFlip(), v2.PILToTensor()]))
     batch = min(config.probe_batch_size, max(64, len(train) // 78), len(train))
     per_epoch = max(1, len(train) // batch)
-    steps, warmup = per_epoch * config.epochs, per_epoch * min(config.warmup_epochs, config.epochs / 9)
+    steps, warmup = per_epoch * config.epochs, per_epoch * min(float(config.warmup_epochs), config.epochs / 9)
     own = MAE_BLR if config.blr == "auto" else float(config.blr)
     peaks = [own * images / 256 for images in (MAE_BATCH if config.blr == "auto" else batch, batch)]
 
