@@ -59,7 +59,7 @@ class Pack(Config):
     size: int = 192
     """Pixels of the short side; smaller images stay as they are. About 1.5 times the --input-size leaves crops their pixels."""
     format: Literal["jpeg", "raw"] = "jpeg"
-    """jpeg; or raw, pixels as they are: faster to read, eight times as large."""
+    """jpeg; or raw, pixels as they are: faster to read, several times as large."""
     quality: int = 90
     """Of JPEG."""
     channels: Literal[1, 3] = 3
