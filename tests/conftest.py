@@ -1,12 +1,19 @@
 """Tiny models and the photos that the project ships: no network, no GPU."""
 
 import inspect
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
 import pytest
+
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+}  # the same on every machine; xdist runs one test a core
+
 import torch
 from timm import create_model
 
@@ -22,7 +29,7 @@ from leanmim.train import right_size
 from tests.helpers import PHOTOS, PLAIN
 from tests.runs import Refused
 
-torch.set_num_threads(1)  # xdist runs one test a core
+torch.set_num_threads(1)
 matplotlib.rcParams["savefig.dpi"] = 20  # every run ends with a picture; tests of pictures draw them whole
 for _kind in vars(configurations).values():  # they take more than they declare, and check it
     if inspect.isclass(_kind) and issubclass(_kind, Config):

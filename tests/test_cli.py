@@ -60,6 +60,19 @@ def test_every_kind_of_option_arrives(captured: list[Any]) -> None:
     assert captured == [config]
 
 
+@pytest.mark.parametrize(
+    ("words", "compiled", "last"),
+    [
+        ("--compile --seed 1 --no-channels-last", True, False),
+        ("--no-compile --channels_last", False, True),
+        ("--compile auto --channels-last False", "auto", False),
+    ],
+)
+def test_switches_that_may_be_auto(captured: list[Any], words: str, compiled: Any, last: Any) -> None:
+    main(["pretrain", "mae", "--data", "d", "--out", "o", *words.split()])
+    assert (captured[0].compile, captured[0].channels_last) == (compiled, last)
+
+
 def test_hyphens_and_underscores_are_both_accepted(captured: list[Any]) -> None:
     for options in (["--batch-size", "7", "--input-size", "64"], ["--batch_size", "7", "--input_size", "64"]):
         main(["pretrain", "mae", "--data", "d", "--out", "o", *options])

@@ -7,11 +7,17 @@ A command takes a configuration (``dataclasses.replace(leanmim.MAE, data="photos
 both. For a loop of one's own: ``model = leanmim.build(leanmim.MAE)``, then ``for loss in model.losses(images): ...``.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from leanmim.by_name import by_name
 from leanmim.version import __version__
+
+# Threads that wait for each other's part of a step spin; where other programs run, that costs more than half of the speed
+# (benchmarks/README.md, "The step"). Read when torch is first imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:  # for type checkers and editors; when run, a name is imported when it is first asked for
     from leanmim.classifier.finetune import finetune as _finetune

@@ -70,6 +70,7 @@ COMMANDS = {
 }
 NARROWEST = 40  # columns; help of one column is never done
 RESUMABLE = {"pretrain", "pack", "finetune", "embed", "probe"}
+SWITCHES = {"--compile", "--channels-last"}
 RENAMED = {  # options of earlier versions
     "pretrain": {f"--stage-{name}": f"--phase-{name}" for name in ("scales", "starts", "batches", "accums", "blrs")},
     "show": {"--block": "--segment"},
@@ -108,6 +109,18 @@ def choose(words: list[str], usage: str, what: str, table: Mapping[str, str]) ->
     raise SystemExit(2)
 
 
+def switched(words: list[str]) -> Iterator[str]:
+    """The words, with True or False after a switch that may also be auto, where it stands alone."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        option = word.replace("_", "-")
+        if option in SWITCHES:
+            yield from (option,) if following in ("True", "False", "auto") else (option, "True")
+        elif (yes := option.replace("--no-", "--", 1)) in SWITCHES:
+            yield from (yes, "False")
+        else:
+            yield word
+
+
 def parse(arguments: list[str]) -> tuple[str, Any]:
     """The name of the command, and its configuration. Exit with a message if there is something wrong."""
     name = choose(arguments, "leanmim COMMAND", "command", {name: command.help for name, command in COMMANDS.items()})
@@ -116,6 +129,7 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
         option = word.partition("=")[0].replace("_", "-")
         if new := RENAMED.get(name, {}).get(option):
             raise UserError(f"{option} is called {new} now")
+    rest = list(switched(rest))
     settings: dict[str, Any] = {}
     if command.recipes:
         table = {name: DESCRIPTIONS.get(name, "") for name in command.recipes}

@@ -1,7 +1,11 @@
 """What the machine offers."""
 
+import contextlib
+import math
+import os
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -32,9 +36,39 @@ def device_name(device: torch.device) -> str:
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype | None:
     """The dtype to autocast to, or None for float32."""
-    if name == "auto":
-        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if name == "auto":  # nothing was measured
+        name = "bf16" if device.type == "cuda" and bf16_in_hardware(device) else "fp32"
     return torch.bfloat16 if name == "bf16" else None
+
+
+def bf16_in_hardware(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16 itself. Where software must, it is many times slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return (
+        device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def threads_given() -> bool:
+    """Whether the environment says how many threads to compute with, as torchrun's does."""
+    return "OMP_NUM_THREADS" in os.environ or "MKL_NUM_THREADS" in os.environ
+
+
+def cpus() -> int:
+    """CPU cores that this process may use: a container or a job may have fewer than the machine."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    share, _, period = quota.read_text().partition(" ") if quota.is_file() else ("max", "", "")
+    return allowed if share == "max" else max(1, min(allowed, math.ceil(int(share) / int(period))))
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let `peak_memory` begin anew, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):  # no Linux
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device) -> int:

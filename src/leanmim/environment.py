@@ -1,6 +1,5 @@
 """Versions and hardware, for the record."""
 
-import os
 import platform
 import sys
 from datetime import datetime, timezone
@@ -12,7 +11,7 @@ import timm
 import torch
 import torchvision
 
-from leanmim.device import device_name
+from leanmim.device import cpus, device_name
 from leanmim.version import __version__
 
 
@@ -27,6 +26,6 @@ def environment(device: torch.device, processes: int) -> dict[str, Any]:
         "device": device_name(device),
         "processes": processes,
         "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
+        "cpus": cpus(),
         "command": sys.argv,
     }

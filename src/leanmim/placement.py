@@ -13,6 +13,7 @@ from leanmim.config import Pretrain
 from leanmim.mim import MIM
 from leanmim.offload import Offload
 from leanmim.processes import ALONE, Process
+from leanmim.step import align_state
 
 
 @runtime_checkable
@@ -58,16 +59,24 @@ def offloads(config: Pretrain, device: torch.device) -> bool:
     return config.offload and device.type == "cuda"
 
 
+def compile_parts(model: MIM) -> None:
+    """Compile encoder and decoders, for shapes that stay: a version for each segment and input size."""
+    torch._dynamo.config.recompile_limit = 16 * len(model.decoders)
+    model.encoder.segment = torch.compile(model.encoder.segment, dynamic=False)  # type: ignore[method-assign]
+    for decoder in model.decoders:
+        decoder.compile(dynamic=False)
+
+
 def place(
     model: MIM, optimizers: list[AdamW], config: Pretrain, device: torch.device, process: Process = ALONE
 ) -> Placement:
-    """The model, compiled as asked, where it is to train; its optimizers exist already."""
+    """The model, compiled as asked, where it is to train; its optimizers exist already, and no value is ``auto``."""
     model.train()
-    if config.compile:
-        torch._dynamo.config.recompile_limit = max(8, 2 * len(optimizers))  # one version for each segment
-        model.encoder.segment = torch.compile(model.encoder.segment)  # type: ignore[method-assign]
-        for decoder in model.decoders:
-            decoder.compile()
+    if config.compile is True:
+        compile_parts(model)
     if offloads(config, device):
         return Offload(model, optimizers, device)
+    if config.channels_last is True:
+        model.to(memory_format=torch.channels_last)
+        align_state(optimizers)
     return OnDevice(model, device, process)

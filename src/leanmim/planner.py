@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from leanmim.auto import EPOCHS, HOURS, MOST, epochs_within, few_steps, images_a_step
+from leanmim.calibration import IMAGES, Calibration, Setting, calibrate
 from leanmim.config import Finetune, Plan, Pretrain, parse_bytes
 from leanmim.costs import StepCost, count, readable
 from leanmim.data import IMAGENET, Normalise, Source, batches, open_source
@@ -21,11 +22,12 @@ from leanmim.device import resolve_device, resolve_precision
 from leanmim.encoders.backbone import check_name
 from leanmim.errors import UserError
 from leanmim.factory import build
+from leanmim.placement import compile_parts, offloads, place
 from leanmim.processes import ALONE, Process
 from leanmim.progress import duration, progress_bar
 from leanmim.recipes import MAE, RECIPES, differences, hyphens, titles, variant, words
 from leanmim.schedule import phase_named, phases
-from leanmim.step import make_optimizers, update
+from leanmim.step import align_state, make_optimizers, update
 
 Trained = TypeVar("Trained", Pretrain, Finetune)
 SHARE = 0.9  # of the memory is planned with; the rest is the allocator's and the libraries'
@@ -35,7 +37,6 @@ CHOSEN = (
     "data", "out", "device", "batch_size", "accum", "phase_batches", "phase_accums", "effective_batch", "memory",
 )  # fmt: skip
 """Fields that the plan sets for all recipes."""
-IMAGES = {"cpu": 16, "cuda": 256, "mps": 64}  # at most, in a measured forward pass
 
 
 def available(device: torch.device) -> int:
@@ -87,13 +88,70 @@ def fit(
     return best
 
 
+class PretrainTrial:
+    """A model of a recipe, to try settings of the machine on. Errors as for `build`."""
+
+    def __init__(self, config: Pretrain, device: torch.device) -> None:
+        self.model, self.device, self.shape = build(config).to(device), device, (config.channels, *config.size)
+        self.optimizers = make_optimizers(self.model, config)
+        self.placement = place(self.model, self.optimizers, config, device)
+        self.most = IMAGES[device.type]
+        if config.batch_size != "auto":
+            self.most = min(self.most, int(config.batch_size))
+        elif found := fit(replace(config, batch_size=1), self.most, available(device), device):
+            self.most = int(found[0].batch_size)
+        self.compiled = False
+
+    def use(self, setting: Setting) -> None:
+        """Compute so from now on; what is compiled stays so."""
+        torch.set_num_threads(setting.threads)
+        self.model.autocast = resolve_precision(setting.precision, self.device)
+        self.model.to(memory_format=torch.channels_last if setting.channels_last else torch.contiguous_format)
+        align_state(self.optimizers)
+        if setting.compile and not self.compiled:
+            compile_parts(self.model)
+            self.compiled = True
+
+    def step(self, images: int) -> None:
+        """One update on noise."""
+        update(self.placement.losses, self.optimizers, [torch.randn(images, *self.shape, device=self.device)])
+        wait(self.device)
+
+
+def calibrated(
+    config: Pretrain, stored: Any, source: Source, device: torch.device, process: Process = ALONE
+) -> Calibration:
+    """What ``auto`` of the machine is for a recipe and these images; the largest phase stands for all. See `calibrate`."""
+    if offloads(config, device):
+        config = replace(config, channels_last=False)
+    largest = max((phase.config for phase in phases(config)), key=lambda own: own.size)
+    one = replace(largest, batch_size=1, accum=1, workers=0)
+    crops = batches(one, source, 0, len(source), process, per_epoch=len(source))
+
+    def seconds(speed: float) -> float:
+        if config.epochs == "auto":
+            return 3600 * (config.hours or HOURS)
+        return int(config.epochs) * len(source) / (speed * process.world)
+
+    return calibrate(
+        config,
+        stored,
+        lambda: PretrainTrial(replace(largest, blr=0.0), device),
+        lambda: next(crops),
+        seconds,
+        process,
+        device,
+    )
+
+
 def throughput(config: Pretrain, source: Source, device: torch.device, process: Process = ALONE) -> float:
     """Images per second of this process in real steps, after some to warm up: reading, forward, backward, update."""
     batch = min(int(config.batch_size), IMAGES[device.type], len(source))
     with torch.random.fork_rng():
-        model = build(config).to(device).train()
+        model = build(config).to(device)
         model.autocast = resolve_precision(config.precision, device)
         optimizers = make_optimizers(model, config)
+        place(model, optimizers, replace(config, offload=False), device)
         trial = replace(config, batch_size=batch, accum=1)
         feed = iter(batches(trial, source, 0, WARM_UP + MOST_STEPS, device=device))
         normalise = Normalise(*IMAGENET[config.channels], device)
@@ -169,12 +227,15 @@ def plan(config: Plan) -> Iterator[tuple[str, str]]:
     progress = progress_bar(Console(stderr=True), transient=True)
     task = progress.add_task("", total=len(recipes), text="")
     flops_per_second = 0.0  # of the first recipe, if its throughput is given
+    calibration: Calibration | None = None
 
     def speed(chosen: Pretrain, cost: StepCost) -> float:
-        nonlocal flops_per_second
+        nonlocal flops_per_second, calibration
         if config.images_per_second is None:
             progress.update(task, text="measuring steps")
-            return average_throughput(chosen, source, device)
+            calibration = calibration or calibrated(chosen, None, source, device)
+            with calibration.in_use():
+                return average_throughput(calibration.applied(chosen), source, device)
         flops_per_second = flops_per_second or config.images_per_second * cost.train_flops_per_image
         return flops_per_second / cost.train_flops_per_image
 

@@ -84,6 +84,11 @@ class Run:
         return self.folder / "evaluations.jsonl"
 
     @property
+    def environment(self) -> Path:
+        """Versions, hardware, and what was measured of it."""
+        return self.folder / "environment.json"
+
+    @property
     def cost(self) -> Path:
         """Predicted cost, and at the end what was measured."""
         return self.folder / "cost.json"
@@ -111,7 +116,7 @@ class Run:
     @property
     def described(self) -> list[Path]:
         """What is written before the first step, and needed to continue."""
-        return [self.config, self.names, self.labels, self.cost, self.folder / "environment.json"]
+        return [self.config, self.names, self.labels, self.cost, self.environment]
 
     @property
     def lock(self) -> Path:
@@ -133,6 +138,16 @@ class Run:
         if not all_of(self.last):
             raise UserError(f"{str(self.folder)!r} has no checkpoint yet; let the run go on")
         return load(self.last)
+
+    def calibration(self, afresh: bool) -> Any:
+        """What an earlier call of this run has measured, as it is in environment.json; None if nothing can be read.
+
+        Args:
+            afresh: whether what is in the folder is overwritten, unless this job itself began it.
+        """
+        if afresh and not self.begun_by_this_job():
+            return None
+        return readable_object(self.environment).get("calibration")
 
     def stored(self) -> dict[str, Any]:
         """The configuration in the folder, or if that is torn in its newest good checkpoint; empty if none can be read:

@@ -78,6 +78,16 @@ def load_state(optimizers: list[AdamW], states: list[dict[str, Any]]) -> None:
         check_moments(optimizer, state["state"])
         groups = optimizer.state_dict()["param_groups"]  # betas and the like are the configuration's
         optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    align_state(optimizers)
+
+
+def align_state(optimizers: list[AdamW]) -> None:
+    """Lay the moments out in memory as the parameters are, which fused kernels take for granted."""
+    for optimizer in optimizers:
+        for parameter, own in optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if own[name].stride() != parameter.stride():
+                    own[name] = torch.empty_like(parameter, requires_grad=False).copy_(own[name])
 
 
 def check_moments(optimizer: AdamW, state: dict[int, dict[str, Tensor]]) -> None:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -100,7 +101,7 @@ def test_nothing_readable_is_an_error_without_traceback(tmp_path: Path, workers:
 
 def test_workers_are_counted_from_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     for cpus, want, most in ((None, 0, 32), (1, 0, 32), (2, 1, 32), (9, 8, 144), (64, 8, 1024), (256, 8, 1024)):
-        monkeypatch.setattr(os, "cpu_count", lambda cpus=cpus: cpus)
+        monkeypatch.setattr(sys.modules["leanmim.data.batches"], "cpus", lambda cpus=cpus: cpus)
         assert resolve_workers(-1) == want
         assert resolve_workers(0) == 0 and resolve_workers(20) == 20 and resolve_workers(most) == most
         with pytest.raises(UserError, match=f"--workers {most + 1} is too many .* give {most} at most"):

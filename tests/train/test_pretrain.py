@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -63,7 +64,7 @@ def test_the_loop_is_this_loop(tiny: Pretrain) -> None:
 def test_too_many_readers_are_refused_before_anything_is_written(
     tiny: Pretrain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(sys.modules["leanmim.data.batches"], "cpus", lambda: 2)
     with pytest.raises(UserError, match="--workers 1024 is too many"):
         pretrain(replace(tiny, workers=1024))
     assert not Path(tiny.out).exists()

@@ -16,11 +16,12 @@ from leanmim.classifier.data import class_weights, steps_per_epoch, train_batche
 from leanmim.classifier.header import header
 from leanmim.classifier.model import Made, make_classifier
 from leanmim.classifier.results import Predictions, top_accuracy, write_results
-from leanmim.classifier.right_size import right_sized
+from leanmim.classifier.right_size import calibrated, right_sized
 from leanmim.classifier.tuning import Batch, Tuning
 from leanmim.config import Export, Finetune, Report
 from leanmim.data import Normalise, images_at, order_of_steps, resolve_workers, seed_of
 from leanmim.data.labels import Labels, choose_labels
+from leanmim.device import forget_peak
 from leanmim.environment import environment
 from leanmim.errors import Damaged, UserError
 from leanmim.formats import export
@@ -83,7 +84,11 @@ def tune(config: Finetune, process: Process, device: torch.device, held: ExitSta
     classes, names = tuple(labels.classes), labels.train + labels.val
     images = DataList.of(images_at(labels.root, names, 3), len(labels.train), process.world)
     check_alike(process, images.digest, "images in --data")
-    config, predicted, notes = right_sized(config, run, start, labels, process, device)
+    calibration = calibrated(config, run.calibration(afresh=config.overwrite), start, labels, process, device)
+    held.enter_context(calibration.in_use())
+    asked = config
+    config, predicted, notes = right_sized(calibration.applied(config), run, start, labels, process, device)
+    config = calibration.withdrawn(config, asked)
     state = run.to_resume(config, config.overwrite)
     check_alike(process, state["step"] if state else 0, "run in --out")
     changes = None
@@ -98,10 +103,11 @@ def tune(config: Finetune, process: Process, device: torch.device, held: ExitSta
                 f"{config.start!r} holds other weights than those that this run began with; give its own START, another --out, "
                 "or --overwrite"
             )
-    own, _ = split(config, process)
+    own, _ = split(calibration.applied(config), process)
     per_epoch = steps_per_epoch(images.images, int(config.effective_batch))
     steps, first = int(config.epochs) * per_epoch, state["step"] if state else 0
     adjusted = check_adjusted(config, run, first, steps)
+    forget_peak(device)
     memory_before = psutil.Process().memory_info().rss
     made = make_classifier(start, classes, config.pool, float(config.drop_path), config.head_init, config.seed)
     made.model.to(device)
@@ -119,7 +125,8 @@ def tune(config: Finetune, process: Process, device: torch.device, held: ExitSta
         run.prepare(config, first)
         write_json(run.labels, labels.to_json())
         keep_list(run, images, changes, first)
-        write_json(run.folder / "environment.json", environment(device, process.world) | {"origin": start.origin})
+        found = {"origin": start.origin, "calibration": calibration.to_json()}
+        write_json(run.environment, environment(device, process.world) | found)
     process.wait()
     if process.first and first < steps:
         write_json(run.cost, {"predicted": asdict(predicted)})
@@ -149,6 +156,7 @@ def tune(config: Finetune, process: Process, device: torch.device, held: ExitSta
     ) as loop:
         for line in (
             *header(own, start, labels, made, tuning, predicted, steps),
+            str(calibration),
             *notes,
             *run.notes,
             *other_images(changes, images),

@@ -1,27 +1,33 @@
 """The numbers of a fine-tuning in place of every ``auto``: the recipe's, or by the rules of the small recipe."""
 
+import itertools
 import math
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from leanmim.auto import epochs_within
+from leanmim.calibration import IMAGES, Calibration, Setting, calibrate
+from leanmim.calibration import NAMES as MEASURED
 from leanmim.classifier.augment import mix, mixing, train_transform
 from leanmim.classifier.cost import count_tuning
-from leanmim.classifier.data import train_batches
+from leanmim.classifier.data import TrainImages, train_batches
 from leanmim.classifier.model import make_classifier, pooling
 from leanmim.classifier.recipes import choose, filled, small_batch, small_epochs, small_rate
 from leanmim.classifier.tuning import Tuning
 from leanmim.config import Finetune
 from leanmim.costs import StepCost, readable
 from leanmim.data.labels import Labels
-from leanmim.planner import counted_as
+from leanmim.device import resolve_precision
+from leanmim.planner import counted_as, wait
 from leanmim.processes import ALONE, Process
 from leanmim.run import Run
 from leanmim.start import Start
+from leanmim.step import align_state, update
 from leanmim.train.right_size import as_begun, batch_that_fits, guard_memory, processes_begun, split
 
 SECONDS, LEAST_STEPS, MOST_STEPS, WARM_UP = 5.0, 3, 100, 1  # of the trial that measures the speed
@@ -52,7 +58,7 @@ def right_sized(
     stored = {} if config.overwrite and not run.begun_by_this_job() else run.stored()
     if isinstance(stored.get("recipe"), str) and config.recipe == "auto":
         config = replace(config, recipe=stored["recipe"])
-    config, kept = as_begun(config, stored, choices)
+    config, kept = as_begun(config, stored, [name for name in choices if name not in MEASURED])
     recipe = choose(config, start, images)
     if start.weights is None:  # lower layers know nothing that smaller steps would keep
         recipe = replace(recipe, layer_decay=1.0)
@@ -94,6 +100,60 @@ def right_sized(
     predicted, _ = counted(own, counted_as(device))
     guard_memory(own, predicted, process, device, counted)
     return config, predicted, [*([f"auto: {'; '.join(chosen)}"] if chosen else []), *other_split]
+
+
+class TuningTrial:
+    """A classifier, to try settings of the machine on."""
+
+    def __init__(
+        self, config: Finetune, start: Start, classes: tuple[str, ...], device: torch.device, most: int
+    ) -> None:
+        made = make_classifier(start, classes, config.pool, float(config.drop_path))
+        made.model.to(device)
+        self.tuning = Tuning(config, made, 1, None, device, ALONE)
+        self.model, self.most, self.device = self.tuning.model, most, device
+        self.shape, self.classes = (made.architecture.channels, *made.architecture.size), len(classes)
+        self.compiled = False
+
+    def use(self, setting: Setting) -> None:
+        """Compute so from now on; what is compiled stays so."""
+        torch.set_num_threads(setting.threads)
+        self.tuning.losses.autocast = resolve_precision(setting.precision, self.device)
+        self.model.to(memory_format=torch.channels_last if setting.channels_last else torch.contiguous_format)
+        align_state([self.tuning.optimizer])
+        if setting.compile and not self.compiled:
+            self.model.compile(dynamic=False)
+            self.compiled = True
+
+    def step(self, images: int) -> None:
+        """One update on noise."""
+        noise = torch.randn(images, *self.shape, device=self.device)
+        targets = torch.full((images, self.classes), 1 / self.classes, device=self.device)
+        update(self.tuning.losses, [self.tuning.optimizer], [(noise, targets)])
+        wait(self.device)
+
+
+def calibrated(
+    config: Finetune, stored: Any, start: Start, labels: Labels, process: Process, device: torch.device
+) -> Calibration:
+    """What ``auto`` of the machine is for a start and these images, see `calibrate`."""
+    config = replace(config, input_size=start.model.input_size, channels=start.model.channels)
+    recipe = filled(config, choose(config, start, len(labels.train)))
+    most = min(
+        IMAGES[device.type], small_batch(len(labels.train)) if recipe.batch_size == "auto" else int(recipe.batch_size)
+    )
+    trial = replace(recipe, blr=0.0, lr=None, ema=0.0)
+    images = TrainImages(labels, train_transform(recipe, start.mean, start.std), config.seed)
+    places = itertools.cycle(range(len(images)))
+
+    def seconds(speed: float) -> float:
+        epochs = small_epochs(len(labels.train)) if recipe.epochs == "auto" else int(recipe.epochs)
+        return epochs * len(labels.train) / (speed * process.world)
+
+    def make_trial() -> TuningTrial:
+        return TuningTrial(trial, start, tuple(labels.classes), device, most)
+
+    return calibrate(config, stored, make_trial, lambda: images[0, next(places)], seconds, process, device)
 
 
 def trial_speed(config: Finetune, start: Start, labels: Labels, process: Process, device: torch.device) -> float:

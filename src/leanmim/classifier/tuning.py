@@ -61,7 +61,7 @@ class Tuning:
     """What a fine-tuning trains.
 
     Args:
-        config: of the run; resolved.
+        config: of the run; no value is ``auto``.
         made: the classifier before its first step, on the device.
         per_epoch: steps.
         weights: of the classes, or None.
@@ -80,12 +80,14 @@ class Tuning:
     ) -> None:
         self.config, self.per_epoch, self.device, self.process = config, per_epoch, device, process
         self.model = made.model.train()
+        if config.channels_last is True:
+            self.model.to(memory_format=torch.channels_last)
         self.optimizer = make_optimizer(self.model, config)
         decay = float(config.ema)
         self.average = ModelEmaV3(self.model, decay=decay, use_warmup=True) if decay else None
         self.done = 0  # steps, on which the average's warm-up depends
-        if config.compile:
-            self.model.compile()
+        if config.compile is True:
+            self.model.compile(dynamic=False)
         weights = None if weights is None else weights.to(device)
         self.losses = Losses(self.model, weights, resolve_precision(config.precision, device))
 

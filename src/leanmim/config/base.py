@@ -29,9 +29,10 @@ Segments = int | tuple[int, ...]  # so many equal ones, or the block or stage af
 
 FREE_IN_TRAINING = frozenset({
     "data", "out", "workers", "overwrite", "checkpoint_minutes", "log_every", "memory", "effective_batch", "hours",
-    "keep", "max_bad_share", "max_bad_steps", "data_changed", "data_patience", "process_timeout",
+    "keep", "max_bad_share", "max_bad_steps", "data_changed", "data_patience", "process_timeout", "threads", "channels_last",
+    "compile",
 })  # fmt: skip
-"""Fields of a training that may differ when it is continued: none of them changes a weight."""
+"""Fields of a training that may differ when it is continued: none of them changes a weight, but by rounding the last three."""
 
 AGAINST_DIVERGENCE = frozenset({"blr", "lr", "clip_grad", "precision"})
 """Fields of a training that may differ when it is continued before its end; the change is written down."""
@@ -60,7 +61,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "layer": (1, 1000), "layers": (0, 1000), "top": (1, MANY), "count": (1, MANY), "segment": (0, 1000),
     "knn_every": (1, MANY), "eval_every": (1, MANY), "images_per_second": (1e-6, 10**9),
     # the machine, faults, the log
-    "seed": (0, 2**32 - 1), "workers": (-1, 1024), "log_every": (1, MANY), "checkpoint_minutes": (0, MANY), "keep": (1, 100),
+    "seed": (0, 2**32 - 1), "workers": (-1, 1024), "threads": (1, 1024), "log_every": (1, MANY), "checkpoint_minutes": (0, MANY), "keep": (1, 100),
     "max_bad_share": (0, 1), "max_bad_steps": (0, MANY), "data_patience": (0, MANY), "process_timeout": (1e-3, MANY),
 }  # fmt: skip
 """The least and the largest value of every field that is a number, or holds some; the same for all commands."""
@@ -271,7 +272,24 @@ class Machine(Config):
     device: Device = "auto"
     """Where to run; auto takes the GPU if there is one."""
     workers: int = -1
-    """Processes that read images, for each process that computes; -1 is the CPU count less one, 8 at most."""
+    """Processes that read images, for each process that computes. -1 is as many as keep up with a training's measured step,
+    for other commands the CPU count less one, 8 at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Computing(Machine):
+    """How a training computes: auto is measured before the first step, and kept when the run is continued."""
+
+    threads: int | Auto = "auto"
+    """Threads of the CPU to compute with, for each process. auto measures; where OMP_NUM_THREADS is set it is that."""
+    precision: Precision = "auto"
+    """Of the forward pass; targets and losses are fp32. auto is bf16 on GPUs that have it, and on CPUs that have it and are
+    measured to be faster with it, fp32 elsewhere."""
+    channels_last: bool | Auto = "auto"
+    """Channels side by side in memory, for convolutions; auto measures."""
+    compile: bool | Auto = "auto"
+    """torch.compile the model: later start, perhaps faster steps. auto measures where the run is long enough for it to pay,
+    from 20 minutes on a GPU and from 4 hours on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,11 @@ from leanmim.config.base import (
     AGAINST_DIVERGENCE,
     FREE_IN_TRAINING,
     Auto,
+    Computing,
     Faults,
     Logging,
-    Machine,
     Number,
     Optimisation,
-    Precision,
     check_model,
     check_pair,
     check_size,
@@ -23,7 +22,7 @@ from leanmim.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune(Logging, Faults, Machine, Optimisation):
+class Finetune(Logging, Faults, Computing, Optimisation):
     """Everything that defines a fine-tuning. The recipes are values of this class; ``auto`` is the recipe's number."""
 
     FREE: ClassVar[frozenset[str]] = FREE_IN_TRAINING | {"start", "eval_every"}
@@ -118,10 +117,6 @@ class Finetune(Logging, Faults, Machine, Optimisation):
     """Epochs between two evaluations; there is always one at the end. auto is as many as the validation images are times
     the training images, at least one."""
 
-    precision: Precision = "auto"
-    """Of the forward pass; auto is bf16 on GPUs that have it, fp32 elsewhere."""
-    compile: bool = False
-    """torch.compile the model: slower start, faster steps."""
     seed: int = 0
     """Seed of the head, the split, the order, the augmentations."""
 

@@ -7,17 +7,16 @@ from leanmim.config.base import (
     AGAINST_DIVERGENCE,
     FREE_IN_TRAINING,
     Auto,
+    Computing,
     Decode,
     Faults,
     Interpolation,
     LinearInit,
     Logging,
     Loss,
-    Machine,
     Masking,
     Model,
     Optimisation,
-    Precision,
     Segments,
     Select,
     Start,
@@ -31,7 +30,7 @@ from leanmim.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pretrain(Logging, Faults, Machine, Optimisation, Model):
+class Pretrain(Logging, Faults, Computing, Optimisation, Model):
     """Everything that defines a pre-training run. The recipes are values of this class.
 
     A value is checked by `check`, and names of maskings and targets where they are looked up: a third party may add some.
@@ -133,10 +132,6 @@ class Pretrain(Logging, Faults, Machine, Optimisation, Model):
     std: tuple[float, ...] | None = None
     """Given standard deviation, one number per channel, on the scale 0 to 1; overrides statistics."""
 
-    precision: Precision = "auto"
-    """Of the forward pass; auto is bf16 on GPUs that have it, fp32 elsewhere. Targets and losses are fp32."""
-    compile: bool = False
-    """torch.compile the encoder and decoder: slower start, faster steps."""
     seed: int = 0
     """Seed of weights, order, crops and masks."""
 

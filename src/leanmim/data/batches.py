@@ -29,6 +29,7 @@ from leanmim.data.crops import Crops
 from leanmim.data.order import order_of_steps
 from leanmim.data.read import Bad
 from leanmim.data.source import REMEDY, Away, Source
+from leanmim.device import cpus
 from leanmim.errors import UserError
 from leanmim.processes import ALONE, Process
 from leanmim.signals import SIGNALS
@@ -86,10 +87,10 @@ def resolve_workers(workers: int) -> int:
     Raises:
         UserError: they are more than any machine has a use for.
     """
-    cpus = os.cpu_count() or 1
-    if workers > (most := max(32, min(1024, 16 * cpus))):
-        raise UserError(f"--workers {workers} is too many for {cpus} CPU cores; give {most} at most, or -1")
-    return min(8, max(0, cpus - 1)) if workers < 0 else workers
+    cores = cpus()
+    if workers > (most := max(32, min(1024, 16 * cores))):
+        raise UserError(f"--workers {workers} is too many for {cores} CPU cores; give {most} at most, or -1")
+    return min(8, max(0, cores - 1)) if workers < 0 else workers
 
 
 def loader(

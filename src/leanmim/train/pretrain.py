@@ -13,14 +13,14 @@ import torch
 from leanmim.config import Export, Pretrain, Report, Show
 from leanmim.costs import StepCost, count
 from leanmim.data import Labelled, absolute, batches, centre_crop, labelled_pair, open_source, resolve_workers
-from leanmim.device import peak_memory
+from leanmim.device import forget_peak, peak_memory
 from leanmim.environment import environment
 from leanmim.errors import UserError
 from leanmim.formats import export
 from leanmim.loop import Loop
 from leanmim.page import report
 from leanmim.pictures import show
-from leanmim.planner import counted_as
+from leanmim.planner import calibrated, counted_as
 from leanmim.processes import Process, processes
 from leanmim.run import Run, write_json
 from leanmim.train.adjusted import check_adjusted, note_adjusted, told
@@ -61,14 +61,18 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
     images = DataList.of(source, len(source), process.world)
     check_alike(process, images.digest, "images in --data")
     config = replace(config, data=absolute(config.data))
-    config, notes = right_sized(config, run, source, process, device)
+    calibration = calibrated(config, run.calibration(afresh=config.overwrite), source, device, process)
+    held.enter_context(calibration.in_use())
+    asked = config
+    config, notes = right_sized(calibration.applied(config), run, source, process, device)
+    config = calibration.withdrawn(config, asked)
     state = run.to_resume(config, config.overwrite)
     check_alike(process, state["step"] if state else 0, "run in --out")
     before = read_list(run, process) if state else None
     images = images.in_place_of(before)
     if state:
         check_extension(config, state)
-    own, other_split = split(config, process)
+    own, other_split = split(calibration.applied(config), process)
     plan = plan_phases(own, images.images, process.world)
     steps, start = plan[-1].stop, state["step"] if state else 0
     adjusted = check_adjusted(config, run, start, steps)
@@ -76,6 +80,7 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
     predicted, _ = count(own, counted_as(device))
     guard_memory(own, predicted, process, device)
     knn_sets = labelled_pair(config.knn_data, config.channels, centre_crop(config.size)) if config.knn_data else None
+    forget_peak(device)
     memory_before = psutil.Process().memory_info().rss
     training, origin = begin(config, plan, source, state, device, process)
     if process.first and start < steps:
@@ -88,7 +93,7 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
         run.prepare(config, start)
         if start < steps:
             keep_list(run, images, changes, start)
-        write_json(run.folder / "environment.json", environment(device, process.world))
+        write_json(run.environment, environment(device, process.world) | {"calibration": calibration.to_json()})
     process.wait()
     if process.first and start < steps:
         write_json(run.cost, {"predicted": asdict(predicted)})
@@ -101,6 +106,7 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
         notes += [f"starting from {origin}"] if origin else []
         for line in (
             *header(config, plan, len(source), predicted, training),
+            str(calibration),
             *notes,
             *run.notes,
             *other_split,

@@ -41,8 +41,8 @@ class Training:
     """Model, optimizers and where they are; replaced by larger ones at a phase's start.
 
     Args:
-        config: of the run.
-        phase: to begin with.
+        config: of the run, as it is stored.
+        phase: to begin with; no value of its configuration is ``auto``.
         model: of that phase.
         mean, std: of the images, one number per channel.
         device: where to train.
@@ -65,9 +65,9 @@ class Training:
         self.normalise = Normalise(mean, std, device)
         if not offloads(config, device):
             model.to(device)
-        model.autocast = resolve_precision(config.precision, device)
+        model.autocast = resolve_precision(phase.config.precision, device)
         self.optimizers = make_optimizers(model, config)
-        self.placement = place(model, self.optimizers, config, device, process)
+        self.placement = place(model, self.optimizers, phase.config, device, process)
 
     def enter(self, phase: PhaseSteps) -> None:
         """Go on with the same model and optimizers at the phase's input size: nothing that was learned is lost."""
@@ -75,7 +75,7 @@ class Training:
             return
         self.placement.settle()
         self.model, self.optimizers = at_next_size(self.model, self.optimizers, phase.config, self.device)
-        self.placement = place(self.model, self.optimizers, self.config, self.device, self.process)
+        self.placement = place(self.model, self.optimizers, phase.config, self.device, self.process)
         self.phase = phase
 
     def set_learning_rate(self, step: int) -> float:

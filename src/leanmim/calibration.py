@@ -1,0 +1,274 @@
+"""What ``auto`` is on this machine: measured before a run's first step (ours).
+
+Each choice is tried on steps of the run's own model, in turns with the best setting so far, so that a machine that slows down
+slows both; a change must pay. How many readers keep up with such steps follows from the time that an image takes to read.
+"""
+
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from statistics import mean, median
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import psutil
+import torch
+from rich.console import Console
+from torch import nn
+
+from leanmim.config.base import Computing
+from leanmim.device import bf16_in_hardware, cpus, device_name, threads_given
+from leanmim.processes import Process
+
+ROUNDS = 3  # in which two settings take turns
+TARGET = 0.5  # s of a step, which sets its images
+IMAGES = {"cpu": 16, "cuda": 256, "mps": 64}  # of a step at most, where they fit
+GAIN = {"threads": 1.1, "precision": 1.1, "channels_last": 1.03, "compile": 1.05}
+"""How many times as fast a change must be. Fewer threads lose once other programs end, half precision is less exact, and
+compiled steps start late."""
+LONG = 1200.0
+"""Seconds of a run on a GPU, from which on compilation is tried, which takes about one minute. On a CPU it does not pay, see
+benchmarks/README.md."""
+MOST_READERS = 32
+SPARE = 1.25  # times the readers that keep up on average
+Configured = TypeVar("Configured", bound=Computing)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a run computes. Another setting gives the same results but for rounding."""
+
+    precision: str
+    threads: int
+    """Of each process that computes, on its CPU."""
+    workers: int
+    """Processes that read images, for each that computes."""
+    channels_last: bool
+    """Weights and activations of convolutions with their channels side by side in memory."""
+    compile: bool
+
+
+NAMES = tuple(field.name for field in fields(Setting))
+
+
+@runtime_checkable
+class Trial(Protocol):
+    """A model to try settings on."""
+
+    most: int
+    """Images of a step, at most."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+        ...
+
+    def use(self, setting: Setting) -> None:
+        """Compute so from now on."""
+        ...
+
+    def step(self, images: int) -> None:
+        """Forward, backward and update on so many images; wait for the device."""
+        ...
+
+
+@dataclass
+class Calibration:
+    """A setting, where it was measured, and what was tried."""
+
+    setting: Setting
+    machine: dict[str, Any]
+    tried: list[dict[str, Any]]
+    """Values that took turns, images/s of each."""
+    read_seconds: float | None = None
+    """To read an image, in one process; None if it was not measured."""
+
+    def applied(self, config: Configured) -> Configured:
+        """The configuration with a value in place of every ``auto``."""
+        return replace(config, **asdict(self.setting))
+
+    def withdrawn(self, config: Configured, asked: Configured) -> Configured:
+        """The configuration with ``auto`` where it was asked for: so it is stored, for another machine measures anew."""
+        return replace(config, **{name: getattr(asked, name) for name in NAMES})
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Compute with these threads."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.setting.threads)
+        yield
+        torch.set_num_threads(before)
+
+    def to_json(self) -> dict[str, Any]:
+        """For environment.json."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """The setting, and what was measured for it."""
+        own = self.setting
+        words = [own.precision, f"{own.threads} threads", f"{own.workers} readers"]
+        words += [word for word, on in (("channels last", own.channels_last), ("compiled", own.compile)) if on]
+        lines = [
+            f"{one['choice'].replace('_', ' ')} "
+            + ", ".join(f"{value} {speed:.3g}" for value, speed in one["images_per_second"].items())
+            for one in self.tried
+        ]
+        if self.read_seconds is not None:
+            lines.append(f"an image is read in {1e3 * self.read_seconds:.2g} ms")
+        return f"computing: {', '.join(words)}" + (f"; measured, images/s: {'; '.join(lines)}" if lines else "")
+
+
+def this_machine(device: torch.device, process: Process) -> dict[str, Any]:
+    """What must be the same for a calibration to be used again."""
+    return {
+        "device": device_name(device),
+        "cpu": platform.processor() or platform.machine(),
+        "cpus": cpus(),
+        "processes": process.world,
+        "torch": torch.__version__,
+    }
+
+
+def given(config: Computing) -> dict[str, Any]:
+    """The choices that are not ``auto``."""
+    values = {name: getattr(config, name) for name in NAMES if getattr(config, name) not in ("auto", -1)}
+    if "threads" not in values and threads_given():
+        values["threads"] = torch.get_num_threads()
+    return values
+
+
+def kept(stored: Any, machine: dict[str, Any]) -> dict[str, Any]:
+    """The choices of an earlier call of the same run: on the same machine all of them, elsewhere the precision."""
+    try:
+        found = Setting(**stored["setting"])
+        same = stored["machine"] == machine
+    except (TypeError, KeyError):  # of a version without calibration, or damaged
+        return {}
+    return asdict(found) if same else {"precision": found.precision}
+
+
+def calibrate(
+    config: Computing,
+    stored: Any,
+    make_trial: Callable[[], Trial],
+    read_one: Callable[[], object],
+    seconds: Callable[[float], float],
+    process: Process,
+    device: torch.device,
+) -> Calibration:
+    """Values in place of every ``auto`` of the machine, alike in all processes.
+
+    Args:
+        config: what is given stays.
+        stored: the calibration of an earlier call of the same run, as it is in environment.json; None if there is none.
+        make_trial: a fresh model.
+        read_one: reads an image as the run does, another one with every call.
+        seconds: from images/s of this process to what the whole run takes.
+        process: this one among all; all must call this.
+        device: where to compute.
+    """
+    machine = this_machine(device, process)
+    fixed = {**process.gather(kept(stored, machine))[0], **given(config)}
+    begin = Setting(**{**first_guess(device), **fixed})
+    calibration = Calibration(begin, machine, [])
+    if fixed.keys() >= set(NAMES):
+        return calibration
+    with Console(stderr=True).status("measuring what suits this machine"), torch.random.fork_rng():
+        trial = make_trial()
+        turns = Turns(trial, begin, process)
+        for choice, values in alternatives(trial.model, device):
+            if choice not in fixed:
+                choose(calibration, turns, choice, values)
+        speed = turns.images / turns.seconds(calibration.setting)
+        if "compile" not in fixed and device.type == "cuda" and seconds(speed) > LONG:
+            choose(calibration, turns, "compile", [True])
+        if "workers" not in fixed:
+            calibration.read_seconds = max(process.gather(seconds_to_read(read_one)))
+            calibration.setting = replace(calibration.setting, workers=readers(calibration.read_seconds * speed))
+    return calibration
+
+
+def first_guess(device: torch.device) -> dict[str, Any]:
+    """A setting to begin with; on a GPU its precision is no matter of measurement."""
+    half = device.type == "cuda" and bf16_in_hardware(device)
+    return {
+        "precision": "bf16" if half else "fp32",
+        "threads": torch.get_num_threads(),
+        "workers": 0,
+        "channels_last": False,
+        "compile": False,
+    }
+
+
+def alternatives(model: nn.Module, device: torch.device) -> Iterator[tuple[str, list[Any]]]:
+    """What else could be faster on this machine, and with this model."""
+    if device.type == "cpu":
+        most, cores = torch.get_num_threads(), psutil.cpu_count(logical=False) or 1
+        yield "threads", sorted({min(most, cores), max(1, most // 2)} - {most}, reverse=True)
+        if bf16_in_hardware(device):
+            yield "precision", ["bf16"]
+    if any(isinstance(layer, nn.Conv2d) and layer.kernel_size != layer.stride for layer in model.modules()):
+        yield "channels_last", [True]
+
+
+class Turns:
+    """Steps of a trial under two settings in turns.
+
+    Args:
+        trial: whose steps.
+        setting: to find the images of a step with.
+        process: this one among all; the times are means over all.
+    """
+
+    def __init__(self, trial: Trial, setting: Setting, process: Process) -> None:
+        self.trial, self.process, self.images = trial, process, min(2, trial.most)
+        self.seconds(setting)  # the first step chooses kernels
+        self.images = max(self.images, min(trial.most, int(TARGET * self.images / self.seconds(setting))))
+        self.seconds(setting)
+
+    def seconds(self, setting: Setting) -> float:
+        """Of a step."""
+        self.trial.use(setting)
+        before = time.perf_counter()
+        self.trial.step(self.images)
+        return mean(self.process.gather(time.perf_counter() - before))
+
+    def of_both(self, one: Setting, other: Setting) -> tuple[float, float]:
+        """Seconds of a step of each."""
+        self.seconds(other)
+        pairs = [(self.seconds(one), self.seconds(other)) for _ in range(ROUNDS)]
+        return median(first for first, _ in pairs), median(second for _, second in pairs)
+
+
+def choose(calibration: Calibration, turns: Turns, choice: str, values: list[Any]) -> None:
+    """Take what is faster, and note the speeds."""
+    speeds: dict[str, float] = {}
+    for value in values:
+        best = calibration.setting
+        now, then = turns.of_both(best, replace(best, **{choice: value}))
+        speeds.setdefault(str(getattr(best, choice)), turns.images / now)
+        speeds[str(value)] = turns.images / then
+        if now / then > GAIN[choice]:
+            calibration.setting = replace(best, **{choice: value})
+    if values:
+        chosen = getattr(calibration.setting, choice)
+        calibration.tried.append({"choice": choice, "chosen": chosen, "images_per_second": speeds})
+
+
+def seconds_to_read(read_one: Callable[[], object], count: int = 9) -> float:
+    """Of an image."""
+    times = []
+    for _ in range(count):
+        before = time.perf_counter()
+        read_one()
+        times.append(time.perf_counter() - before)
+    return median(times)
+
+
+def readers(needed: float) -> int:
+    """So many that they keep up with ``needed`` images read at a time, but a core is left for each process that computes."""
+    spare = cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1
+    return max(0, min(spare, MOST_READERS, math.ceil(SPARE * needed)))
