@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from copy import copy
 from importlib import import_module
 from io import TextIOWrapper
+from itertools import zip_longest
 from typing import Any, NamedTuple, NoReturn
 
 import tyro
@@ -111,7 +112,7 @@ def choose(words: list[str], usage: str, what: str, table: Mapping[str, str]) ->
 
 def switched(words: list[str]) -> Iterator[str]:
     """The words, with True or False after a switch that may also be auto, where it stands alone."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip_longest(words, words[1:]):
         option = word.replace("_", "-")
         if option in SWITCHES:
             yield from (option,) if following in ("True", "False", "auto") else (option, "True")

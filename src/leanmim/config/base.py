@@ -288,8 +288,8 @@ class Computing(Machine):
     channels_last: bool | Auto = "auto"
     """Channels side by side in memory, for convolutions; auto measures."""
     compile: bool | Auto = "auto"
-    """torch.compile the model: later start, perhaps faster steps. auto measures where the run is long enough for it to pay,
-    from 20 minutes on a GPU and from 4 hours on a CPU."""
+    """Whether to torch.compile, for a later start and perhaps faster steps. auto measures on a GPU, for runs of 20 minutes or
+    more; on CPUs it is no."""
 
 
 @dataclass(frozen=True, kw_only=True)
