@@ -48,6 +48,7 @@ class Around:
         self.inner, self.call = inner, wrapper(inner)
 
     def __call__(self, *arguments: Any) -> Any:
+        """Through the wrapper."""
         return self.call(*arguments)
 
     def __getattr__(self, name: str) -> Any:

@@ -52,7 +52,7 @@ def saved_bytes(step: Callable[[], None]) -> int:
 def main() -> None:
     """Measure, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["vit_tiny_patch16_224", "vit_small_patch16_224"])
+    parser.add_argument("--models", nargs="+", default=["vit_small_patch16_224", "vit_base_patch16_224"])
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--device", default="cpu")
