@@ -7,6 +7,7 @@ epoch. The minutes are those of training: evaluation does not count.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -49,7 +50,7 @@ def points(lines: list[dict[str, Any]]) -> list[tuple[float, float]]:
 
 def reached(found: list[tuple[float, float]], accuracy: float) -> float | None:
     """Minutes until then, between two measures by a straight line; None if never."""
-    for (before, low), (after, high) in zip(found, found[1:], strict=False):
+    for (before, low), (after, high) in itertools.pairwise(found):
         if high >= accuracy:
             share = (accuracy - low) / (high - low) if high > low else 1.0
             return before + max(0.0, share) * (after - before)
