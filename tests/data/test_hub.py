@@ -1,7 +1,9 @@
 """Datasets of Hugging Face's library on disk: saved folders and Parquet files."""
 
+import errno
 import os
 import pickle
+import socket
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -21,7 +23,7 @@ from leanmim.data import Bad, Hub, batches, centre_crop, labelled_pair, open_sou
 from leanmim.data.labels import choose_labels
 from leanmim.data.read import read_image
 from leanmim.data.source import cut_of, read
-from leanmim.errors import UserError
+from leanmim.errors import CannotWrite, UserError
 from leanmim.processes import Process
 from tests.helpers import PHOTOS, equal
 
@@ -78,6 +80,18 @@ def test_parquet_files_are_read_as_a_file_a_folder_a_repository_or_a_pattern(tmp
         assert source.names[:2] == ["train/bird/00000000", "train/a_b/00000001"] and len(source) == 16
         assert [source.read(place) for place in (0, 9)] == [read_image(FILES[place], 3) for place in (0, 9)]
     assert len(open_source(str(folder / "train-00001-of-00003.parquet"), 3)) == 5
+
+
+def test_opening_asks_nothing_of_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos(FILES).save_to_disk(str(tmp_path / "saved"))
+    parquet(tmp_path / "data")
+    asked: list[Any] = []
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, lambda _, address: asked.append(address))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments: asked.append(arguments) or [])
+    for name in ("saved", "data"):
+        assert open_source(str(tmp_path / name), 3).read(0) == read_image(FILES[0], 3)
+    assert asked == []
 
 
 def test_a_path_with_the_characters_of_a_pattern_is_a_path(tmp_path: Path) -> None:
@@ -145,6 +159,17 @@ def test_a_missing_or_broken_parquet_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1 of 3 shards are missing, the first: .*/train-00001-of-00003.parquet"):
         open_source(str(folder), 3)
     assert len(open_source(f"{folder}/*.parquet", 3)) == 11
+
+
+def test_a_full_disk_is_no_fault_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = parquet(tmp_path / "data")
+
+    def full(_: list[str]) -> None:
+        raise RuntimeError("while generating the dataset") from OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(datasets.Dataset, "from_parquet", full)
+    with pytest.raises(CannotWrite, match=rf"{tmp_path}/cache' cannot be written: No space left .*make room"):
+        open_source(str(folder), 3)
 
 
 def test_without_the_library_the_command_that_installs_it_is_named(

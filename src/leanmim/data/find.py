@@ -11,7 +11,10 @@ from leanmim.errors import UserError
 
 SUFFIXES = {".avif", ".bmp", ".gif", ".j2k", ".jp2", ".jpeg", ".jpg", ".jpx", ".png", ".tif", ".tiff", ".webp"}
 FORMATS = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
-TAKES = "give a folder of images, a pattern such as 'photos/*/raw', a .txt list of images, or a tar file"
+TAKES = (
+    "give a folder of images, a pattern such as 'photos/*/raw', a .txt list of images, tar or Parquet files, or a folder that "
+    "Hugging Face's datasets saved"
+)
 
 
 def list_images(folder: str | Path) -> list[Path]:

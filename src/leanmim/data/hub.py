@@ -20,6 +20,7 @@ from leanmim.data.read import Choose, Cut, read_cut, read_image
 from leanmim.data.shards import Shards
 from leanmim.data.source import is_pattern
 from leanmim.errors import UserError
+from leanmim.files import REMEDIES, cannot_write
 
 PARQUET = ".parquet"
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
@@ -151,6 +152,7 @@ def open_hub(data: str, channels: int) -> Hub | None:
 
     Raises:
         UserError: `datasets` is not installed, a file is missing or broken, or there are no images.
+        CannotWrite: there is no room for the library's copy of Parquet files.
     """
     files = parquet_files(data)
     if not files and not is_saved(data):
@@ -164,6 +166,9 @@ def open_hub(data: str, channels: int) -> Hub | None:
     except UserError:
         raise
     except Exception as error:  # the library raises whatever its parts do
+        cause = error.__cause__ or error
+        if files and isinstance(cause, OSError) and cause.errno in REMEDIES and cause.filename not in files:
+            raise cannot_write(Path(library.config.HF_DATASETS_CACHE), cause) from error
         broken = first_broken(files or sorted(glob(f"{escape(data)}/**/*.arrow", recursive=True)))
         raise UserError(
             f"{data!r} cannot be read as a dataset: {broken or error}; write or download it again"

@@ -21,6 +21,9 @@ from leanmim.files import REMEDIES, cannot_write, existing, megabytes, write_ato
 from leanmim.progress import track
 
 Opener = Callable[[str], BinaryIO]
+SCHEMES = ("http", "https", "ftps", "sftp", "scp", "s3", "gs", "htgs", "hf", "ais")
+"""Those that webdataset opens, by curl, gsutil and ais. Not pipe, which starts any program: whoever opens a run folder of others
+opens its data."""
 CACHE = "LEANMIM_CACHE"
 """Environment variable: the folder of the cache, ~/.cache/leanmim unless given."""
 
@@ -33,12 +36,10 @@ def open_remote(data: str, channels: int) -> Tar | None:
         UserError: webdataset is not installed or does not open such URLs, or a file is missing, broken, or does not fit on the
             disk.
     """
-    if data.startswith("pipe:"):
-        raise UserError(
-            f"--data {data!r} starts a program; run it yourself and give the file that it writes: whoever opens a run folder opens "
-            "its data too, and should start nothing"
-        )
-    url = "://" in data
+    scheme, separator, _ = data.partition(":")
+    if scheme == "pipe" and separator and not os.path.exists(data):
+        raise UserError(f"--data {data!r} would start a program; run it yourself, and give the file that it writes")
+    url = scheme in SCHEMES and "://" in data
     if not url and not (has_braces(data) and data.endswith(".tar")):
         return None
     try:
