@@ -25,8 +25,8 @@ from leanmim.files import REMEDIES, cannot_write
 PARQUET = ".parquet"
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
 """How names of shards begin: the split, the shard's number, how many there are."""
-SPLITS = {"train": "train", "validation": "val", "test": "test"}
-"""The hub's names, and what a labelled folder calls them."""
+SPLITS = {"train", "validation", "test"}
+"""How the hub calls them."""
 
 
 class Hub(Shards):
@@ -38,7 +38,7 @@ class Hub(Shards):
         channels: 1 or 3.
 
     Raises:
-        UserError: there are no images, or several columns of them.
+        UserError: there is no column of images, or several.
     """
 
     def __init__(self, root: str, splits: dict[str, Any], channels: int) -> None:
@@ -136,8 +136,10 @@ def only(names: list[str], usual: tuple[str, ...]) -> str | None:
 
 
 def row_names(split: str, part: Any, label: str | None) -> Iterator[str]:
-    """What the images of a split are called; one without label, which is -1 in the hub's test splits, has no class."""
-    above = f"{split}/" if split else ""
+    """What the images of a split are called; one without label, which is -1 in the hub's test splits, has no class. The split
+    validation is called as in a labelled folder.
+    """
+    above = f"{'val' if split == 'validation' else split}/" if split else ""
     if label is None:
         yield from (f"{above}{row:08d}" for row in range(len(part)))
         return
@@ -151,7 +153,7 @@ def open_hub(data: str, channels: int) -> Hub | None:
     --data names something else.
 
     Raises:
-        UserError: `datasets` is not installed, a file is missing or broken, or there are no images.
+        UserError: `datasets` is not installed, a file is missing or broken, or there is no column of images.
         CannotWrite: there is no room for the library's copy of Parquet files.
     """
     files = parquet_files(data)
@@ -160,9 +162,7 @@ def open_hub(data: str, channels: int) -> Hub | None:
     library = import_datasets()
     try:
         splits = read_parquet(files) if files else library.load_from_disk(data)
-        if not isinstance(splits, dict):
-            splits = {"": splits}
-        return Hub(data, {SPLITS.get(name, name): part for name, part in splits.items()}, channels)
+        return Hub(data, splits if isinstance(splits, dict) else {"": splits}, channels)
     except UserError:
         raise
     except Exception as error:  # the library raises whatever its parts do
@@ -230,7 +230,7 @@ def read_parquet(files: list[str]) -> Any:
     """The dataset of Parquet files; by splits if all their names begin with one of the hub's."""
     stems = [Path(file).stem for file in files]
     splits = [match[1] if (match := SHARD.match(stem)) else stem for stem in stems]
-    if not set(splits) <= SPLITS.keys():
+    if not set(splits) <= SPLITS:
         splits = [""] * len(files)
     parts: dict[str, list[str]] = {}
     for split, file in zip(splits, files, strict=True):
