@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from leanmim.data import SUFFIXES, list_images
-from leanmim.data.find import match_images, read_list
+from leanmim.data.find import image_names, match_images, once, read_list
 from leanmim.errors import UserError
 from tests.data.pictures import touch
 
@@ -17,6 +17,32 @@ def test_images_are_found_at_any_depth_and_sorted(tmp_path: Path) -> None:
     touch(tmp_path, *names)
     assert list_images(tmp_path) == sorted(tmp_path / name for name in names)
     assert list_images(str(tmp_path)) == list_images(tmp_path)
+
+
+def test_the_order_is_that_of_paths_not_of_strings(tmp_path: Path) -> None:
+    """Runs that began with an earlier version go on."""
+    names = ["a b/1.jpg", "a-b.jpg", "a.jpg", "a/1.jpg", "a/b/1.jpg", "a/b.jpg", "a0.jpg", "Z.jpg", "ab/1.jpg"]
+    touch(tmp_path, *names)
+    assert image_names(tmp_path) == list(map(str, sorted(map(Path, names)))) != sorted(names)
+
+
+@pytest.mark.parametrize("root", [".", "./", "photos/..", "photos/", "photos//", "./photos"])
+def test_names_are_below_the_folder_however_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str
+) -> None:
+    touch(tmp_path, "photos/a/1.jpg")
+    monkeypatch.chdir(tmp_path)
+    inside = os.path.join("a", "1.jpg")
+    assert image_names(root) == [inside if root.rstrip("/").endswith("photos") else os.path.join("photos", inside)]
+
+
+def test_files_that_are_the_same_by_a_link_above_them_or_their_own_count_once(tmp_path: Path) -> None:
+    touch(tmp_path, "real/deep/1.jpg")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "1.jpg").symlink_to(tmp_path / "link" / "deep" / "1.jpg")
+    names = ["link/deep/1.jpg", "real/deep/1.jpg", "1.jpg", "real/../real/deep/1.jpg"]
+    assert once(names, tmp_path) == names[:1]
+    assert once(names[::-1], tmp_path) == names[-1:]
 
 
 @pytest.mark.parametrize("suffix", sorted(SUFFIXES))
@@ -85,20 +111,20 @@ def test_a_pattern_matches_folders_and_files(tmp_path: Path) -> None:
         tmp_path, "a/raw/2.jpg", "a/raw/1.png", "b/raw/deep/3.jpg", "b/raw/notes.txt", "b/small/4.jpg", ".c/raw/5.jpg"
     )
     assert match_images(f"{tmp_path}/*/raw") == [
-        tmp_path / "a" / "raw" / "1.png",
-        tmp_path / "a" / "raw" / "2.jpg",
-        tmp_path / "b" / "raw" / "deep" / "3.jpg",
+        f"{tmp_path}/a/raw/1.png",
+        f"{tmp_path}/a/raw/2.jpg",
+        f"{tmp_path}/b/raw/deep/3.jpg",
     ]
     assert match_images(f"{tmp_path}/[ab]/*/?.jpg") == [
-        tmp_path / "a" / "raw" / "2.jpg",
-        tmp_path / "b" / "small" / "4.jpg",
+        f"{tmp_path}/a/raw/2.jpg",
+        f"{tmp_path}/b/small/4.jpg",
     ]
 
 
 def test_what_a_pattern_reaches_in_two_ways_counts_once(tmp_path: Path) -> None:
     touch(tmp_path, "a/1.jpg", "a/b/2.jpg")
     (tmp_path / "z.jpg").symlink_to(tmp_path / "a" / "1.jpg")
-    assert match_images(f"{tmp_path}/**") == [tmp_path / "a" / "1.jpg", tmp_path / "a" / "b" / "2.jpg"]
+    assert match_images(f"{tmp_path}/**") == [f"{tmp_path}/a/1.jpg", f"{tmp_path}/a/b/2.jpg"]
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from leanmim.cli import parse
 from leanmim.config import Pretrain
 from leanmim.data import UNREADABLE, Files, Folder, Source, absolute, open_source, source
-from leanmim.data.source import Away
+from leanmim.data.source import Away, sizes_of
 from leanmim.errors import UserError
 from tests.data import pictures
 from tests.data.pictures import touch, tree, write
@@ -152,3 +153,26 @@ def raiser(error: Exception) -> Callable[..., None]:
         raise error
 
     return fail
+
+
+def test_sizes_are_those_that_a_source_knows_or_those_of_its_files(tmp_path: Path) -> None:
+    tree(tmp_path, "a/1.png", "a/2.png", "b/1.png")
+    (tmp_path / "a" / "2.png").write_bytes(b"12345")
+    (tmp_path / "b" / "gone.png").symlink_to(tmp_path / "nowhere")
+    joined = open_source([str(tmp_path / "a"), str(tmp_path / "b")], 3)
+    size = (tmp_path / "a" / "1.png").stat().st_size
+    assert sizes_of(joined) == [size, 5, (tmp_path / "b" / "1.png").stat().st_size, None]
+
+    class Own:
+        names = ("x", "y")
+
+        def __len__(self) -> int:
+            return 2
+
+        def read(self, index: int) -> Image.Image:
+            raise OSError
+
+        def where(self, index: int) -> str:
+            return str(tmp_path / "a" / "2.png") if index else "nowhere"
+
+    assert sizes_of(Own()) == [None, 5]

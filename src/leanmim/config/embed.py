@@ -21,7 +21,7 @@ class Embed(Machine):
     timm's name of published weights, or scratch (with --model): a random initialisation."""
     data: str | tuple[str, ...]
     """Folder of images, flat or nested. Or a quoted pattern of folders or files ("photos/*/raw"), a .txt list of image
-    files, or tar files. Several may be given."""
+    files, tar or Parquet files, or a dataset of Hugging Face. Several may be given."""
     out: str
     """File to write. FILE.npy is one array, and FILE.txt has the images' paths, one a line, in its order. FILE.parquet has
     the columns path and embedding. Unreadable images are left out and listed in FILE.npy.skipped.jsonl. The same command

@@ -29,8 +29,8 @@ class Evaluator(Machine):
     """Run folder of `leanmim pretrain` or `leanmim finetune`; or an exported folder, a checkpoint file of timm (with --model),
     timm's name of published weights, or scratch (with --model). Results and features are kept in run folders only."""
     data: str
-    """Labelled folder, or tar file of one, with train/CLASS and val/CLASS. Without val the images are held out that `leanmim finetune`
-    holds out by its default --seed and --val-share."""
+    """Labelled folder, or tar file of one, with train/CLASS and val/CLASS, or a labelled dataset of Hugging Face. Without val the
+    images are held out that `leanmim finetune` holds out by its default --seed and --val-share."""
     model: str | None = None
     """timm's name of the architecture; for a checkpoint file and scratch."""
     model_kwargs: dict[str, Number] = field(default_factory=dict)

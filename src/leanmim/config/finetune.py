@@ -33,8 +33,8 @@ class Finetune(Logging, Faults, Computing, Optimisation):
     """A run folder of `leanmim pretrain` or `leanmim finetune`, an exported folder, a checkpoint file of timm (with --model),
     timm's name of published weights, or scratch (with --model): a random initialisation, the baseline to beat."""
     data: str
-    """Labelled folder, or tar file of one, with train/CLASS and val/CLASS. Without val, or with class folders only, a share of the images is
-    held out (--val-share)."""
+    """Labelled folder, or tar file of one, with train/CLASS and val/CLASS, or a labelled dataset of Hugging Face. Without val, or with
+    class folders only, a share of the images is held out (--val-share)."""
     out: str
     """Run folder. The same command again continues the run in it."""
     recipe: str = "auto"

@@ -15,7 +15,8 @@ class Predict(Machine):
     run: Positional[str]
     """Run folder of `leanmim finetune`, or an exported classifier with class names (as its export/timm)."""
     images: Positional[tuple[str, ...]]
-    """Image files, folders of images, quoted patterns such as 'photos/*/raw', .txt lists of images, or tar files."""
+    """Image files, folders of images, quoted patterns such as 'photos/*/raw', .txt lists of images, tar or Parquet files, or datasets
+    of Hugging Face."""
     out: str
     """Table to write, for example predictions.csv. Files that cannot be read are listed next to it, in
     predictions.csv.skipped.jsonl."""

@@ -47,7 +47,8 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model):
     data: str | tuple[str, ...]
     """Folder of images, flat or nested; labels are not needed and ignored. Or a quoted pattern of folders or files
     ("photos/*/raw"), a .txt list of image files, one path a line, relative to the list, or tar files, one or a quoted pattern of
-    them (of `leanmim pack`, WebDataset's shards). Several may be given; a file in two of them counts once."""
+    them (of `leanmim pack`, WebDataset's shards; also by URL, "https://host/a-{000..010}.tar"). Or a folder that Hugging Face's
+    datasets saved, or Parquet files of its hub. Several may be given; a file in two of them counts once."""
     out: str
     """Run folder. The same command again continues the run in it."""
     recipe: str = "mae"

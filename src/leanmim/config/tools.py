@@ -108,7 +108,7 @@ class Plan(Machine, Model):
     recipes: Positional[tuple[str, ...]] = ()
     """Recipes to look at; none is all. Any option of `pretrain` may follow a name: mae pr-mim:throw=0.7."""
     data: str
-    """Folder of images, pattern, list or tar file, as `pretrain` takes them."""
+    """Folder of images, pattern, list, tar file or dataset, as `pretrain` takes them."""
     memory: str = "auto"
     """Memory to stay within, for example 8GiB; auto is what the device has free."""
     hours: float | None = None

@@ -1,21 +1,29 @@
 """Which image files a folder, a pattern or a list stands for."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import cache
 from glob import glob
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 from leanmim.errors import UserError
 
 SUFFIXES = {".avif", ".bmp", ".gif", ".j2k", ".jp2", ".jpeg", ".jpg", ".jpx", ".png", ".tif", ".tiff", ".webp"}
 FORMATS = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
-TAKES = "give a folder of images, a pattern such as 'photos/*/raw', a .txt list of images, or a tar file"
-Name = TypeVar("Name", str, Path)
+TAKES = (
+    "give a folder of images, a pattern such as 'photos/*/raw', a .txt list of images, tar or Parquet files, or a folder that "
+    "Hugging Face's datasets saved"
+)
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """Every image file below a folder, sorted, hidden files left out.
+    """Every image file below a folder, see `image_names`."""
+    return [Path(folder, name) for name in image_names(folder)]
+
+
+def image_names(folder: str | Path) -> list[str]:
+    """The path below a folder of every image file in it, sorted, hidden files left out.
 
     What only has an image's name counts: a FIFO, a socket or a link to nowhere. Who reads it says that it is none.
 
@@ -32,17 +40,18 @@ def list_images(folder: str | Path) -> list[Path]:
     if not images:
         what = f"{len(files)} files but no images" if files else "no files"
         raise UserError(f"{str(root)!r} holds {what}; leanmim reads {FORMATS}")
-    return images
+    below = len(os.path.join(root, ""))
+    return [image[below:] for image in images]
 
 
-def match_images(pattern: str) -> list[Path]:
+def match_images(pattern: str) -> list[str]:
     """Every image file that matches a pattern (``*``, ``?``, ``[]``, ``**``) or lies below a folder that does, sorted.
 
     Raises:
         UserError: there are none.
     """
-    matches = [Path(match) for match in glob(pattern, recursive=True)]
-    files = [file for match in matches for file in (walk(match) if match.is_dir() else [match])]
+    matches = [str(Path(match)) for match in glob(pattern, recursive=True)]
+    files = [file for match in matches for file in (walk(match) if os.path.isdir(match) else [match])]
     images = once(images_among(files))
     if not images:
         what = f"matches {len(files)} files but no images" if files else "matches no files"
@@ -64,7 +73,7 @@ def read_list(path: Path) -> list[str]:
         ) from error
     if not lines:
         raise UserError(f"the list {str(path)!r} is empty; it holds the paths of image files, one a line")
-    if missing := [line for line in lines if not (path.parent / line).is_file()]:
+    if missing := [line for line in lines if not os.path.isfile(os.path.join(path.parent, line))]:
         more = ", ..." if len(missing) > 3 else ""
         raise UserError(
             f"{len(missing)} of {len(lines)} lines of {str(path)!r} name no file: {', '.join(missing[:3])}{more}; "
@@ -73,19 +82,19 @@ def read_list(path: Path) -> list[str]:
     return once(lines, path.parent)
 
 
-def walk(root: Path) -> list[Path]:
+def walk(root: str | Path) -> list[str]:
     """Every file below a folder, hidden ones left out; links are followed, and no folder is visited twice.
 
     Raises:
         UserError: it or a folder below it cannot be listed, so that its images would be missing.
     """
-    files: list[Path] = []
+    files: list[str] = []
     seen: set[str] = set()
     for here, folders, names in os.walk(root, onerror=unlisted, followlinks=True):
         real = os.path.realpath(here)
         folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
         if real not in seen:
-            files += [Path(here, name) for name in names if not name.startswith(".")]
+            files += [os.path.join(here, name) for name in names if not name.startswith(".")]
         seen.add(real)
     return files
 
@@ -98,14 +107,24 @@ def unlisted(error: OSError) -> NoReturn:
     ) from error
 
 
-def images_among(files: Iterable[Path]) -> list[Path]:
-    """The files with the suffix of an image, sorted."""
-    return sorted(file for file in files if file.suffix.lower() in SUFFIXES)
+def images_among(files: Iterable[str]) -> list[str]:
+    """The files with the suffix of an image, sorted folder by folder as paths are."""
+    return sorted(
+        (file for file in files if os.path.splitext(file)[1].lower() in SUFFIXES), key=lambda file: file.split(os.sep)
+    )
 
 
-def once(paths: Iterable[Name], root: str | Path = "") -> list[Name]:
+def once(paths: list[str], root: str | Path = "") -> list[str]:
     """The paths, without those that lead to the same file as an earlier one; relative paths begin at ``root``."""
-    first: dict[str, Name] = {}
-    for path in paths:
-        first.setdefault(os.path.realpath(os.path.join(root, path)), path)
+    first: dict[str, str] = {}
+    for real, path in zip(real_paths(os.path.join(root, path) for path in paths), paths, strict=True):
+        first.setdefault(real, path)
     return list(first.values())
+
+
+def real_paths(files: Iterable[str]) -> Iterator[str]:
+    """Where files really are, links followed; of a folder it is asked once."""
+    real_folder = cache(os.path.realpath)
+    for file in files:
+        folder, name = os.path.split(file)
+        yield os.path.realpath(file) if os.path.islink(file) else os.path.join(real_folder(folder), name)

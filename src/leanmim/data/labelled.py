@@ -3,6 +3,7 @@
 b images, c channels, H W pixels.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from copy import copy
 from pathlib import Path
@@ -12,11 +13,11 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from leanmim.data.labels import choose_labels
+from leanmim.data.labels import choose_labels, images_at, labelled_shards
 from leanmim.data.read import Bad
 from leanmim.data.readable import Pictures
+from leanmim.data.shards import Shards
 from leanmim.data.source import Files, Folder
-from leanmim.data.tar import Tar, images_at, is_tar
 from leanmim.errors import UserError
 
 
@@ -33,14 +34,15 @@ class Labelled(Dataset):
     held_out = False
 
     def __init__(self, folder: Path, channels: int, transform: Callable, classes: list[str] | None = None) -> None:
-        self.source: Files | Tar = Folder(folder, channels)
-        names = [Path(name).parts[0] for name in self.source.names if len(Path(name).parts) > 1]
+        self.source: Files | Shards = Folder(folder, channels)
+        names = [name.split(os.sep)[0] for name in self.source.names if os.sep in name]
         if len(names) < len(self.source):
             raise UserError(f"{str(folder)!r} holds images outside of class folders; put each into {folder}/CLASS/")
         self.classes = sorted(set(names)) if classes is None else classes
         if unknown := set(names) - set(self.classes):
             raise UserError(f"{str(folder)!r} has classes that training has not: {', '.join(sorted(unknown)[:5])}")
-        self.labels = [self.classes.index(name) for name in names]
+        places = {name: place for place, name in enumerate(self.classes)}
+        self.labels = [places[name] for name in names]
         self.transform = transform
 
     @classmethod
@@ -84,14 +86,14 @@ class Labelled(Dataset):
 
 
 def labelled_pair(folder: str | Path, channels: int, transform: Callable) -> tuple[Labelled, Labelled]:
-    """The sets train/CLASS and val/CLASS of a labelled folder, or of a tar file with such names; without val those that
-    fine-tuning would hold out.
+    """The sets train/CLASS and val/CLASS of a labelled folder, or of a tar file or a dataset with such names; without val those
+    that fine-tuning would hold out.
 
     Raises:
         UserError: it is no labelled folder, or there are fewer than two classes.
     """
     root = Path(folder)
-    if is_tar(root) or not all((root / part).is_dir() for part in ("train", "val")):
+    if labelled_shards(root, channels) or not all((root / part).is_dir() for part in ("train", "val")):
         chosen = choose_labels(root)
         pair = (
             Labelled.of(root, chosen.train, chosen.train_labels, chosen.classes, channels, transform),

@@ -3,12 +3,15 @@
 import hashlib
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from leanmim.data.find import list_images, unlisted
-from leanmim.data.tar import is_tar, read_index
+from leanmim.data.find import image_names, unlisted
+from leanmim.data.hub import Hub, open_hub
+from leanmim.data.source import Files
+from leanmim.data.tar import Tar, is_tar
 from leanmim.errors import UserError
 
 LAYOUT = "a labelled folder holds train/CLASS and val/CLASS, or CLASS folders only"
@@ -163,8 +166,8 @@ def read_layout(root: Path) -> tuple[Classes, Classes, list[str]]:
     Raises:
         UserError: this is no labelled folder.
     """
-    if is_tar(root):
-        return layout_of(read_index(root).names, root)
+    if shards := labelled_shards(root, 3):
+        return layout_of(shards.names, root)
     if not root.is_dir():
         raise UserError(f"--data {str(root)!r} is {'a file' if root.exists() else 'no folder'}; {LAYOUT}")
     folders = subfolders(root)
@@ -180,8 +183,30 @@ def read_layout(root: Path) -> tuple[Classes, Classes, list[str]]:
     return train, val, [f"only train and val are read, not {listed(others)}"] if others else []
 
 
+def labelled_shards(root: str | Path, channels: int) -> Tar | Hub | None:
+    """The source of a labelled tar file or dataset; None if it is none.
+
+    Raises:
+        UserError: the dataset has no labels.
+    """
+    if is_tar(root):
+        return Tar([root], channels)
+    if (found := open_hub(str(root), channels)) and found.label is None:
+        raise UserError(
+            f"{str(root)!r} has no column of labels among {', '.join(found.columns)}; it is one of the type datasets.ClassLabel "
+            "(Dataset.class_encode_column), called 'label' if there are several"
+        )
+    return found
+
+
+def images_at(root: str, names: Sequence[str], channels: int) -> Files | Tar | Hub:
+    """Images by their names, below a folder, in a tar file or in a dataset."""
+    shards = labelled_shards(root, channels)
+    return shards.of(names) if shards else Files(root, names, channels)
+
+
 def layout_of(names: list[str], root: Path) -> tuple[Classes, Classes, list[str]]:
-    """The same from the names in a tar file."""
+    """The same from the names in a tar file or a dataset."""
     parts = [PurePosixPath(name).parts for name in names]
     split = any(part[0] == "train" for part in parts)
     found: dict[str, Classes] = {"train": {}, "val": {}}
@@ -219,13 +244,14 @@ def read_classes(root: Path, folder: Path, empty: bool = False) -> Classes:
         if (twin := first.setdefault(os.path.realpath(path), path)) != path:
             raise UserError(f"{str(twin)!r} and {str(path)!r} are one folder, by a link; remove one of these classes")
     classes: Classes = defaultdict(list)
-    for file in list_images(folder):
-        inside = file.relative_to(folder).parts
-        if len(inside) == 1:
+    above = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
+    for name in image_names(folder):
+        own, *inside = name.split(os.sep)
+        if not inside:
             raise UserError(
-                f"{str(file)!r} lies outside of class folders; put each image into {folder}/CLASS/: {LAYOUT}"
+                f"{str(folder / name)!r} lies outside of class folders; put each image into {folder}/CLASS/: {LAYOUT}"
             )
-        classes[inside[0]].append(file.relative_to(root).as_posix())
+        classes[own].append(above + "/".join([own, *inside]))
     if not empty and (without := [name for name in subfolders(folder) if name not in classes]):
         raise UserError(
             f"{str(folder)!r} has class folders without images: {listed(without)}; fill them or remove them"

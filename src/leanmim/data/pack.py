@@ -24,6 +24,7 @@ from leanmim.data.batches import CPU, loader, resolve_workers, say_once
 from leanmim.data.crops import resized
 from leanmim.data.read import Bad, Cut
 from leanmim.data.source import Source, absolute, nothing_readable, open_source, read
+from leanmim.data.strings import Strings
 from leanmim.data.tar import ARRAY, BLOCK, MAGIC, OWN, Index, is_image
 from leanmim.errors import UserError
 from leanmim.files import cannot_write, existing, megabytes
@@ -61,7 +62,7 @@ class Shrunk(Dataset):
     """
 
     def __init__(self, source: Source, config: Pack) -> None:
-        self.source, self.config, self.names = source, config, source.names
+        self.source, self.config, self.names = source, config, Strings(source.names)
 
     def __len__(self) -> int:
         return len(self.source)

@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 
 from leanmim.data.batches import CPU, loader, say_once
 from leanmim.data.read import Bad
+from leanmim.data.shards import Shards
 from leanmim.data.source import Files, Source, nothing_readable, read
-from leanmim.data.tar import Tar
 
 
 class Pictures(Dataset):
@@ -74,7 +74,7 @@ def image_batches(
         raise nothing_readable(len(source), first)
 
 
-def tell_left_out(source: Files | Tar, kept: Sequence[int]) -> None:
+def tell_left_out(source: Files | Shards, kept: Sequence[int]) -> None:
     """Say on the standard error, once, which images of a set could not be read."""
     if lost := sorted(set(range(len(source))) - set(kept)):
         names = ", ".join(map(source.where, lost[:3])) + (", ..." if len(lost) > 3 else "")

@@ -12,8 +12,9 @@ from typing import Protocol, TypeVar, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from leanmim.data.find import list_images, match_images, read_list
+from leanmim.data.find import image_names, match_images, read_list, real_paths
 from leanmim.data.read import UNREADABLE, Bad, Choose, Cut, read_cut, read_image
+from leanmim.data.strings import Strings
 from leanmim.errors import UserError
 
 UNREACHABLE = {
@@ -64,6 +65,11 @@ def cut_of(source: "Source", index: int, choose: Choose, size: tuple[int, int]) 
     return Cut(pixels.reshape(*pixels.shape[:2], -1), choose(*image.size))
 
 
+def sizes_of(source: "Source") -> list[int | None]:
+    """Bytes of every image, None where that is not known; a source may say it by a property ``sizes``."""
+    return getattr(source, "sizes", None) or [size_of(source.where(place)) for place in range(len(source))]
+
+
 def attempt(source: "Source", place: int, how: Callable[[int], Read]) -> Read | Bad:
     """What is read, or why it cannot be."""
     try:
@@ -112,13 +118,17 @@ class Files:
 
     def __init__(self, root: str | Path, names: Iterable[str | Path], channels: int) -> None:
         self.root, self.channels = Path(root), channels
-        # one string, not a million Python objects: forked workers then share it instead of copying it
-        self._names = np.array([os.fspath(name) for name in names])
+        self._names = Strings(os.fspath(name) for name in names)
 
     @property
     def names(self) -> list[str]:
         """Paths below the root."""
-        return self._names.tolist()
+        return list(self._names)
+
+    @property
+    def sizes(self) -> list[int | None]:
+        """Bytes of every file; None where there is none."""
+        return [size_of(os.path.join(self.root, name)) for name in self._names]
 
     def __len__(self) -> int:
         return len(self._names)
@@ -154,6 +164,14 @@ class Files:
             raise
 
 
+def size_of(path: str) -> int | None:
+    """Bytes of a file; None if there is none."""
+    try:
+        return os.stat(path).st_size
+    except (OSError, ValueError):  # ValueError: no file can be called so
+        return None
+
+
 def is_empty(folder: Path) -> bool:
     """Whether a folder is missing or holds nothing, as where a drive is not mounted."""
     try:
@@ -171,7 +189,7 @@ class Folder(Files):
     """
 
     def __init__(self, root: str | Path, channels: int) -> None:
-        super().__init__(root, (file.relative_to(root) for file in list_images(root)), channels)
+        super().__init__(root, image_names(root), channels)
 
 
 class Joined:
@@ -184,16 +202,23 @@ class Joined:
         self.sources = sources
         places: dict[object, tuple[int, int]] = {}  # file: position of its source, index there
         for position, source in enumerate(sources):
-            for index in range(len(source)):
-                place = (position, index)
-                places.setdefault(os.path.realpath(source.where(index)) if isinstance(source, Files) else place, place)
+            own = [(position, index) for index in range(len(source))]
+            files = real_paths(map(source.where, range(len(source)))) if isinstance(source, Files) else own
+            for file, place in zip(files, own, strict=True):
+                places.setdefault(file, place)
         self._places = np.array(list(places.values()))
 
     @property
     def names(self) -> list[str]:
         """Position of the source, and the name there."""
         names = [source.names for source in self.sources]
-        return [f"{position}/{names[position][index]}" for position, index in self._places]
+        return [f"{position}/{names[position][index]}" for position, index in self._places.tolist()]
+
+    @property
+    def sizes(self) -> list[int | None]:
+        """Bytes of every image, as its source says."""
+        sizes = [sizes_of(source) for source in self.sources]
+        return [sizes[position][index] for position, index in self._places.tolist()]
 
     def __len__(self) -> int:
         return len(self._places)
@@ -244,7 +269,7 @@ def open_one(data: str, channels: int) -> Source:
         return Files(path.parent, read_list(path), channels)
     if not path.exists() and is_pattern(data):
         root = Path(*takewhile(lambda part: not is_pattern(part), path.parts))
-        return Files(root, (file.relative_to(root) for file in match_images(data)), channels)
+        return Files(root, (file.removeprefix(os.path.join(root, "")) for file in match_images(data)), channels)
     return Folder(data, channels)
 
 
@@ -256,10 +281,15 @@ def absolute(data: str | Sequence[str]) -> str | tuple[str, ...]:
 
 
 def leads_somewhere(path: str) -> bool:
-    """Whether a file or folder stands there, or matches the pattern."""
-    return os.path.exists(path) or any(iglob(path, recursive=True))
+    """Whether a file or folder stands there, or matches the pattern; a local name with braces counts."""
+    return os.path.exists(path) or any(iglob(path, recursive=True)) or (has_braces(path) and "://" not in path)
 
 
 def is_pattern(text: str) -> bool:
     """Whether a path has a character that stands for others."""
     return any(character in text for character in "*?[")
+
+
+def has_braces(text: str) -> bool:
+    """Whether a name stands for several, as shard-{000..010}.tar; a file may be called so, too."""
+    return "{" in text and not os.path.exists(text)

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from glob import glob
 from pathlib import Path, PurePosixPath
@@ -19,7 +19,8 @@ from PIL import Image
 
 from leanmim.data.find import FORMATS, SUFFIXES
 from leanmim.data.read import MAX_BYTES, Choose, Cut, read_cut, read_image
-from leanmim.data.source import REMEDY, UNREACHABLE, Away, Files, is_pattern
+from leanmim.data.shards import Shards
+from leanmim.data.source import REMEDY, UNREACHABLE, Away, is_pattern
 from leanmim.errors import UserError
 
 ARRAY = ".npy"
@@ -110,7 +111,7 @@ def is_image(name: str) -> bool:
     return path.suffix.lower() in SUFFIXES | {ARRAY} and not path.name.startswith(".") and not name.startswith(OWN)
 
 
-class Tar:
+class Tar(Shards):
     """The images of tar files, one file after the other; with several, names begin with the file's: shard-0/a.jpg.
 
     Args:
@@ -122,50 +123,24 @@ class Tar:
     """
 
     def __init__(self, paths: Sequence[str | Path], channels: int) -> None:
-        self.paths, self.channels = [str(path) for path in paths], channels
         indices = [read_index(Path(path)) for path in paths]
         stems = [f"{Path(path).stem}/" if len(paths) > 1 else "" for path in paths]
-        self._names = np.array(
-            [stem + name for stem, index in zip(stems, indices, strict=True) for name in index.names]
-        )
-        self.places = np.array(
-            [
-                (file, *place)
-                for file, index in enumerate(indices)
-                for place in zip(index.offsets, index.sizes, strict=True)
-            ]
-        )
-
-    @property
-    def root(self) -> Path:
-        """The first file."""
-        return Path(self.paths[0])
-
-    @property
-    def names(self) -> list[str]:
-        """Of the members."""
-        return self._names.tolist()
+        names = (stem + name for stem, index in zip(stems, indices, strict=True) for name in index.names)
+        places = [
+            (file, *place)
+            for file, index in enumerate(indices)
+            for place in zip(index.offsets, index.sizes, strict=True)
+        ]
+        super().__init__(paths[0], paths, names, np.array(places), channels)
 
     @property
     def sizes(self) -> list[int | None]:
         """Bytes of every image."""
         return self.places[:, 2].tolist()
 
-    def __len__(self) -> int:
-        return len(self.places)
-
     def where(self, index: int) -> str:
         """File and member."""
         return f"{self.paths[self.places[index, 0]]}: {self._names[index]}"
-
-    def of(self, names: Iterable[str]) -> "Tar":
-        """Only these images, in this order."""
-        at = {name: place for place, name in enumerate(self.names)}
-        chosen = [at[name] for name in names]
-        part = Tar.__new__(Tar)
-        part.paths, part.channels = self.paths, self.channels
-        part._names, part.places = self._names[chosen], self.places[chosen]
-        return part
 
     def read(self, index: int) -> Image.Image:
         """A member as a picture.
@@ -174,7 +149,7 @@ class Tar:
             UNREADABLE: it is broken.
             Away: the tar file cannot be reached.
         """
-        name, data = str(self._names[index]), self.bytes_of(index)
+        name, data = self._names[index], self.bytes_of(index)
         if name.endswith(ARRAY):
             pixels = array_of(data, self.channels)
             return Image.fromarray(pixels if self.channels == 3 else pixels[..., 0])
@@ -182,7 +157,7 @@ class Tar:
 
     def cut(self, index: int, choose: Choose, size: tuple[int, int]) -> Cut:
         """A member for the sake of a box in it, see `read_cut`. Errors as for `read`."""
-        name, data = str(self._names[index]), self.bytes_of(index)
+        name, data = self._names[index], self.bytes_of(index)
         if name.endswith(ARRAY):
             pixels = array_of(data, self.channels)
             return Cut(pixels, choose(pixels.shape[1], pixels.shape[0]))
@@ -216,11 +191,6 @@ def open_tar(data: str, channels: int) -> Tar | None:
 def is_tar(path: str | Path) -> bool:
     """Whether it is a tar file, by its name."""
     return Path(path).suffix.lower() == ".tar" and os.path.isfile(path)
-
-
-def images_at(root: str, names: Sequence[str], channels: int) -> Files | Tar:
-    """Images by their names, below a folder or in a tar file."""
-    return Tar([root], channels).of(names) if is_tar(root) else Files(root, names, channels)
 
 
 def array_of(data: bytes, channels: int) -> UInt8[np.ndarray, "h w c"]:

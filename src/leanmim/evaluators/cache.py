@@ -33,7 +33,7 @@ from torch import Tensor
 
 from leanmim.config import Evaluator
 from leanmim.costs import readable
-from leanmim.data import Bad, Files, Labelled, Tar, loader
+from leanmim.data import Bad, Files, Labelled, Shards, loader
 from leanmim.data.readable import collate_readable, tell_left_out
 from leanmim.data.source import nothing_readable
 from leanmim.encoders.backbone import Backbone, as_tokens
@@ -136,11 +136,11 @@ class Store:
                 shutil.rmtree(part)
 
 
-def stamps(source: Files | Tar) -> list[Any]:
+def stamps(source: Files | Shards) -> list[Any]:
     """What tells the images of a source from others, without reading them."""
-    if isinstance(source, Tar):
-        tars = [file_facts(path, path) for path in source.paths]
-        return [*tars, *zip(source.names, source.places.tolist(), strict=True)]
+    if isinstance(source, Shards):
+        files = [file_facts(path, path) for path in source.paths]
+        return [*files, *zip(source.names, source.places.tolist(), strict=True)]
     return [file_facts(name, source.where(i)) for i, name in enumerate(source.names)]
 
 

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from leanmim.data import Source, Tar
+from leanmim.data import Source
 from leanmim.data.labels import Labels
+from leanmim.data.source import sizes_of
 from leanmim.errors import UserError
 from leanmim.files import write_atomically
 from leanmim.names import one_line
@@ -34,8 +34,7 @@ class DataList:
     @classmethod
     def of(cls, source: Source, images: int, processes: int) -> "DataList":
         """That of a source, for a run that begins."""
-        known = source.sizes if isinstance(source, Tar) else [size_of(source.where(at)) for at in range(len(source))]
-        return cls(list(source.names), known, images, processes)
+        return cls(list(source.names), sizes_of(source), images, processes)
 
     def in_place_of(self, before: "DataList | None") -> "DataList":
         """These images in a run that began with others."""
@@ -73,16 +72,10 @@ class Changes:
         }
 
 
-def size_of(path: str) -> int | None:
-    """Bytes of a file; None if there is none."""
-    try:
-        return os.stat(path).st_size
-    except (OSError, ValueError):  # ValueError: no file can be called so
-        return None
-
-
 def compared(before: DataList, now: DataList) -> Changes | None:
     """What is different; None if nothing is. A size that is not known equals all."""
+    if (before.names, before.sizes) == (now.names, now.sizes):
+        return None
     old, new = (dict(zip(data.names, data.sizes, strict=True)) for data in (before, now))
     changed = [
         name for name in sorted(old.keys() & new) if None not in (old[name], new[name]) and old[name] != new[name]
@@ -151,7 +144,7 @@ def keep_list(run: Run, now: DataList, changes: Changes | None, step: int) -> No
     """Write down the images that the run goes on with after ``step`` steps, and what has changed among them."""
     if changes:
         run.note_change(step, **changes.to_json())
-    write_atomically(run.names, lambda file: file.write_text(json.dumps(asdict(now))))
+    write_atomically(run.names, lambda file: file.write_text(json.dumps(vars(now))))  # asdict would copy every name
 
 
 def other_images(changes: Changes | None, now: DataList) -> Iterator[str]:
