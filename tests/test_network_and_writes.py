@@ -69,4 +69,4 @@ def test_no_connection_and_no_write_elsewhere(tiny: Pretrain, tmp_path: Path) ->
     written = {place for what, place in seen if what == "write"}
     assert any(place.startswith(str(run)) for place in written)
     mine = {place for place in written if not f"{place}{os.sep}".startswith(allowed) and "__pycache__" not in place}
-    assert mine - {str(report)} == set()
+    assert mine - {str(report), "/proc/self/clear_refs"} == set()  # the latter is a switch of the system

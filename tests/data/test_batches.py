@@ -100,8 +100,8 @@ def test_nothing_readable_is_an_error_without_traceback(tmp_path: Path, workers:
 
 
 def test_workers_are_counted_from_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cpus, want, most in ((None, 0, 32), (1, 0, 32), (2, 1, 32), (9, 8, 144), (64, 8, 1024), (256, 8, 1024)):
-        monkeypatch.setattr(sys.modules["leanmim.data.batches"], "cpus", lambda cpus=cpus: cpus)
+    for cores, want, most in ((1, 0, 32), (2, 1, 32), (9, 8, 144), (64, 8, 1024), (256, 8, 1024)):
+        monkeypatch.setattr(sys.modules["leanmim.data.batches"], "cpus", lambda cores=cores: cores)
         assert resolve_workers(-1) == want
         assert resolve_workers(0) == 0 and resolve_workers(20) == 20 and resolve_workers(most) == most
         with pytest.raises(UserError, match=f"--workers {most + 1} is too many .* give {most} at most"):
