@@ -13,13 +13,18 @@ from PIL import Image
 from torch import Tensor
 
 from leanmim.config import Pretrain, Show
+from leanmim.data import Normalise
 from leanmim.errors import UserError
 from leanmim.factory import build
 from leanmim.masking import Mask, take
 from leanmim.mim import MIM
-from leanmim.pictures import reconstruct, show, spread_out
+from leanmim.pictures import make_columns, read_images, reconstruct, show, spread_out, stretched
 from leanmim.targets import TARGETS, patchify
+from leanmim.weights import restore
+from tests.data.stored import write
 from tests.drawn import Drawn, names, run_of
+from tests.helpers import noisy
+from tests.runs import untrained
 
 KINDS = ("mae", "raw mae", "grey", "wide", "simmim", "swin", "l1 tokens")
 
@@ -279,3 +284,32 @@ def test_a_target_of_a_third_party_has_no_reconstruction(
     show(Show(run=str(run), count=1))
     assert len(drawn.pictures) == 2
     assert drawn.texts[-1].endswith("--target negative has no reconstruction that can be drawn")
+
+
+@pytest.mark.parametrize(("channels", "shown"), [(1, 1), (2, 1), (3, 3), (5, 3)])
+def test_stored_values_are_drawn_between_their_percentiles(channels: int, shown: int) -> None:
+    """Whatever their scale, and others as the originals are."""
+    originals = noisy(2, channels, 32, 32)
+    seen = stretched(originals)
+    got, scaled = seen(originals), stretched(1000 * originals - 7)(1000 * originals - 7)
+    assert got.shape == (2, shown, 32, 32) and got.min() == 0 and got.max() == 1
+    torch.testing.assert_close(got, scaled, atol=1e-4, rtol=0)
+    for picture, values in zip(got.flatten(0, 1), originals[:, :shown].flatten(0, 1), strict=True):
+        assert 0.01 < (picture == 0).float().mean() < 0.02 and 0.01 < (picture == 1).float().mean() < 0.02
+        assert torch.equal(picture == 0, values <= np.percentile(values, 1))
+    assert seen(torch.zeros_like(originals)).unique().numel() == 2 * shown
+
+
+def test_of_stored_values_the_picture_says_what_is_drawn(tiny: Pretrain, tmp_path: Path) -> None:
+    config = replace(tiny, channels=5, data=str(tmp_path / "data"))
+    write(tmp_path / "data", 2)
+    trained, model, _ = restore(untrained(config))
+    names, values = read_images(Show(run=config.out), trained)
+    assert names == ["0.npy", "1.npy"] and values.shape == (2, 5, 32, 32) and values.dtype == torch.float32
+    normalise = Normalise([3e4] * 5, [2e4] * 5, torch.device("cpu"))
+    images = normalise(values)
+    masks = model.draw_masks(images)
+    splits = [model.draw_split(mask) for mask in masks]
+    columns, remarks = make_columns(trained, model, normalise, images, masks, splits, 0)
+    assert [column.pictures.shape[1] for column in columns] == [3, 3, 3]
+    assert remarks[0] == "channels 1 to 3 of 5, stretched from the 1st to the 99th percentile of each image"

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from leanmim import published as published_module
 from leanmim import start as start_module
 from leanmim.config import Export, Pretrain
+from leanmim.config.base import Images
 from leanmim.errors import UserError
 from leanmim.formats import export
 from leanmim.start import open_start
@@ -152,7 +153,7 @@ def test_an_architecture_or_channels_of_its_own(tiny: Pretrain) -> None:
     with pytest.raises(UserError, match="leave --model and --model-kwargs out"):
         open_start(folder, model="vit_tiny_patch16_224")
     with pytest.raises(UserError, match="leave --channels out"):
-        open_start(folder, channels=1)
+        open_start(folder, images=Images(channels=1))
 
 
 def test_a_named_checkpoint_is_the_one_that_is_read(tiny: Pretrain, tmp_path: Path) -> None:

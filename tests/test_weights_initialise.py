@@ -103,7 +103,13 @@ def test_start_from_published_weights(source: str, tiny: Pretrain, monkeypatch: 
     """The head is left, positions are resized from 160 px, everything else is taken."""
     config = replace(tiny, model=NAME, model_kwargs={})
     other = timm.create_model(NAME, num_classes=1000)
-    description = {"source": "hf-hub", "hf_hub_id": source, "num_classes": 1000, "classifier": "head"}
+    description = {
+        "source": "hf-hub",
+        "hf_hub_id": source,
+        "num_classes": 1000,
+        "classifier": "head",
+        "first_conv": "patch_embed.proj",
+    }
     monkeypatch.setattr("timm.models._factory.load_model_config_from_hf", lambda *_, **__: (description, NAME, {}))
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: other.state_dict())
     model = build(config)
@@ -116,6 +122,11 @@ def test_start_from_published_weights(source: str, tiny: Pretrain, monkeypatch: 
             assert name == "pos_embed" or torch.equal(own[name], value), name
     with pytest.raises(UserError, match=r"does not fit the model.*choose the --model"):
         initialise(build(tiny), source)
+    five = build(replace(config, channels=5))
+    initialise(five, source, channels=5)
+    stem = other.patch_embed.proj.weight
+    want = stem[:, [0, 1, 2, 0, 1]] * (3 / 5)  # timm repeats the colours, and keeps the sum
+    torch.testing.assert_close(five.encoder.backbone.patch_embed.proj.weight, want)
 
 
 def test_without_a_network_published_weights_are_refused_with_the_remedy(

@@ -30,6 +30,7 @@ START = {  # of each command a line that is right, as far as it is read before t
     "evaluate": "evaluate run --data labelled --device cpu --workers 0",
     "knn": "knn run --data labelled --device cpu --workers 0",
     "probe": "probe run --data labelled --device cpu --workers 0",
+    "stats": "stats --data photos --out new.json",
     "show": "show run --out new.png",
     "export": "export run --out new",
     "report": "report run --out new.html",
@@ -71,7 +72,11 @@ pretrain mae --data photos --out new --select near
 pretrain mae --data photos --out new --statistics mydata
 pretrain mae --data photos --out new --data-changed yes
 pretrain mae --data photos --out new --overwrite no
-pretrain mae --data photos --out new --channels 4
+pretrain mae --data photos --out new --channels 17
+pretrain mae --data photos --out new --channels 2 --values 8-bit
+pretrain mae --data photos --out new --stats nowhere.json
+stats --data photos --channels 5
+stats --data nowhere
 pretrain mae --data photos --out new --segments 0
 pretrain mae --data photos --out new --segments 3 2 {SMALL}
 pretrain mae --data photos --out new --segments 3 7 {SMALL}

@@ -36,10 +36,12 @@ if TYPE_CHECKING:  # for type checkers and editors; when run, a name is imported
         Probe,
         Report,
         Show,
+        Stats,
     )
     from leanmim.costs import cost as _cost
     from leanmim.data import SOURCES
     from leanmim.data.pack import pack as _pack
+    from leanmim.data.stats import stats as _stats
     from leanmim.encoders import MASKINGS
     from leanmim.errors import UserError
     from leanmim.evaluators.embed import embed as _embed
@@ -70,14 +72,16 @@ if TYPE_CHECKING:  # for type checkers and editors; when run, a name is imported
     probe = by_name(_probe)
     report = by_name(_report)
     show = by_name(_show)
+    stats = by_name(_stats)
 
 _NAMES = {
     "classifier.finetune": "finetune",
     "classifier.predict": "predict",
-    "config": "Cost Embed Evaluate Export Finetune Knn Pack Plan Predict Pretrain Probe Report Show",
+    "config": "Cost Embed Evaluate Export Finetune Knn Pack Plan Predict Pretrain Probe Report Show Stats",
     "costs": "cost",
     "data": "SOURCES",
     "data.pack": "pack",
+    "data.stats": "stats",
     "encoders": "MASKINGS",
     "errors": "UserError",
     "evaluators.embed": "embed",
@@ -97,13 +101,14 @@ _NAMES = {
 }
 _COMMANDS = {
     "cost", "embed", "evaluate", "export", "finetune", "knn", "pack", "plan", "predict", "pretrain", "probe", "report", "show",
+    "stats",
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = [
     "BIM", "FASTMIM", "FASTMIM_P", "MAE", "MASKINGS", "MIM", "PR_MIM", "RECIPES", "SIMMIM", "SOURCES", "TARGETS", "Cost",
-    "Embed", "Evaluate", "Export", "Finetune", "Knn", "Pack", "Plan", "Predict", "Pretrain", "Probe", "Report", "Show", "UserError",
+    "Embed", "Evaluate", "Export", "Finetune", "Knn", "Pack", "Plan", "Predict", "Pretrain", "Probe", "Report", "Show", "Stats", "UserError",
     "__version__", "build", "cost", "embed", "evaluate", "export", "finetune", "knn", "load_backbone", "pack", "plan", "predict",
-    "pretrain", "probe", "report", "restore", "show",
+    "pretrain", "probe", "report", "restore", "show", "stats",
 ]  # fmt: skip
 
 

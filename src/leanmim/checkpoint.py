@@ -295,7 +295,9 @@ def check_configuration(state: dict[str, Any], source: str, resume: bool) -> Non
 
 def architecture(state: dict[str, Any]) -> Model:
     """That of a fine-tuned run."""
-    return Model(**{name: state["architecture"][name] for name in ("model", "model_kwargs", "input_size", "channels")})
+    own = state["architecture"]
+    needed = {name: own[name] for name in ("model", "model_kwargs", "input_size", "channels")}
+    return Model(**needed, values=own.get("values", "auto"))
 
 
 def named_tensors(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:

@@ -27,6 +27,7 @@ from leanmim.config import (
     Probe,
     Report,
     Show,
+    Stats,
 )
 from leanmim.errors import UserError
 from leanmim.recipes import RECIPES, nearest
@@ -55,6 +56,7 @@ DESCRIPTIONS = {
 COMMANDS = {
     "pretrain": Command("pre-train a backbone on a folder of images", Pretrain, "train.pretrain.pretrain", RECIPES),
     "pack": Command("shrink every image once, into one file that --data takes", Pack, "data.pack.pack"),
+    "stats": Command("mean and standard deviation of images, to normalise them by", Stats, "data.stats.stats"),
     "finetune": Command("fine-tune it to a classifier of labelled images", Finetune, "classifier.finetune.finetune"),
     "predict": Command("classify images with a fine-tuned run, to a CSV file", Predict, "classifier.predict.predict"),
     "embed": Command("features of images, to an .npy or .parquet file", Embed, "evaluators.embed.embed"),

@@ -5,18 +5,20 @@ b batch, c channels, H W pixels, n patches, p target width, k values of a HOG ce
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Real
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from leanmim.config import Pretrain, Show
+from leanmim.config.base import Stored
 from leanmim.data import UNREADABLE, Files, Normalise, Source, centre_crop, list_images, open_source
 from leanmim.errors import CannotWrite, UserError
 from leanmim.files import write_atomically
@@ -42,7 +44,8 @@ def show(config: Show) -> Path:
 
     Where patches are thrown (PR-MIM), they are orange in the masked image, and a further column shows them alone, as
     they were filled in. Predictions of per-patch normalised pixels are brought back with the true patch's own mean and
-    deviation, and the picture says so. A target that is neither pixels nor HOG has no reconstruction.
+    deviation, and the picture says so. A target that is neither pixels nor HOG has no reconstruction. Stored values are drawn
+    as `stretched` says.
 
     Returns:
         The picture.
@@ -77,7 +80,7 @@ def show(config: Show) -> Path:
     return path
 
 
-def read_images(config: Show, trained: Pretrain) -> tuple[list[str], UInt8[Tensor, "b c H W"]]:
+def read_images(config: Show, trained: Pretrain) -> tuple[list[str], Real[Tensor, "b c H W"]]:
     """The names of the images to draw, at most ``config.count``, and their centre crops.
 
     Of the run's own data and of folders, images that cannot be read are replaced by others.
@@ -110,7 +113,7 @@ def open_images(images: Sequence[str], trained: Pretrain) -> Source:
     """
     if not images:
         try:
-            return open_source(trained.data, trained.channels)
+            return open_source(trained.data, trained.read_as)
         except UserError as error:
             raise UserError(
                 f"the run's own data {trained.data!r}: {error}; give images with --images instead"
@@ -121,7 +124,7 @@ def open_images(images: Sequence[str], trained: Pretrain) -> Source:
         if not path.exists():
             raise UserError(f"--images {image!r}: there is no such file or folder")
         paths += list_images(path) if path.is_dir() else [path]
-    return Files("", paths, trained.channels)
+    return Files("", paths, trained.read_as)
 
 
 def spread_out(total: int, count: int) -> list[int]:
@@ -140,7 +143,9 @@ def make_columns(
     segment: int,
 ) -> tuple[list[Column], list[str]]:
     """The columns of the figure and the remarks below it, for one segment; masks and splits are those of all segments."""
-    original, fills = normalise.invert(images), bool(trained.fill)
+    stored = isinstance(trained.read_as, Stored)
+    seen = stretched(images) if stored else normalise.invert
+    original, fills = seen(images), bool(trained.fill)
     hidden = hidden_pixels(model, images, masks[segment])
     thrown = hidden & magnify(squares(splits[segment].thrown, model.encoder.grid), trained.size)
     masked = torch.where(hidden[:, None], 0.5, original)
@@ -148,6 +153,9 @@ def make_columns(
     if throws:
         masked, title = in_orange(masked, thrown), f"{title}, thrown {thrown.float().mean():.0%} (orange)"
     columns, remarks = [Column("original", original), Column(title, masked)], []
+    if stored:
+        which = f"{'channels 1 to 3' if trained.channels > 2 else 'channel 1'} of {trained.channels}"
+        remarks.append(f"{which}, stretched from the 1st to the 99th percentile of each image")
     if isinstance(model.target, HOG):
         true, predicted = histograms(model, images, masks, splits, segment)
         half, cell = model.target.cell // 2, model.target.cell
@@ -159,7 +167,7 @@ def make_columns(
             remark += "; orange: filled in" if fills else "; thrown cells are empty"
         remarks.append(remark)
     elif isinstance(model.target, Pixels):
-        painted = normalise.invert(reconstruct(model, images, masks, splits, segment)[0])
+        painted = seen(reconstruct(model, images, masks, splits, segment)[0])
         title = "reconstruction *" if model.target.per_patch else "reconstruction"
         columns.append(Column(title, in_orange(painted, thrown) if throws and not fills else painted))
         if throws and fills:
@@ -169,6 +177,16 @@ def make_columns(
     else:
         remarks.append(f"--target {trained.target} has no reconstruction that can be drawn")
     return columns, remarks
+
+
+def stretched(originals: Float[Tensor, "b c H W"]) -> Callable[[Float[Tensor, "b c H W"]], Float[Tensor, "b k H W"]]:
+    """How images of stored values are drawn, and others in the same way: the first three channels as red, green and blue, of
+    one or two the first in grey, each stretched from the 1st to the 99th percentile of the original.
+    """
+    k = 3 if originals.shape[1] > 2 else 1
+    values = originals[:, :k].flatten(2).numpy()
+    low, high = (torch.from_numpy(np.percentile(values, share, axis=2))[..., None, None].float() for share in (1, 99))
+    return lambda images: ((images[:, :k] - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
 
 
 @torch.no_grad()

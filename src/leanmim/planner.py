@@ -154,7 +154,8 @@ def throughput(config: Pretrain, source: Source, device: torch.device, process: 
         place(model, optimizers, replace(config, offload=False), device)
         trial = replace(config, batch_size=batch, accum=1)
         feed = iter(batches(trial, source, 0, WARM_UP + MOST_STEPS, device=device))
-        normalise = Normalise(*IMAGENET[config.channels], device)
+        mean, std = IMAGENET.get(config.channels, IMAGENET[1])
+        normalise = Normalise(mean, std, device)  # whatever they are: the time does not depend on them
 
         def one() -> Iterator[Tensor]:
             images, bad = next(feed)
@@ -219,7 +220,7 @@ def plan(config: Plan) -> Iterator[tuple[str, str]]:
     config.check()
     check_name(config.model)
     device = resolve_device(config.device)
-    source = open_source(config.data, config.channels)
+    source = open_source(config.data, config.read_as)
     memory = parse_bytes(config.memory) or available(device)
     free = f"{readable(memory)} on {device.type} ({1 - SHARE:.0%} of it stay free)"
     recipes = [variant(spec, config, without=CHOSEN) for spec in config.recipes or RECIPES]

@@ -4,14 +4,14 @@ import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from leanmim.checkpoint import architecture, is_ours
-from leanmim.config import Finetune, Pretrain
-from leanmim.config.base import Model
+from leanmim.config import Embed, Evaluator, Finetune, Pretrain
+from leanmim.config.base import Images, Model, Stored, as_read
 from leanmim.data import IMAGENET
 from leanmim.encoders.backbone import Backbone, backbone_of, check_name, full_depth, shallower
 from leanmim.errors import UserError
@@ -81,7 +81,7 @@ def open_start(
     model: str | None = None,
     model_kwargs: dict[str, Any] | None = None,
     input_size: tuple[int, ...] = (),
-    channels: Literal[1, 3] | None = None,
+    images: Images | None = None,
     depth: int | None = None,
 ) -> Start:
     """The encoder that a START names.
@@ -91,17 +91,18 @@ def open_start(
         model: timm's name of the architecture; for a checkpoint file and scratch.
         model_kwargs: further arguments of the architecture; for the same two.
         input_size: px, one or two numbers; empty is the start's own.
-        channels: of the images; None is the start's own.
+        images: their channels, values, mean and standard deviation; None is all of the start's own.
         depth: only so many blocks or stages: of a run, up to the end of a segment.
 
     Raises:
         UserError: there is no such start, it cannot be read, or it needs (or does not take) an option.
     """
+    images = images or Images()
     path = Path(start.removeprefix("local-dir:"))
     # without --model it can only be leanmim's: `load` says what is wrong with it
     foreign = path.is_file() and not is_ours(path) and (path.suffix != ".pt" or model is not None)
     if start == SCRATCH or foreign:
-        found = of_architecture(start, model, model_kwargs or {}, input_size, channels)
+        found = of_architecture(start, model, model_kwargs or {}, input_size, images)
     elif model or model_kwargs:
         raise UserError(f"{start!r} has an architecture of its own: leave --model and --model-kwargs out")
     elif (checkpoint := checkpoint_of(path)) is not None:
@@ -109,12 +110,61 @@ def open_start(
     elif path.is_dir():
         found = of_export(path)
     else:
-        found = of_published(start, channels or 3)
-    if channels is not None and channels != found.model.channels:
-        raise UserError(f"--channels {channels}: {found.origin} has {found.model.channels}; leave --channels out")
+        found = of_published(start, images)
+    check_images(found, images)
     if depth is not None and found.pretrained is None:
         found = cut(found, depth)
     return replace(found, model=replace(found.model, input_size=input_size)) if input_size else found
+
+
+def known_of(images: Images) -> dict[str, Any]:
+    """Channels and values of the images for a start that knows none; three channels if they are not given."""
+    return {"channels": images.channels or 3, "values": images.values}
+
+
+def statistics_of(images: Images, start: str) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation for a start that knows none: those given, or ImageNet's.
+
+    Raises:
+        UserError: none are given for stored values.
+    """
+    if images.mean is not None and images.std is not None:
+        return list(images.mean), list(images.std)
+    channels = images.channels or 3
+    if isinstance(as_read(channels, images.values), Stored):
+        raise UserError(
+            f"{start!r} says nothing of the mean and deviation of stored values; measure them with "
+            f"`leanmim stats --data DATA --channels {channels} --out stats.json`, and give --stats stats.json"
+        )
+    mean, std = IMAGENET[channels]
+    return list(mean), list(std)
+
+
+def check_images(found: Start, images: Images) -> None:
+    """Raise UserError for options that say something else of the images than the start does."""
+    own = found.model
+    if images.channels is not None and images.channels != own.channels:
+        raise UserError(f"--channels {images.channels}: {found.origin} has {own.channels}; leave --channels out")
+    stored = isinstance(own.read_as, Stored)
+    if images.values not in ("auto", own.values, "stored" if stored else "8-bit"):
+        raise UserError(f"--values {images.values}: {found.origin} was trained with others; leave --values out")
+
+
+def start_of(name: str, config: Finetune | Evaluator | Embed) -> Start:
+    """The start that a command is given, with the command's options; errors as for `open_start`, and for a mean or deviation of
+    images that the start knows otherwise.
+    """
+    found = open_start(name, config.model, config.model_kwargs, config.input_size, config, config.depth)
+    if config.mean is not None and (list(config.mean), list(config.std or ())) != (found.mean, found.std):
+        raise UserError(f"--mean and --std: {found.origin} has its own; leave them, or --stats, out")
+    return found
+
+
+def images_of(start: Start) -> Images:
+    """What another start may not know of the images that this one takes."""
+    own = Images(channels=start.model.channels, values=start.model.values)
+    known = isinstance(start.model.read_as, Stored)
+    return replace(own, mean=tuple(start.mean), std=tuple(start.std)) if known else own
 
 
 def checkpoint_of(path: Path) -> Path | None:
@@ -129,15 +179,15 @@ def of_architecture(
     model: str | None,
     model_kwargs: dict[str, Any],
     input_size: tuple[int, ...],
-    channels: Literal[1, 3] | None,
+    images: Images,
 ) -> Start:
     """A random initialisation, or a checkpoint file of timm's."""
     if not model:
         raise UserError(f"{start!r} says nothing of the architecture: give --model, timm's name of it")
     check_name(model)
-    own = Model(model=model, model_kwargs=model_kwargs, input_size=input_size or (224,), channels=channels or 3)
+    own = Model(model=model, model_kwargs=model_kwargs, input_size=input_size or (224,), **known_of(images))
     weights = None if start == SCRATCH else read_weights(Path(start), repr(start))
-    mean, std = map(list, IMAGENET[own.channels])
+    mean, std = statistics_of(images, start)
     origin = f"{model}, random initialisation" if weights is None else start
     return Start(own, weights, mean, std, origin, masked=weights is None)
 
@@ -154,8 +204,9 @@ def of_checkpoint(path: Path, depth: int | None) -> Start:
     folder = path.parent.parent if path.parent.name == "checkpoints" else None
     config, mim = rebuild(state, str(folder or path))
     own = Model(
-        model=config.model, model_kwargs=config.model_kwargs, input_size=config.input_size, channels=config.channels
-    )
+        model=config.model, model_kwargs=config.model_kwargs, input_size=config.input_size, channels=config.channels,
+        values=config.values,
+    )  # fmt: skip
     backbone = truncated(mim.encoder, config, depth)
     if depth is not None and depth < full_depth(backbone_of(own, device="meta")):
         own = replace(own, model_kwargs=own.model_kwargs | shallower(mim.encoder.backbone, depth))
@@ -192,7 +243,8 @@ def of_export(folder: Path) -> Start:
         given = arguments.get("window_size")
         if given is not None and given in (ruled, ruled[0] if ruled[0] == ruled[-1] else None):
             arguments.pop("window_size")
-    own = Model(model=name, model_kwargs=arguments, input_size=tuple(size), channels=channels)
+    values = described.get("leanmim", {}).get("values", "auto")
+    own = Model(model=name, model_kwargs=arguments, input_size=tuple(size), channels=channels, values=values)
     classes = described.get("label_names") or known.get("label_names") or ()
     weights = read_weights(folder / "model.safetensors", repr(str(folder)))
     masked = "leanmim" in described and not classes
@@ -200,14 +252,13 @@ def of_export(folder: Path) -> Start:
     return Start(own, weights, mean, std, str(folder), masked=masked, crop=crop, classes=tuple(classes))
 
 
-def of_published(name: str, channels: Literal[1, 3]) -> Start:
+def of_published(name: str, images: Images) -> Start:
     """Published weights of timm's."""
-    backbone, name = published_model(name, channels, "")
+    backbone, name = published_model(name, images.channels or 3, "")
     known: Any = backbone.pretrained_cfg
-    own = Model(model=known["architecture"], input_size=tuple(known["input_size"][1:]), channels=channels)
-    mean, std = (
-        list(known[key]) if channels == 3 else list(IMAGENET[channels][i]) for i, key in enumerate(("mean", "std"))
-    )
+    own = Model(model=known["architecture"], input_size=tuple(known["input_size"][1:]), **known_of(images))
+    own_colours = own.channels == 3 and not isinstance(own.read_as, Stored) and images.mean is None
+    mean, std = (list(known["mean"]), list(known["std"])) if own_colours else statistics_of(images, name)
     tag = name.rpartition(".")[2]  # as mae, fcmae; with ft_in1k those that labels have fine-tuned since
     masked = "mae" in tag and "_ft_" not in tag
     return Start(own, backbone.state_dict(), mean, std, name, masked=masked)

@@ -19,6 +19,7 @@ from leanmim.classifier.augment import eval_transform, mix, mixing, seeded, trai
 from leanmim.data import IMAGENET, centre_crop
 from leanmim.errors import UserError
 from tests.classifier.folders import photo, resolved
+from tests.data.stored import values
 from tests.helpers import noisy
 
 MEAN, STD = IMAGENET[3]
@@ -199,3 +200,32 @@ def test_full_magnitude_is_drawn_without_an_error() -> None:
     for seed in range(20):
         with seeded(seed):
             assert transform(image).isfinite().all()
+
+
+def test_stored_values_are_cropped_flipped_and_normalised() -> None:
+    """With the whole image as its crop nothing else happens to them."""
+    array = values(5, 24, 24).transpose(1, 2, 0)
+    mean, std = (3e4, 3.1e4, 3.2e4, 3.3e4, 3.4e4), (1e4, 2e4, 3e4, 4e4, 5e4)
+    config = resolved("-", channels=5, randaugment="none", erase=0.0, crop_scale=(1.0, 1.0))
+    transform = pickle.loads(pickle.dumps(train_transform(config, mean, std)))
+    want = torch.from_numpy(((array - np.array(mean)) / np.array(std)).astype(np.float32)).permute(2, 0, 1)
+    flipped = set()
+    for seed in range(10):
+        with seeded(seed):
+            got = transform(array)
+        flipped.add(torch.allclose(got, want.flip(2), atol=1e-5))
+        assert torch.allclose(got, want, atol=1e-5) != torch.allclose(got, want.flip(2), atol=1e-5)
+    assert flipped == {True, False}
+
+
+def test_crops_and_erasing_of_stored_values_follow_the_seed() -> None:
+    array = values(5, 40, 50).transpose(1, 2, 0)
+    transform = train_transform(resolved("-", channels=5, randaugment="none", erase=1.0), (3e4,) * 5, (1e4,) * 5)
+    seen = []
+    for seed in (0, 1, 0):
+        with seeded(seed):
+            seen.append(transform(array))
+    assert seen[0].shape == (5, 24, 24)
+    assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], seen[1])
+    with pytest.raises(UserError, match="is for 8-bit images; give none"):
+        train_transform(resolved("-", channels=5), (3e4,) * 5, (1e4,) * 5)

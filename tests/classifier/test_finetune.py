@@ -116,7 +116,7 @@ def test_resolved_numbers_are_stored(config: Finetune) -> None:
     stored = json.loads((folder / "config.json").read_text())
     assert stored["recipe"] == "small"
     assert "auto" not in [value for key, value in stored.items() if key not in ("device", "precision", "threads",
-                          "channels_last", "compile", "memory", "pool", "class_weights")]  # fmt: skip
+                          "channels_last", "compile", "memory", "pool", "class_weights", "values")]  # fmt: skip
     assert stored["mixup"] == 0.3
     assert (stored["batch_size"], stored["accum"], stored["input_size"], stored["channels"]) == (16, 1, [32], 3)
 

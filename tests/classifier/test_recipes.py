@@ -77,7 +77,7 @@ def test_of_auto_only_what_the_run_itself_decides_is_left() -> None:
     config = filled(Finetune(start="s", data="d", out="o"), RECIPES["fastmim"])
     left = {field.name for field in fields(config) if getattr(config, field.name) == "auto"}
     measured = {"threads", "precision", "channels_last", "compile"}
-    assert left == measured | {"batch_size", "class_weights", "pool", "device", "memory", "eval_every"}
+    assert left == measured | {"batch_size", "values", "class_weights", "pool", "device", "memory", "eval_every"}
 
 
 def test_the_small_recipe_sizes_itself() -> None:

@@ -76,7 +76,9 @@ def test_small_images_stay_and_grey_ones_are_grey(tmp_path: Path) -> None:
             assert np.abs(np.asarray(image).astype(int) - 77).max() <= 1
 
 
-@pytest.mark.parametrize("array", [np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint8), np.zeros((4, 0, 3), np.uint8)])
+@pytest.mark.parametrize(
+    "array", [np.zeros((4, 4, 3)), np.zeros((4, 4, 3), np.uint8, order="F"), np.zeros((4, 0, 3), np.uint8)]
+)
 def test_an_array_that_is_no_picture_is_bad(array: np.ndarray, tmp_path: Path) -> None:
     file = io.BytesIO()
     np.save(file, array)
@@ -157,6 +159,8 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
     packed(tmp_path, "killed.tar")
     with pytest.raises(UserError, match=r"must end in \.tar"):
         packed(tmp_path, "photos.zip")
+    with pytest.raises(UserError, match="8-bit images of 1 or 3 channels; give the folder itself to --data"):
+        packed(tmp_path, channels=5)
     with pytest.raises(UserError, match="is a folder"):
         (tmp_path / "folder.tar").mkdir()
         packed(tmp_path, "folder.tar")

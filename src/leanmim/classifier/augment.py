@@ -11,14 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from timm.data import Mixup, create_transform
 from timm.data.mixup import mixup_target
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms import v2
 
+from leanmim.config.base import Stored, as_read
 from leanmim.config.finetune import Finetune
 from leanmim.data import centre_crop
+from leanmim.data.crops import random_box, resized
+from leanmim.data.read import cut_whole
 from leanmim.errors import UserError
 
 
@@ -40,7 +44,8 @@ def seeded(seed: int) -> Iterator[None]:
 def train_transform(config: Finetune, mean: Sequence[float], std: Sequence[float]) -> Callable:
     """From an RGB picture to a normalised tensor, by timm's transform for training: crop, flip, RandAugment, erasing.
 
-    A model of one channel sees the same augmentations, turned to grey before normalisation.
+    A model of one channel sees the same augmentations, turned to grey before normalisation. Stored values are cropped, flipped and
+    erased alike, without RandAugment, which is for colours of 8 bits.
 
     Args:
         config: input size, channels and augmentations, all of them resolved.
@@ -48,9 +53,20 @@ def train_transform(config: Finetune, mean: Sequence[float], std: Sequence[float
         std: of each channel.
 
     Raises:
-        UserError: timm does not know --randaugment.
+        UserError: timm does not know --randaugment, or the images are stored values.
     """
     assert isinstance(config.crop_scale, tuple)
+    if isinstance(as_read(config.channels or 3, config.values), Stored):
+        if config.randaugment != "none":
+            raise UserError(f"--randaugment {config.randaugment!r} is for 8-bit images; give none for stored values")
+        return v2.Compose(
+            [
+                partial(random_crop, size=image_size(config), scale=config.crop_scale),
+                v2.RandomHorizontalFlip(config.flip),
+                v2.Normalize(list(mean), list(std)),
+                RandomErasing(float(config.erase), mode="pixel", device="cpu"),
+            ]
+        )
     create = partial(
         create_transform,
         image_size(config),
@@ -79,13 +95,19 @@ def train_transform(config: Finetune, mean: Sequence[float], std: Sequence[float
     return v2.Compose([crop, augment, *grey, normalise])
 
 
+def random_crop(values: Real[np.ndarray, "h w c"], size: tuple[int, int], scale: tuple[float, float]) -> Tensor:
+    """A RandomResizedCrop of stored values, drawn by Python's global generator."""
+    choose = partial(random_box, scale=scale, ratio=(3 / 4, 4 / 3), draw=random.Random(random.getrandbits(64)))
+    return resized(cut_whole(values, choose), size, "bicubic")
+
+
 def one_bit_at_least(level_fn: Callable, level: int | float, hparams: dict[str, Any]) -> tuple[int]:
     """Bits that timm's posterisation keeps. At full magnitude it asks for none, which newer versions of Pillow refuse."""
     return (max(1, *level_fn(level, hparams)),)
 
 
 def eval_transform(config: Finetune) -> Callable:
-    """From a picture of the model's channels to the bytes of its centre; normalisation happens on the device."""
+    """From a picture of the model's channels to its centre, as `leanmim.data.centre_crop`; normalisation happens on the device."""
     return centre_crop(image_size(config), config.crop)
 
 

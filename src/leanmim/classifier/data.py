@@ -6,11 +6,12 @@ b batch, c channels, H W pixels, k classes.
 from collections.abc import Callable, Iterator
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Real
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from leanmim.classifier.augment import seeded
+from leanmim.config.base import Stored, as_read
 from leanmim.config.finetune import Finetune
 from leanmim.data import Bad, images_at, loader, order_of_steps, resolve_workers, seed_of
 from leanmim.data.labels import Labels
@@ -29,12 +30,13 @@ class TrainImages(Dataset):
 
     Args:
         labels: the images.
-        transform: from an RGB picture to a normalised tensor.
+        transform: from a picture to a normalised tensor.
         seed: of the augmentations.
+        channels: in which the images are read.
     """
 
-    def __init__(self, labels: Labels, transform: Callable, seed: int) -> None:
-        self.source = images_at(labels.root, labels.train, 3)
+    def __init__(self, labels: Labels, transform: Callable, seed: int, channels: int = 3) -> None:
+        self.source = images_at(labels.root, labels.train, channels)
         self.labels = torch.tensor(labels.train_labels)
         self.transform, self.seed = transform, seed
 
@@ -96,7 +98,9 @@ def train_batches(
     count = len(labels.train)
     per_epoch = per_epoch or steps_per_epoch(count, int(config.batch_size) * config.accum * process.world)
     order = order_of_steps(config, count, per_epoch, start, stop, process)
-    dataset = TrainImages(labels, transform, config.seed)
+    channels = as_read(config.channels or 3, config.values)
+    # 8-bit ones are augmented in colour, also where the model takes grey
+    dataset = TrainImages(labels, transform, config.seed, channels if isinstance(channels, Stored) else 3)
     return loader(dataset, order, resolve_workers(config.workers), device, collate, config.data_patience)
 
 
@@ -114,7 +118,7 @@ def val_batches(
     transform: Callable,
     report: Callable[[list[Bad]], object],
     device: torch.device = CPU,
-) -> Iterator[tuple[UInt8[Tensor, "b c H W"], Int[Tensor, "b"], list[int]]]:
+) -> Iterator[tuple[Real[Tensor, "b c H W"], Int[Tensor, "b"], list[int]]]:
     """The images to validate with, in the order of ``labels.val``: bytes, labels, and positions in that list.
 
     Args:
@@ -127,7 +131,7 @@ def val_batches(
     Raises:
         UserError: none can be read.
     """
-    source = images_at(labels.root, labels.val, config.channels or 3)
+    source = images_at(labels.root, labels.val, as_read(config.channels or 3, config.values))
     workers = resolve_workers(config.workers)
     batch, patience = int(config.batch_size), config.data_patience
     for images, places in image_batches(source, transform, batch, workers, report, device, patience):

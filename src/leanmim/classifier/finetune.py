@@ -29,7 +29,7 @@ from leanmim.loop import Loop
 from leanmim.page import report
 from leanmim.processes import Process, processes
 from leanmim.run import Run, load, save, write_json
-from leanmim.start import Start, open_start
+from leanmim.start import Start, start_of
 from leanmim.train.adjusted import check_adjusted, note_adjusted, told
 from leanmim.train.bad_files import BadFiles
 from leanmim.train.data_list import (
@@ -58,7 +58,7 @@ def finetune(config: Finetune) -> Path:
     Raises:
         UserError: something in the configuration, the start, the data or the run folder is wrong.
     """
-    config.check()
+    config = config.with_stats()
     for name, what in (
         ("start", "what to start from"),
         ("data", "a labelled folder"),
@@ -75,9 +75,7 @@ def tune(config: Finetune, process: Process, device: torch.device, held: ExitSta
     # Everything that can be wrong is looked at before anything is written.
     resolve_workers(config.workers)
     run = Run(Path(config.out))
-    start = open_start(
-        config.start, config.model, config.model_kwargs, config.input_size, config.channels, config.depth
-    )
+    start = start_of(config.start, config)
     if run.folder.exists() and any(run.folder.samefile(place) for place in own_folders(config.start)):
         raise UserError(f"--out {config.out!r} is where the start's weights are; choose another folder")
     labels = choose_labels(config.data, config.seed, config.val_share, config.label_share, config.labels_per_class)
@@ -166,7 +164,7 @@ def tune(config: Finetune, process: Process, device: torch.device, held: ExitSta
         if state:
             loop.console.print(f"{'continuing' if first < steps else 'finished'} after step {first}")
         if first < steps:
-            bad.retry([images_at(labels.root, names, 3)], loop.console)
+            bad.retry([images_at(labels.root, names, start.model.read_as)], loop.console)
         feed = loop.timed(train_batches(own, labels, transform, first, steps, process, device, per_epoch))
 
         for step in loop.until(steps):
@@ -279,7 +277,7 @@ class Judge:
             best = load(self.run.best)
         tuning.take(best["model"])
         found, _ = self.predict(tuning, bad)
-        source = images_at(self.labels.root, found.names, self.start.model.channels)
+        source = images_at(self.labels.root, found.names, self.start.model.read_as)
         write_results(
             self.run.folder, found, source.read, data=self.config.data, split="val", step=best["step"], epoch=best["epoch"],
             weights="best",

@@ -17,7 +17,7 @@ from torch import Tensor
 from leanmim.classifier.model import build_classifier
 from leanmim.classifier.results import rank_columns, ranks
 from leanmim.config.predict import Predict
-from leanmim.data import SUFFIXES, Bad, Files, Normalise, Source, centre_crop, open_source, resolve_workers
+from leanmim.data import ARRAY, SUFFIXES, Bad, Files, Normalise, Source, centre_crop, open_source, resolve_workers
 from leanmim.data.readable import image_batches
 from leanmim.data.source import Joined
 from leanmim.device import resolve_device
@@ -53,7 +53,7 @@ def predict(config: Predict) -> Path:
             f"{config.run!r} is an encoder, which knows no classes; fine-tune it first with `leanmim finetune`, and give "
             "the folder of that run"
         )
-    source, bad = open_images(config.images, start.model.channels), list[Bad]()
+    source, bad = open_images(config.images, start.model.read_as), list[Bad]()
     skipped = out.with_name(out.name + ".skipped.jsonl")
     try:
         write_atomically(out, lambda path: write_table(path, config, start, source, bad))
@@ -77,7 +77,9 @@ def open_images(images: Sequence[str], channels: int) -> Source:
         UserError: one of them names no images.
     """
     sources: list[Source] = []
-    for single, group in groupby(images, lambda name: Path(name).suffix.lower() in SUFFIXES and Path(name).is_file()):
+    for single, group in groupby(
+        images, lambda name: Path(name).suffix.lower() in SUFFIXES | {ARRAY} and Path(name).is_file()
+    ):
         names = list(group)
         sources += [Files("", names, channels)] if single else [open_source(name, channels) for name in names]
     return sources[0] if len(sources) == 1 else Joined(sources)

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from PIL import Image
 
 from leanmim.data import UNREADABLE, centre_crop
+from leanmim.data.read import Picture
 from leanmim.evaluators.accuracy import Accuracy
 from leanmim.names import shortened
-from leanmim.pictures import draw, save_figure
+from leanmim.pictures import draw, save_figure, stretched
 from leanmim.run import write_atomically, write_json
 
 COUNTED, NAMED = 15, 40  # classes up to which the cells of the confusion matrix hold numbers, and the axes names
@@ -83,7 +84,7 @@ def measures(found: Predictions) -> dict[str, Any]:
 def write_results(
     folder: Path,
     found: Predictions,
-    read: Callable[[int], Image.Image],
+    read: Callable[[int], Picture],
     *,
     data: str,
     split: str,
@@ -142,11 +143,11 @@ def write_predictions(path: Path, found: Predictions, top: int) -> None:
         table.writerows([name, found.classes[label], *cells] for name, label, cells in rows)
 
 
-def worst_mistakes(found: Predictions, read: Callable[[int], Image.Image]) -> dict[int, Image.Image]:
+def worst_mistakes(found: Predictions, read: Callable[[int], Picture]) -> dict[int, Picture]:
     """The wrong predictions of highest probability, the highest first: the places of the images, and their pictures."""
     predicted, sure = found.probabilities.argmax(1), found.probabilities.max(1)
     wrong = np.flatnonzero(predicted != found.labels)
-    mistakes: dict[int, Image.Image] = {}
+    mistakes: dict[int, Picture] = {}
     for i in wrong[np.argsort(-sure[wrong], kind="stable")].tolist():
         try:
             mistakes[i] = read(i)
@@ -186,7 +187,7 @@ def draw_confusion(classes: Sequence[str], confusion: Int[np.ndarray, "c c"], ti
     return figure
 
 
-def draw_mistakes(found: Predictions, mistakes: dict[int, Image.Image]) -> Figure:
+def draw_mistakes(found: Predictions, mistakes: dict[int, Picture]) -> Figure:
     """Pictures side by side, above each its class and what it was taken for, below it the name of the file."""
     across = min(4, len(mistakes))
     down = -(-len(mistakes) // across)
@@ -194,7 +195,9 @@ def draw_mistakes(found: Predictions, mistakes: dict[int, Image.Image]) -> Figur
     axes = figure.subplots(down, across, squeeze=False).ravel()
     cut = centre_crop(PICTURE, 1.0)
     for axis, (i, picture) in zip(axes, mistakes.items(), strict=False):
-        draw(axis, cut(picture) / 255, PICTURE, None)
+        centre = cut(picture)
+        seen = centre / 255 if centre.dtype == torch.uint8 else stretched(centre[None])(centre[None])[0]
+        draw(axis, seen, PICTURE, None)
         predicted = int(found.probabilities[i].argmax())
         label, taken = (shortened(found.classes[j], 28) for j in (found.labels[i], predicted))
         title = f"{label}\n\N{RIGHTWARDS ARROW} {taken}, {100 * found.probabilities[i, predicted]:.0f} %"

@@ -20,6 +20,7 @@ from leanmim.classifier.model import make_classifier, pooling
 from leanmim.classifier.recipes import choose, filled, small_batch, small_epochs, small_rate
 from leanmim.classifier.tuning import Tuning
 from leanmim.config import Finetune
+from leanmim.config.base import Stored
 from leanmim.costs import StepCost, readable
 from leanmim.data.labels import Labels
 from leanmim.device import resolve_precision
@@ -52,8 +53,11 @@ def right_sized(
         config,
         input_size=architecture.input_size,
         channels=architecture.channels,
+        values=architecture.values,
         data=str(Path(config.data).absolute()),
     )
+    if isinstance(architecture.read_as, Stored) and config.randaugment == "auto":
+        config = replace(config, randaugment="none")
     choices = [field.name for field in fields(config) if getattr(config, field.name) == "auto"]
     stored = {} if config.overwrite and not run.begun_by_this_job() else run.stored()
     if isinstance(stored.get("recipe"), str) and config.recipe == "auto":

@@ -7,11 +7,11 @@ from leanmim.config.explained import explain
 from leanmim.config.finetune import Finetune
 from leanmim.config.predict import Predict
 from leanmim.config.pretrain import Pretrain
-from leanmim.config.tools import Cost, Export, Pack, Plan, Report, Show
+from leanmim.config.tools import Cost, Export, Pack, Plan, Report, Show, Stats
 
 __all__ = [
     "Config", "Cost", "Embed", "Evaluate", "Evaluator", "Export", "Finetune", "Knn", "Logging", "Machine", "Model",
-    "Optimisation", "Pack", "Plan", "Predict", "Pretrain", "Probe", "Report", "Show", "parse_bytes",
+    "Optimisation", "Pack", "Plan", "Predict", "Pretrain", "Probe", "Report", "Show", "Stats", "parse_bytes",
 ]  # fmt: skip
 
-explain(Cost, Embed, Evaluate, Export, Finetune, Knn, Pack, Plan, Predict, Pretrain, Probe, Report, Show)
+explain(Cost, Embed, Evaluate, Export, Finetune, Knn, Pack, Plan, Predict, Pretrain, Probe, Report, Show, Stats)

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from leanmim.config.values import described, fitted
@@ -24,6 +25,7 @@ Decode = Literal["fast", "exact"]
 Precision = Literal["auto", "fp32", "bf16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Pool = Literal["avg", "token", "timm"]
+Values = Literal["auto", "8-bit", "stored"]
 Auto = Literal["auto"]  # chosen from the data, the model and the time there is: see auto.py
 Segments = int | tuple[int, ...]  # so many equal ones, or the block or stage after which each ends
 
@@ -45,6 +47,7 @@ RANGES: dict[str, tuple[float, float]] = {
     # masks and targets
     "mask_ratio": (0, 1), "mask_unit": (0, 16384), "hog_cell": (1, 16384), "throw": (0, 1), "fill": (0, 1000),
     # images
+    "channels": (1, 16),
     "crop_scale": (0, 1), "crop_ratio": (0, 100), "crop": (0.01, 1), "flip": (0, 1),
     "mixup": (0, MANY), "cutmix": (0, MANY), "mixup_switch": (0, 1), "smoothing": (0, 1), "erase": (0, 1),
     "size": (1, 16384), "quality": (1, 100),
@@ -83,6 +86,22 @@ NOT_ARGUMENTS = dict.fromkeys(
 ABOVE_0 = ("patch_size", "num_heads", "embed_dim", "mlp_ratio")  # those whose zero timm would find out late
 
 Self = TypeVar("Self", bound="Config")
+Own = TypeVar("Own", bound="Images")
+
+
+class Stored(int):
+    """So many channels whose values are taken as they are stored, in float32, and not converted to 8 bits."""
+
+
+def as_read(channels: int, values: str) -> int:
+    """The channels as sources of images take them; `Stored` if their values are not converted."""
+    return Stored(channels) if values == "stored" or (values == "auto" and channels not in (1, 3)) else channels
+
+
+def check_values(channels: int | None, values: str) -> None:
+    """Raise UserError for channels that no 8-bit picture has."""
+    if values == "8-bit" and channels not in (None, 1, 3):
+        raise UserError(f"--values 8-bit is for 1 or 3 channels, not {channels}; give --values stored")
 
 
 def uncut(segments: Segments) -> bool:
@@ -293,7 +312,71 @@ class Computing(Machine):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model(Config):
+class Valued(Config):
+    """What the values of images are."""
+
+    values: Values = "auto"
+    """8-bit: images of any kind are converted to RGB or grey of 8 bits. stored: values stay as the file has them, 8 or 16 bits or
+    floating point, and the file has so many channels. auto is 8-bit for 1 and 3 channels, stored for others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images(Valued):
+    """The images of a start that knows none, and how they are normalised."""
+
+    channels: int | None = None
+    """Image channels, 1 to 16; None is the start's own."""
+    mean: tuple[float, ...] | None = None
+    """Given mean, one number per channel: on the scale 0 to 1, of stored values in their own units."""
+    std: tuple[float, ...] | None = None
+    """Given standard deviation, one number per channel, likewise."""
+    stats: str | None = None
+    """File of `leanmim stats --out`, which gives --channels, --values, --mean and --std."""
+
+    def check(self) -> None:
+        """Raise UserError for an impossible value."""
+        super().check()
+        check_values(self.channels, self.values)
+        if (self.mean is None) != (self.std is None):
+            raise UserError("give --mean and --std together, or neither")
+        if self.mean is None or self.std is None:
+            return
+        if self.stats is not None:
+            raise UserError("--stats gives --mean and --std too; leave one out")
+        count = self.channels or len(self.mean)
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            if len(value) != count:
+                raise UserError(f"--{name} has {len(value)} numbers for {count} channels; give one for each")
+        stored = isinstance(as_read(count, self.values), Stored)
+        low, high = (-1e30, 1e30) if stored else (0, 1)
+        if not all(low <= value <= high for value in self.mean) or not all(0 < value <= high for value in self.std):
+            numbers = f"--mean {' '.join(map(str, self.mean))} and --std {' '.join(map(str, self.std))}"
+            remedy = "" if stored else "; divide numbers of the scale 0 to 255 by 255, or give --values stored"
+            raise UserError(f"{numbers} must lie between {low:g} and {high:g}, --std above 0{remedy}")
+
+    def with_stats(self: Own) -> Own:
+        """With the numbers of --stats in place of the file's name, checked.
+
+        Raises:
+            UserError: a value is impossible, or the file is none of `leanmim stats`.
+        """
+        self.check()
+        if self.stats is None:
+            return self
+        try:
+            found = json.loads(Path(self.stats).read_text(encoding="utf-8"))
+            known = {name: found[name] for name in ("channels", "values", "mean", "std")}
+            changed = replace(self, stats=None, **known)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"--stats {self.stats!r} is no file of `leanmim stats --out` ({type(error).__name__}: {error})"
+            ) from error
+        changed.check()
+        return changed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(Valued):
     """Which backbone, and the images it takes."""
 
     model: str = "vit_small_patch16_224"
@@ -302,14 +385,20 @@ class Model(Config):
     """Further arguments for timm.create_model, as pairs: --model-kwargs patch_size 4 depth 8."""
     input_size: tuple[int, ...] = ()
     """Pixels: one number for a square, or height and width. Empty is the recipe's own."""
-    channels: Literal[1, 3] = 3
-    """Image channels; files of any kind are converted."""
+    channels: int = 3
+    """Image channels, 1 to 16; for 1 and 3 files of any kind are converted, others come from TIFF files and .npy arrays."""
 
     def check(self) -> None:
         """Raise UserError for an impossible value."""
         super().check()
+        check_values(self.channels, self.values)
         check_size(self.input_size or (1,))
         check_model(self.model, self.model_kwargs)
+
+    @property
+    def read_as(self) -> int:
+        """The channels as sources of images take them."""
+        return as_read(self.channels, self.values)
 
     @property
     def size(self) -> tuple[int, int]:

@@ -6,12 +6,12 @@ from typing import ClassVar, Literal
 
 from tyro.conf import Positional
 
-from leanmim.config.base import Machine, Number, Pool, check_model, check_size
+from leanmim.config.base import Images, Machine, Number, Pool, check_model, check_size
 from leanmim.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Embed(Machine):
+class Embed(Machine, Images):
     """Write the features of every image of a folder into a file."""
 
     FREE: ClassVar[frozenset[str]] = frozenset({"start", "out", "workers", "overwrite"})
@@ -41,8 +41,6 @@ class Embed(Machine):
     """Further arguments for timm.create_model, as pairs; for a checkpoint file and scratch."""
     input_size: tuple[int, ...] = ()
     """Pixels: one number for a square, or height and width. Empty is the start's own."""
-    channels: Literal[1, 3] | None = None
-    """Image channels; None is the start's own."""
     depth: int | None = None
     """Of the first blocks or stages only: of a run with --segments, up to the end of a segment."""
     crop: float | None = None

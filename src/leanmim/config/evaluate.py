@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from tyro.conf import Positional
 from tyro.constructors import PrimitiveConstructorSpec
 
-from leanmim.config.base import Auto, Logging, Machine, Number, Pool, check_model, check_size
+from leanmim.config.base import Auto, Images, Logging, Machine, Number, Pool, check_model, check_size
 
 TRIVIAL = ("random", "pixels")
 Baselines = Annotated[
@@ -22,7 +22,7 @@ Baselines = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluator(Machine):
+class Evaluator(Machine, Images):
     """What all evaluators of an encoder need."""
 
     run: Positional[str]
@@ -35,8 +35,6 @@ class Evaluator(Machine):
     """timm's name of the architecture; for a checkpoint file and scratch."""
     model_kwargs: dict[str, Number] = field(default_factory=dict)
     """Further arguments for timm.create_model, as pairs; for a checkpoint file and scratch."""
-    channels: Literal[1, 3] | None = None
-    """Image channels; None is the encoder's own."""
     pool: Pool | Auto = "auto"
     """Features: avg, the mean of the patch tokens; token, the class token; timm, what the timm model returns. auto is the mean;
     for the probe with --solver lars the class token where there is one (MAE)."""

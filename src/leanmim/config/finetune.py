@@ -11,6 +11,7 @@ from leanmim.config.base import (
     Auto,
     Computing,
     Faults,
+    Images,
     Logging,
     Number,
     Optimisation,
@@ -22,7 +23,7 @@ from leanmim.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune(Logging, Faults, Computing, Optimisation):
+class Finetune(Logging, Faults, Computing, Optimisation, Images):
     """Everything that defines a fine-tuning. The recipes are values of this class; ``auto`` is the recipe's number."""
 
     FREE: ClassVar[frozenset[str]] = FREE_IN_TRAINING | {"start", "eval_every"}
@@ -47,8 +48,6 @@ class Finetune(Logging, Faults, Computing, Optimisation):
     """Further arguments for timm.create_model, as pairs; for a checkpoint file and scratch."""
     input_size: tuple[int, ...] = ()
     """Pixels: one number for a square, or height and width. Empty is the start's own."""
-    channels: Literal[1, 3] | None = None
-    """Image channels; None is the start's own."""
     depth: int | None = None
     """Only the first blocks or stages: of a run with --segments, up to the end of a segment."""
     pool: Literal["auto", "avg", "token"] = "auto"
@@ -99,7 +98,7 @@ class Finetune(Logging, Faults, Computing, Optimisation):
     smoothing: float | Auto = "auto"
     """Label smoothing."""
     randaugment: str = "auto"
-    """timm's string, as rand-m9-mstd0.5-inc1; none is none."""
+    """timm's string, as rand-m9-mstd0.5-inc1; none is none. It is for 8-bit images: auto is none for stored values."""
     erase: float | Auto = "auto"
     """Probability of random erasing."""
     crop_scale: tuple[float, float] | Auto = "auto"

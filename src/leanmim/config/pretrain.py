@@ -10,6 +10,7 @@ from leanmim.config.base import (
     Computing,
     Decode,
     Faults,
+    Images,
     Interpolation,
     LinearInit,
     Logging,
@@ -30,7 +31,7 @@ from leanmim.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pretrain(Logging, Faults, Computing, Optimisation, Model):
+class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
     """Everything that defines a pre-training run. The recipes are values of this class.
 
     A value is checked by `check`, and names of maskings and targets where they are looked up: a third party may add some.
@@ -127,11 +128,8 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model):
     flip: float = 0.5
     """Probability of a horizontal flip."""
     statistics: Literal["imagenet", "data"] = "imagenet"
-    """Mean and standard deviation for normalisation: ImageNet's, or computed from the data."""
-    mean: tuple[float, ...] | None = None
-    """Given mean, one number per channel, on the scale 0 to 1; overrides statistics."""
-    std: tuple[float, ...] | None = None
-    """Given standard deviation, one number per channel, on the scale 0 to 1; overrides statistics."""
+    """Mean and standard deviation for normalisation, where --mean and --std or --stats do not give them: ImageNet's, or computed
+    from the data, as they always are for stored values."""
 
     seed: int = 0
     """Seed of weights, order, crops and masks."""
@@ -175,7 +173,8 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model):
         self.check_decoder()
         self.check_phases()
         self.check_batches()
-        self.check_images()
+        check_pair("crop_scale", self.crop_scale)
+        check_pair("crop_ratio", self.crop_ratio)
 
     def check_masks(self) -> None:
         """Ratios and segments."""
@@ -228,19 +227,3 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model):
             )
         if self.lr is not None and self.phase_blrs:
             raise UserError("--lr and --phase-blrs are two ways to give the learning rate; leave one out")
-
-    def check_images(self) -> None:
-        """Crops and statistics."""
-        for name in ("mean", "std"):
-            value = getattr(self, name)
-            if value is not None and len(value) != self.channels:
-                raise UserError(f"--{name} has {len(value)} numbers for {self.channels} channels; give one for each")
-        if (self.mean is None) != (self.std is None):
-            raise UserError("give --mean and --std together, or neither")
-        if not all(0 <= value <= 1 for value in self.mean or ()) or not all(0 < value <= 1 for value in self.std or ()):
-            raise UserError(
-                f"--mean {' '.join(map(str, self.mean or ()))} and --std {' '.join(map(str, self.std or ()))} must lie between 0 "
-                "and 1, --std above 0; divide numbers of the scale 0 to 255 by 255"
-            )
-        check_pair("crop_scale", self.crop_scale)
-        check_pair("crop_ratio", self.crop_ratio)

@@ -5,7 +5,8 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from leanmim.config.base import Auto, Config, Machine, Model, Precision, parse_bytes
+from leanmim.config.base import Auto, Config, Machine, Model, Precision, Valued, check_values, parse_bytes
+from leanmim.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +63,41 @@ class Pack(Config):
     """jpeg; or raw, pixels as they are: faster to read, several times as large."""
     quality: int = 90
     """Of JPEG."""
-    channels: Literal[1, 3] = 3
-    """Image channels."""
+    channels: int = 3
+    """Image channels, 1 or 3: what is packed has 8 bits."""
     workers: int = -1
     """Processes that read and shrink; -1 is the CPU count less one, 8 at most."""
     overwrite: bool = False
     """Replace the file, and what is left of an interrupted command."""
+
+    def check(self) -> None:
+        """Raise UserError for an impossible value."""
+        super().check()
+        if self.channels not in (1, 3):
+            raise UserError(
+                f"--channels {self.channels}: a pack holds 8-bit images of 1 or 3 channels; give the folder itself to --data"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats(Valued):
+    """Mean and standard deviation of each channel of the images, as options to paste, and what the images are."""
+
+    data: str | tuple[str, ...]
+    """Folder of images, pattern, list or tar file, as for `leanmim pretrain`; several may be given."""
+    channels: int = 3
+    """Image channels, 1 to 16."""
+    count: int = 2048
+    """Images that are read at most, drawn at random; each counts the same, whatever its size."""
+    seed: int = 0
+    """Of the draw."""
+    out: str | None = None
+    """JSON file to write, for --stats of `pretrain`, `finetune` and others."""
+
+    def check(self) -> None:
+        """Raise UserError for an impossible value."""
+        super().check()
+        check_values(self.channels, self.values)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from leanmim.caches import empty_caches
 from leanmim.config import Pretrain
+from leanmim.config.base import Stored
 from leanmim.costs.flops import Flops, NoneUncounted, Stopwatch, flop_counter
 from leanmim.costs.kernels import AsOnCuda, cuda_workspace
 from leanmim.costs.storages import Held, Storages
@@ -176,7 +177,8 @@ def count_step(
     """
     batch = int(config.batch_size)
     normalise = Normalise([0.5] * config.channels, [0.5] * config.channels, torch.device("cpu"))
-    images = torch.empty(batch, config.channels, *config.size, dtype=torch.uint8)
+    kind = torch.float32 if isinstance(config.read_as, Stored) else torch.uint8  # of what the readers hand over
+    images = torch.empty(batch, config.channels, *config.size, dtype=kind)
     storages = follow_all(model, optimizers, cuda)
     trained: MIM | Offload = model
     if config.offload and cuda:

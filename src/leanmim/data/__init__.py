@@ -5,8 +5,8 @@ continued at any step.
 """
 
 from leanmim.data.batches import batches, collate, effective_batch, loader, resolve_workers
-from leanmim.data.crops import IMAGENET, Crops, Normalise, centre_crop, cut_centre, statistics
-from leanmim.data.find import SUFFIXES, list_images
+from leanmim.data.crops import IMAGENET, Crops, Normalise, centre_crop, cut_centre
+from leanmim.data.find import ARRAY, SUFFIXES, list_images
 from leanmim.data.hub import Hub, open_hub
 from leanmim.data.labelled import Labelled, labelled_pair
 from leanmim.data.labels import images_at
@@ -15,10 +15,11 @@ from leanmim.data.read import UNREADABLE, Bad, read_image
 from leanmim.data.remote import open_remote
 from leanmim.data.shards import Shards
 from leanmim.data.source import SOURCES, Files, Folder, Source, absolute, open_source
+from leanmim.data.stats import statistics
 from leanmim.data.tar import Tar, open_tar
 
 __all__ = [
-    "IMAGENET", "SOURCES", "SUFFIXES", "UNREADABLE", "Bad", "Crops", "Files", "Folder", "Hub", "Labelled", "Normalise", "Order",
+    "ARRAY", "IMAGENET", "SOURCES", "SUFFIXES", "UNREADABLE", "Bad", "Crops", "Files", "Folder", "Hub", "Labelled", "Normalise", "Order",
     "Shards", "Source", "Tar", "absolute", "batches", "centre_crop", "collate", "cut_centre", "effective_batch", "epoch_order", "images_at",
     "labelled_pair", "list_images", "loader", "open_source", "order_of_steps", "read_image", "resolve_workers", "seed_of", "statistics",
 ]  # fmt: skip

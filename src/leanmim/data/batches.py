@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Real
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -52,7 +52,7 @@ def batches(
     process: Process = ALONE,
     device: torch.device = CPU,
     per_epoch: int | None = None,
-) -> Iterator[tuple[UInt8[Tensor, "b c H W"], list[Bad]]]:
+) -> Iterator[tuple[Real[Tensor, "b c H W"], list[Bad]]]:
     """The random crops of steps ``start`` to ``stop``, ``config.accum`` batches for each, and the images that could not be
     read.
 
@@ -76,7 +76,7 @@ def batches(
     return loader(dataset, order, resolve_workers(config.workers), device, collate, config.data_patience)
 
 
-def collate(items: list[tuple[Tensor, list[Bad]]]) -> tuple[UInt8[Tensor, "b c H W"], list[Bad]]:
+def collate(items: list[tuple[Tensor, list[Bad]]]) -> tuple[Real[Tensor, "b c H W"], list[Bad]]:
     """Stack the images, gather the reports."""
     return torch.stack([image for image, _ in items]), [bad for _, bads in items for bad in bads]
 

@@ -1,6 +1,6 @@
 """From a picture to the model's input: random crops, centre crops, normalisation.
 
-Workers hand over uint8; normalisation happens on the device. b batch, c channels, H W pixels.
+Workers hand over uint8, or float32 of stored values; normalisation happens on the device. b batch, c channels, H W pixels.
 """
 
 import math
@@ -10,18 +10,17 @@ from random import Random
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Real
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from leanmim.config.base import Decode
-from leanmim.data.order import epoch_order, seed_of
-from leanmim.data.read import Bad, Cut
+from leanmim.data.order import seed_of
+from leanmim.data.read import Bad, Cut, Picture, cut_whole
 from leanmim.data.source import Source, nothing_readable, read, read_box
-from leanmim.errors import UserError
-from leanmim.progress import track
+from leanmim.data.stored import as_float
 
 IMAGENET = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.449,), (0.226,))}
 LARGE = 2**24  # pixels of a resized image
@@ -47,7 +46,7 @@ def random_box(
     return left, top, left + w, top + h
 
 
-def resized(cut: Cut, size: tuple[int, int], interpolation: str) -> UInt8[Tensor, "c H W"]:
+def resized(cut: Cut, size: tuple[int, int], interpolation: str) -> Real[Tensor, "c H W"]:
     """The box of a cut at a size (height, width), with antialiasing."""
     left, top, right, bottom = map(round, cut.box)
     box = slice(top, max(bottom, top + 1)), slice(left, max(right, left + 1))
@@ -99,7 +98,7 @@ class Crops(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[UInt8[Tensor, "c H W"], list[Bad]]:
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Real[Tensor, "c H W"], list[Bad]]:
         epoch, index = item
         bad: list[Bad] = []
         for step in range(len(self)):
@@ -109,7 +108,7 @@ class Crops(Dataset):
             bad.append(crop)
         raise nothing_readable(len(self), bad[0])
 
-    def fast(self, place: int, seed: int) -> UInt8[Tensor, "c H W"] | Bad:
+    def fast(self, place: int, seed: int) -> Real[Tensor, "c H W"] | Bad:
         """The box first."""
         draw = Random(seed)
         choose = partial(random_box, scale=self.scale, ratio=self.ratio, draw=draw)
@@ -119,56 +118,50 @@ class Crops(Dataset):
         crop = resized(cut, self.size, self.interpolation)
         return crop.flip(-1) if draw.random() < self.flip else crop
 
-    def exact(self, place: int, seed: int) -> UInt8[Tensor, "c H W"] | Bad:
+    def exact(self, place: int, seed: int) -> Real[Tensor, "c H W"] | Bad:
         """The whole image first."""
         image = read(self.source, place)
         if isinstance(image, Bad):
             return image
+        if isinstance(image, np.ndarray):
+            return self.seeded(torch.from_numpy(as_float(image)).permute(2, 0, 1), seed)
+        return self.seeded(image, seed)
+
+    def seeded(self, image: Image.Image | Tensor, seed: int) -> Real[Tensor, "c H W"]:
+        """torchvision's crop and flip."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch's also reseeds the GPU
             return self.whole(image)
 
 
 class Normalise:
-    """uint8 images in memory -> normalised float32 images on the device."""
+    """Images in memory -> normalised float32 images on the device.
+
+    Args:
+        mean: of each channel, of bytes on the scale 0 to 1, of stored values in their own units.
+        std: standard deviation, likewise.
+        device: where to.
+    """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
         self.device = device
-        self.mean = torch.tensor(mean, device=device)[:, None, None] * 255
-        self.std = torch.tensor(std, device=device)[:, None, None] * 255
+        self.mean = torch.tensor(mean, device=device)[:, None, None]
+        self.std = torch.tensor(std, device=device)[:, None, None]
 
-    def __call__(self, images: UInt8[Tensor, "b c H W"]) -> Float[Tensor, "b c H W"]:
-        """Move, then normalise."""
-        return (images.to(self.device, non_blocking=True).float() - self.mean) / self.std
+    def __call__(self, images: Real[Tensor, "b c H W"]) -> Float[Tensor, "b c H W"]:
+        """Move, then normalise: bytes, or stored values in float32."""
+        unit = 255 if images.dtype == torch.uint8 else 1
+        return (images.to(self.device, non_blocking=True).float() - self.mean * unit) / (self.std * unit)
 
     def invert(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b c H W"]:
-        """Back to the scale 0 to 1, clipped, for people to look at."""
-        return ((images * self.std + self.mean) / 255).clamp(0, 1)
+        """Of bytes: back to the scale 0 to 1, clipped, for people to look at."""
+        return ((images * (self.std * 255) + self.mean * 255) / 255).clamp(0, 1)
 
 
-def statistics(source: Source, channels: int, seed: int, sample: int = 2048) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of every channel, on the scale 0 to 1, from a random sample of the images.
-
-    Every image counts the same, whatever its size. Unreadable ones are left out.
-    """
-    order = epoch_order(len(source), seed, 0)[:sample].tolist()
-    moments, levels = [], np.arange(256) / 255
-    for index in track(order, f"mean and deviation of {len(order)} images", len(order)):
-        image = read(source, index)
-        if isinstance(image, Bad):
-            continue
-        # counted, not converted: in double precision a large image needs gigabytes
-        counts = np.array(image.histogram()).reshape(channels, 256) / (image.width * image.height)
-        moments.append((counts @ levels, counts @ levels**2))
-    if not moments:
-        raise UserError(f"none of {len(order)} sampled image files can be read, the first: {source.where(order[0])}")
-    mean, square = np.mean(moments, axis=0)
-    std = np.sqrt(np.maximum(square - mean**2, 1e-6))
-    return mean.tolist(), std.tolist()
-
-
-def cut_centre(image: Image.Image, size: tuple[int, int], crop: float) -> UInt8[Tensor, "c H W"]:
+def cut_centre(image: Picture, size: tuple[int, int], crop: float) -> Real[Tensor, "c H W"]:
     """Resize until the share ``crop`` of the image covers ``size``, and cut that out of its centre."""
+    if isinstance(image, np.ndarray):
+        return centre_of_values(image, size, crop)
     zoom = max(size[0] / image.height, size[1] / image.width) / crop
     # Truncated, as in torchvision, whatever the rounding of the product.
     shape = (max(size[1], int(image.width * zoom + 1e-6)), max(size[0], int(image.height * zoom + 1e-6)))
@@ -179,6 +172,15 @@ def cut_centre(image: Image.Image, size: tuple[int, int], crop: float) -> UInt8[
         return v2.functional.pil_to_tensor(image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box))
     image = image.resize(shape, Image.Resampling.BICUBIC)
     return v2.functional.pil_to_tensor(v2.functional.center_crop(image, list(size)))
+
+
+def centre_of_values(values: Real[np.ndarray, "h w c"], size: tuple[int, int], crop: float) -> Float[Tensor, "c H W"]:
+    """`cut_centre` of stored values: cut first, to whole pixels, then resized."""
+    height, width = values.shape[:2]
+    scale = crop * min(height / size[0], width / size[1])
+    h, w = (max(1, round(scale * side)) for side in size)
+    top, left = (height - h) // 2, (width - w) // 2
+    return resized(cut_whole(values, lambda *_: (left, top, left + w, top + h)), size, "bicubic")
 
 
 def centre_crop(size: tuple[int, int], crop: float | None = None) -> Callable:

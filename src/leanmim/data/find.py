@@ -10,7 +10,9 @@ from typing import NoReturn
 from leanmim.errors import UserError
 
 SUFFIXES = {".avif", ".bmp", ".gif", ".j2k", ".jp2", ".jpeg", ".jpg", ".jpx", ".png", ".tif", ".tiff", ".webp"}
-FORMATS = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
+ARRAY = ".npy"
+"""Suffix of an image that is stored as an array."""
+FORMATS = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES)) + ", and npy where there are no others"
 TAKES = (
     "give a folder of images, a pattern such as 'photos/*/raw', a .txt list of images, tar or Parquet files, or a folder that "
     "Hugging Face's datasets saved"
@@ -108,10 +110,17 @@ def unlisted(error: OSError) -> NoReturn:
 
 
 def images_among(files: Iterable[str]) -> list[str]:
-    """The files with the suffix of an image, sorted folder by folder as paths are."""
-    return sorted(
-        (file for file in files if os.path.splitext(file)[1].lower() in SUFFIXES), key=lambda file: file.split(os.sep)
-    )
+    """The files with the suffix of an image, sorted folder by folder as paths are; arrays only where there is nothing else:
+    beside images they are something else, such as features.
+    """
+    images, arrays = list[str](), list[str]()
+    for file in files:
+        suffix = os.path.splitext(file)[1].lower()
+        if suffix in SUFFIXES:
+            images.append(file)
+        elif suffix == ARRAY:
+            arrays.append(file)
+    return sorted(images or arrays, key=lambda file: file.split(os.sep))
 
 
 def once(paths: list[str], root: str | Path = "") -> list[str]:

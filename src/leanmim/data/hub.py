@@ -13,10 +13,9 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from leanmim.data.find import SUFFIXES
-from leanmim.data.read import Choose, Cut, read_cut, read_image
+from leanmim.data.read import Choose, Cut, Picture, read_cut, read_image
 from leanmim.data.shards import Shards
 from leanmim.data.source import is_pattern
 from leanmim.errors import UserError
@@ -35,7 +34,7 @@ class Hub(Shards):
     Args:
         root: folder, file or pattern.
         splits: by name; an empty name is that of the only one.
-        channels: 1 or 3.
+        channels: as for `read_image`.
 
     Raises:
         UserError: there is no column of images, or several.
@@ -71,7 +70,7 @@ class Hub(Shards):
         """Dataset and name."""
         return f"{self.root}: {self._names[index]}"
 
-    def read(self, index: int) -> Image.Image:
+    def read(self, index: int) -> Picture:
         """A row's picture.
 
         Raises:

@@ -9,7 +9,7 @@ from copy import copy
 from pathlib import Path
 
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Real
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -68,7 +68,7 @@ class Labelled(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, item: int | tuple[int, int]) -> tuple[UInt8[Tensor, "c H W"], int]:
+    def __getitem__(self, item: int | tuple[int, int]) -> tuple[Real[Tensor, "c H W"], int]:
         """Image and label; an item (seed, index) fixes the transform's random choices."""
         index, image = self.pictures[item]
         if isinstance(image, Bad):

@@ -22,10 +22,11 @@ from torchvision.transforms import v2
 from leanmim.config.tools import Pack
 from leanmim.data.batches import CPU, loader, resolve_workers, say_once
 from leanmim.data.crops import resized
+from leanmim.data.find import ARRAY
 from leanmim.data.read import Bad, Cut
 from leanmim.data.source import Source, absolute, nothing_readable, open_source, read
 from leanmim.data.strings import Strings
-from leanmim.data.tar import ARRAY, BLOCK, MAGIC, OWN, Index, is_image
+from leanmim.data.tar import BLOCK, MAGIC, OWN, Index, is_image
 from leanmim.errors import UserError
 from leanmim.files import cannot_write, existing, megabytes
 from leanmim.progress import track
@@ -72,6 +73,7 @@ class Shrunk(Dataset):
         image = read(self.source, index)  # whole: it is done once
         if isinstance(image, Bad):
             return Packed(UNREAD + name, f"{image.path}: {image.reason}".encode(errors="surrogateescape"))
+        assert isinstance(image, Image.Image)  # of 8 bits: `Pack` has no other channels
         width, height = image.size
         shrink = min(1.0, side / min(height, width))
         cut = Cut(np.asarray(image).reshape(height, width, -1), (0, 0, width, height))

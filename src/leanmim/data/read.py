@@ -1,4 +1,4 @@
-"""Any image file as an 8-bit picture, in bounded time and memory."""
+"""Any image file in bounded time and memory: as an 8-bit picture, or its values as they are stored."""
 
 import io
 import math
@@ -17,8 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
-from jaxtyping import UInt8
+from jaxtyping import Shaped
 from PIL import ExifTags, Image, ImageFile, ImageOps, features
+
+from leanmim.config.base import Stored
+from leanmim.data.find import ARRAY
+from leanmim.data.stored import Stream, array_of, as_float, stored_values
 
 try:
     import simplejpeg
@@ -38,35 +42,44 @@ SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations of pictures whose width is stored as height."""
 Choose = Callable[[int, int], tuple[int, int, int, int]]
 """From width and height, px, a box: left, top, right, bottom."""
+Picture = Image.Image | np.ndarray
+"""8-bit RGB or grey; or an array of values as they are stored, h w c."""
 
 
 class Cut(NamedTuple):
     """A picture, decoded for the sake of a box in it."""
 
-    pixels: UInt8[np.ndarray, "h w c"]
-    """Of the whole picture, perhaps at a reduced scale."""
+    pixels: Shaped[np.ndarray, "h w c"]
+    """8-bit, of the whole picture, perhaps at a reduced scale; or the values in the box, float32."""
     box: tuple[float, float, float, float]
     """Left, top, right, bottom, in these pixels."""
 
 
-def read_image(path: str | Path, channels: int, data: bytes | None = None) -> Image.Image:
+def read_image(path: str | Path, channels: int, data: bytes | None = None) -> Picture:
     """Any image file as 8-bit RGB or grey: upright by its EXIF orientation, transparency on white, first frame.
 
     16-bit and 32-bit integer images are scaled to 8 bits; floating-point ones are taken to lie in 0 to 1, or in
-    0 to 255 if any value is above 1; what is not finite is black.
+    0 to 255 if any value is above 1; what is not finite is black. Of `Stored` channels the values are not converted,
+    see `stored_values`.
 
     Args:
         path: the file.
-        channels: 1 or 3.
+        channels: 1 or 3; any number if they are `Stored`.
         data: what it holds, if that is known; nothing is opened then.
 
     Raises:
         UNREADABLE: the file cannot be read, is no file, or is larger or takes longer than the limits.
     """
-    with bounded(path), opened(path, data) as stored:
-        image = ImageOps.exif_transpose(stored)
-        image.load()
-        return eight_bit(image, channels)
+    with bounded(path), opened(path, data) as file:
+        if isinstance(channels, Stored):
+            return stored_values(file, channels, formats())
+        if Path(path).suffix.lower() == ARRAY:
+            pixels = array_of(file.read(), channels)
+            return Image.fromarray(pixels if channels == 3 else pixels[..., 0])
+        with Image.open(file, formats=formats()) as stored:
+            image = ImageOps.exif_transpose(stored)
+            image.load()
+            return eight_bit(image, channels)
 
 
 def read_cut(path: str | Path, channels: int, choose: Choose, size: tuple[int, int], data: bytes | None = None) -> Cut:
@@ -77,12 +90,14 @@ def read_cut(path: str | Path, channels: int, choose: Choose, size: tuple[int, i
 
     Args:
         path: the file.
-        channels: 1 or 3.
+        channels: as for `read_image`.
         choose: a box from the upright picture's width and height.
         size: height and width that the box will be resized to.
         data: what the file holds, if that is known.
     """
-    with bounded(path), opened(path, data) as stored:
+    if isinstance(channels, Stored) or Path(path).suffix.lower() == ARRAY:
+        return cut_whole(read_image(path, channels, data), choose)
+    with bounded(path), opened(path, data) as file, Image.open(file, formats=formats()) as stored:
         turned = stored.getexif().get(ExifTags.Base.Orientation, 1)
         width, height = stored.size[::-1] if turned in SIDEWAYS else stored.size
         box = choose(width, height)
@@ -101,6 +116,15 @@ def read_cut(path: str | Path, channels: int, choose: Choose, size: tuple[int, i
     return Cut(
         pixels.reshape(*pixels.shape[:2], channels), (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
     )
+
+
+def cut_whole(picture: Picture, choose: Choose) -> Cut:
+    """A box of a picture that is in memory already."""
+    if isinstance(picture, Image.Image):
+        pixels = np.asarray(picture)
+        return Cut(pixels.reshape(*pixels.shape[:2], -1), choose(*picture.size))
+    left, top, right, bottom = choose(picture.shape[1], picture.shape[0])
+    return Cut(as_float(picture[top:bottom, left:right]), (0, 0, right - left, bottom - top))
 
 
 def scaled_jpeg(stored: ImageFile.ImageFile, channels: int, width: int, height: int) -> np.ndarray | None:
@@ -139,11 +163,10 @@ def bounded(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def opened(path: str | Path, data: bytes | None = None) -> Iterator[ImageFile.ImageFile]:
-    """The picture of a file as it is stored, of which nothing is decoded yet."""
+def opened(path: str | Path, data: bytes | None = None) -> Iterator[Stream]:
+    """A file, or what it holds, of which nothing is read yet."""
     if data is not None:
-        with Image.open(io.BytesIO(data), formats=formats()) as stored:
-            yield stored
+        yield io.BytesIO(data)
         return
     facts = os.stat(path)
     if not stat.S_ISREG(facts.st_mode):  # to open a FIFO waits for ever, to open a device may do anything
@@ -151,8 +174,8 @@ def opened(path: str | Path, data: bytes | None = None) -> Iterator[ImageFile.Im
     if facts.st_size > MAX_BYTES:
         raise OSError(f"it has {facts.st_size} bytes, more than {MAX_BYTES}")
     # Not Image.open(path): Pillow maps such a file into memory, which scrambles grey TIFFs that lie on their side.
-    with open(path, "rb") as file, Image.open(file, formats=formats()) as stored:
-        yield stored
+    with open(path, "rb") as file:
+        yield file
 
 
 @cache

@@ -6,7 +6,7 @@ b batch, c channels, H W pixels.
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Real
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -28,7 +28,7 @@ class Pictures(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, item: int | tuple[int, int]) -> tuple[int, UInt8[Tensor, "c H W"] | Bad]:
+    def __getitem__(self, item: int | tuple[int, int]) -> tuple[int, Real[Tensor, "c H W"] | Bad]:
         seed, place = (0, item) if isinstance(item, int) else item
         image = read(self.source, place)
         if isinstance(image, Bad):
@@ -46,12 +46,12 @@ def image_batches(
     report: Callable[[list[Bad]], object],
     device: torch.device = CPU,
     patience: float = 0.0,
-) -> Iterator[tuple[UInt8[Tensor, "b c H W"], list[int]]]:
+) -> Iterator[tuple[Real[Tensor, "b c H W"], list[int]]]:
     """Every readable image of a source once, in its order, with its position there.
 
     Args:
         source: the images.
-        transform: from a picture to bytes.
+        transform: from a picture to bytes, or to stored values.
         batch_size: images at once, at most.
         workers: processes that read images.
         report: told of those that cannot be read, which are left out.

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image
 
+from leanmim.data.read import Picture
 from leanmim.data.strings import Strings
 
 Self = TypeVar("Self", bound="Shards")
@@ -22,7 +22,7 @@ class Shards(ABC):
         paths: of the files.
         names: of the images.
         places: where each image is; one row each.
-        channels: 1 or 3.
+        channels: as for `read_image`.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Shards(ABC):
         """How a message calls an image."""
 
     @abstractmethod
-    def read(self, index: int) -> Image.Image:
+    def read(self, index: int) -> Picture:
         """An image. Errors as for a `Source`."""
 
     def of(self: Self, names: Iterable[str]) -> Self:

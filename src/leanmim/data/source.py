@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
-from PIL import Image
 
 from leanmim.data.find import image_names, match_images, read_list, real_paths
-from leanmim.data.read import UNREADABLE, Bad, Choose, Cut, read_cut, read_image
+from leanmim.data.read import UNREADABLE, Bad, Choose, Cut, Picture, cut_whole, read_cut, read_image
 from leanmim.data.strings import Strings
 from leanmim.errors import UserError
 
@@ -38,7 +37,7 @@ class Away(UserError):
     """The images cannot be reached at the moment; a training waits for them, see `loader`."""
 
 
-def read(source: "Source", place: int) -> Image.Image | Bad:
+def read(source: "Source", place: int) -> Picture | Bad:
     """An image, or why it cannot be read.
 
     Raises:
@@ -60,9 +59,7 @@ def cut_of(source: "Source", index: int, choose: Choose, size: tuple[int, int]) 
     """By the source's own method ``cut``, or where it has none from the whole image."""
     if cut := getattr(source, "cut", None):
         return cut(index, choose, size)
-    image = source.read(index)
-    pixels = np.asarray(image)
-    return Cut(pixels.reshape(*pixels.shape[:2], -1), choose(*image.size))
+    return cut_whole(source.read(index), choose)
 
 
 def sizes_of(source: "Source") -> list[int | None]:
@@ -98,8 +95,8 @@ class Source(Protocol):
         """How many images there are."""
         ...
 
-    def read(self, index: int) -> Image.Image:
-        """An image, 8-bit RGB or grey.
+    def read(self, index: int) -> Picture:
+        """An image, 8-bit RGB or grey; or an array of stored values, h w c.
 
         Raises:
             UNREADABLE: it cannot be read. It must be one of these exceptions (OSError, ValueError, ...): training then
@@ -114,7 +111,7 @@ class Source(Protocol):
 
 
 class Files:
-    """Image files, converted to ``channels``, 1 or 3; names are paths relative to ``root``."""
+    """Image files of ``channels``, see `read_image`; names are paths relative to ``root``."""
 
     def __init__(self, root: str | Path, names: Iterable[str | Path], channels: int) -> None:
         self.root, self.channels = Path(root), channels
@@ -137,7 +134,7 @@ class Files:
         """The file's path."""
         return str(Path(self.root, self._names[index]))
 
-    def read(self, index: int) -> Image.Image:
+    def read(self, index: int) -> Picture:
         """The file as a picture.
 
         Raises:
@@ -228,7 +225,7 @@ class Joined:
         position, own = self._places[index].tolist()
         return self.sources[position].where(own)
 
-    def read(self, index: int) -> Image.Image:
+    def read(self, index: int) -> Picture:
         """What the image's source reads."""
         position, own = self._places[index].tolist()
         return self.sources[position].read(own)
@@ -241,8 +238,8 @@ class Joined:
 
 Opener = Callable[[str, int], "Source | None"]
 SOURCES: list[Opener] = []
-"""Asked in turn whether they open a value of --data, with so many channels; None is no. Third parties may add to it. What
-nobody opens is a list, a pattern or a folder."""
+"""Asked in turn whether they open a value of --data, with so many channels (`Stored` ones are not converted to 8 bits);
+None is no. Third parties may add to it. What nobody opens is a list, a pattern or a folder."""
 
 
 def open_source(data: str | Sequence[str], channels: int) -> Source:

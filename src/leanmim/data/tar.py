@@ -3,7 +3,6 @@
 A file is read at random, so order, crops and continuation are those of a folder. Members that are no images are passed over.
 """
 
-import io
 import json
 import os
 import tarfile
@@ -14,17 +13,16 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
 from PIL import Image
 
-from leanmim.data.find import FORMATS, SUFFIXES
-from leanmim.data.read import MAX_BYTES, Choose, Cut, read_cut, read_image
+from leanmim.config.base import Stored
+from leanmim.data.find import ARRAY, FORMATS, SUFFIXES
+from leanmim.data.read import MAX_BYTES, Choose, Cut, Picture, read_cut, read_image
 from leanmim.data.shards import Shards
 from leanmim.data.source import REMEDY, UNREACHABLE, Away, is_pattern
+from leanmim.data.stored import array_of
 from leanmim.errors import UserError
 
-ARRAY = ".npy"
-"""Suffix of a picture that is stored as it is: 8 bits, height x width x channels."""
 BLOCK = 512  # bytes, of which a tar file consists
 MAGIC = b"leanmim pack 1 "
 """How the last block of a pack's index begins; the index's place and length follow."""
@@ -61,7 +59,7 @@ def read_index(path: Path) -> Index:
             f"{str(path)!r} ends too early, {len(late)} of its {len(index.names)} images are missing; write or download it again"
         )
     if not index.names:
-        raise UserError(f"{str(path)!r} holds no images; leanmim reads {FORMATS}, and {ARRAY[1:]} of its own packs")
+        raise UserError(f"{str(path)!r} holds no images; leanmim reads {FORMATS}")
     return index
 
 
@@ -116,7 +114,7 @@ class Tar(Shards):
 
     Args:
         paths: of the files.
-        channels: 1 or 3.
+        channels: 1 to 16; `Stored` ones are not converted to 8 bits.
 
     Raises:
         UserError: see `read_index`.
@@ -142,7 +140,7 @@ class Tar(Shards):
         """File and member."""
         return f"{self.paths[self.places[index, 0]]}: {self._names[index]}"
 
-    def read(self, index: int) -> Image.Image:
+    def read(self, index: int) -> Picture:
         """A member as a picture.
 
         Raises:
@@ -150,7 +148,7 @@ class Tar(Shards):
             Away: the tar file cannot be reached.
         """
         name, data = self._names[index], self.bytes_of(index)
-        if name.endswith(ARRAY):
+        if self.raw(name):
             pixels = array_of(data, self.channels)
             return Image.fromarray(pixels if self.channels == 3 else pixels[..., 0])
         return read_image(name, self.channels, data)
@@ -158,10 +156,14 @@ class Tar(Shards):
     def cut(self, index: int, choose: Choose, size: tuple[int, int]) -> Cut:
         """A member for the sake of a box in it, see `read_cut`. Errors as for `read`."""
         name, data = self._names[index], self.bytes_of(index)
-        if name.endswith(ARRAY):
+        if self.raw(name):
             pixels = array_of(data, self.channels)
             return Cut(pixels, choose(pixels.shape[1], pixels.shape[0]))
         return read_cut(name, self.channels, choose, size, data)
+
+    def raw(self, name: str) -> bool:
+        """Whether a member is the pixels of an 8-bit picture, which nothing has to decode."""
+        return name.endswith(ARRAY) and not isinstance(self.channels, Stored)
 
     def bytes_of(self, index: int) -> bytes:
         """What a member holds. Read, not mapped: of a mapped file on a drive that goes away the system kills the process."""
@@ -191,33 +193,3 @@ def open_tar(data: str, channels: int) -> Tar | None:
 def is_tar(path: str | Path) -> bool:
     """Whether it is a tar file, by its name."""
     return Path(path).suffix.lower() == ".tar" and os.path.isfile(path)
-
-
-def array_of(data: bytes, channels: int) -> UInt8[np.ndarray, "h w c"]:
-    """The picture of an array file.
-
-    Raises:
-        ValueError: it holds no picture of 8 bits.
-    """
-    begins = 10 + int.from_bytes(data[8:10], "little")  # of version 1.0, as numpy writes it
-    pixels = np.frombuffer(data, np.uint8, offset=begins).reshape(shape_of(data[:begins]))
-    if pixels.shape[2] == channels:
-        return pixels
-    if channels == 3:
-        return np.repeat(pixels, 3, axis=2)
-    return np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
-
-
-@lru_cache(4096)
-def shape_of(header: bytes) -> tuple[int, ...]:
-    """Of the picture that follows the header of an array file.
-
-    Raises:
-        ValueError: none does.
-    """
-    file = io.BytesIO(header)
-    version = np.lib.format.read_magic(file)
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    if version != (1, 0) or dtype != np.uint8 or len(shape) != 3 or shape[2] not in (1, 3) or 0 in shape:
-        raise ValueError(f"an array of {dtype} and shape {shape} is no picture; it is uint8, height x width x 1 or 3")
-    return shape

@@ -25,7 +25,7 @@ from leanmim.evaluators.cache import digest_of_weights
 from leanmim.evaluators.embed_file import WRITERS, Parts, Rows
 from leanmim.evaluators.features import embedding, has_class_token, layer_count, only_layer, uncovered
 from leanmim.progress import track
-from leanmim.start import open_start
+from leanmim.start import start_of
 
 Extractor = Callable[[Float[Tensor, "b c H W"]], Tensor]  # to b d, or b p d
 
@@ -40,15 +40,13 @@ def embed(config: Embed) -> Path:
         UserError: an option is impossible, the start or the data cannot be read, the file is another's, or no image can be
             read.
     """
-    config.check()
+    config = config.with_stats()
     write = WRITERS[Path(config.out).suffix]()  # a missing library shows before the work
-    start = open_start(
-        config.start, config.model, config.model_kwargs, config.input_size, config.channels, config.depth
-    )
+    start = start_of(config.start, config)
     device, size = resolve_device(config.device), start.model.size
     backbone, image = start.encoder(size).to(device), torch.zeros(1, start.model.channels, *size, device=device)
     features, normalise = extractor(backbone, config, image), Normalise(start.mean, start.std, device)
-    source = open_source(config.data, start.model.channels)
+    source = open_source(config.data, start.model.read_as)
     with torch.inference_mode():
         shape = tuple(features(image).shape[1:])
     config = replace(config, data=absolute(config.data))

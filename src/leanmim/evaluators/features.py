@@ -29,7 +29,7 @@ from leanmim.evaluators.accuracy import Accuracy
 from leanmim.files import append_line
 from leanmim.progress import track
 from leanmim.run import Run
-from leanmim.start import Start, open_start
+from leanmim.start import Start, images_of, open_start, start_of
 from leanmim.weights import truncated
 
 Embed = Callable[[Float[Tensor, "b c H W"]], Float[Tensor, "b d"]]
@@ -175,11 +175,11 @@ def subjects(config: Evaluator) -> Iterator[Subject]:
     Raises:
         UserError: an encoder or the labelled folder cannot be read, or an option does not go with them.
     """
-    config.check()
-    start = open_start(config.run, config.model, config.model_kwargs, config.input_size, config.channels, config.depth)
+    config = config.with_stats()
+    start = start_of(config.run, config)
     assert isinstance(config.baselines, tuple)  # its __post_init__ made it one
     others = {  # opened now: a wrong one shows before anything is measured
-        word: open_start(word, input_size=config.input_size, channels=start.model.channels)
+        word: open_start(word, input_size=config.input_size, images=images_of(start))
         for word in config.baselines
         if word not in TRIVIAL
     }
@@ -201,7 +201,7 @@ def subject_of(name: str, start: Start, backbone: Backbone, config: Evaluator) -
     size, pool = start.model.size, config.pool
     if pool == "auto":
         pool = "token" if getattr(config, "solver", "") == "lars" and has_class_token(backbone) else "avg"
-    train, val = labelled_pair(config.data, start.model.channels, centre_crop(size, config.crop))
+    train, val = labelled_pair(config.data, start.model.read_as, centre_crop(size, config.crop))
     if val.held_out:
         Console(stderr=True, markup=False).print(f"no val folder in {config.data}: {len(val)} images are held out")
     normalise = Normalise(start.mean, start.std, resolve_device(config.device))

@@ -21,6 +21,8 @@ from torchvision.transforms import v2
 
 from leanmim.config import Probe
 from leanmim.data import Bad, epoch_order, loader, seed_of
+from leanmim.data.crops import resized
+from leanmim.data.read import cut_whole
 from leanmim.data.readable import collate_readable
 from leanmim.data.source import nothing_readable
 from leanmim.errors import UserError
@@ -109,6 +111,9 @@ class LoopFreeCrop(nn.Module):
 
     def forward(self, image: Any) -> Any:
         """A crop at the size."""
+        if isinstance(image, np.ndarray):  # stored values
+            top, left, h, w = self.box(*image.shape[:2])
+            return resized(cut_whole(image, lambda *_: (left, top, left + w, top + h)), self.size, "bicubic")
         box = self.box(image.height, image.width)
         how = v2.InterpolationMode.BICUBIC
         return v2.functional.resized_crop(image, *box, size=list(self.size), interpolation=how, antialias=True)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from leanmim.config import Pretrain
-from leanmim.config.base import Model
+from leanmim.config.base import Model, Stored
 from leanmim.encoders.backbone import Backbone, Truncated, backbone_arguments, backbone_of, shallower
 from leanmim.mim import MIM
 from leanmim.start import Start
@@ -96,6 +96,8 @@ def describe(backbone: Backbone, own: Model, state: dict[str, Any], classes: tup
         "pretrained_cfg": known,
         "leanmim": {"recipe": trained.get("recipe"), "step": state["step"], "epochs": trained.get("epochs")},
     }
+    if isinstance(own.read_as, Stored):
+        description["leanmim"]["values"] = "stored"
     if classes:
         description["label_names"] = list(classes)
     if isinstance(pool := getattr(backbone, "global_pool", None), str):  # elsewhere it is a module, or the head's

@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from leanmim.config import Export, Pretrain, Report, Show
+from leanmim.config.base import Stored
 from leanmim.costs import StepCost, count
 from leanmim.data import Labelled, absolute, batches, centre_crop, labelled_pair, open_source, resolve_workers
 from leanmim.device import forget_peak, peak_memory
@@ -44,7 +45,7 @@ def pretrain(config: Pretrain) -> Path:
     Raises:
         UserError: something in the configuration, the data or the run folder is wrong.
     """
-    config.check()
+    config = config.with_stats()
     for name, what in (("data", "a folder of images"), ("out", "the run folder to write")):
         if not getattr(config, name):
             raise UserError(f"--{name} is needed: {what}")
@@ -57,7 +58,7 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
     # Everything that can be wrong is looked at before anything is written.
     resolve_workers(config.workers)
     run = Run(Path(config.out))
-    source = open_source(config.data, config.channels)
+    source = open_source(config.data, config.read_as)
     images = DataList.of(source, len(source), process.world)
     check_alike(process, images.digest, "images in --data")
     config = replace(config, data=absolute(config.data))
@@ -79,7 +80,7 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
     changes = check_unchanged(before, images, config.data_changed) if start < steps else None
     predicted, _ = count(own, counted_as(device))
     guard_memory(own, predicted, process, device)
-    knn_sets = labelled_pair(config.knn_data, config.channels, centre_crop(config.size)) if config.knn_data else None
+    knn_sets = labelled_pair(config.knn_data, config.read_as, centre_crop(config.size)) if config.knn_data else None
     forget_peak(device)
     memory_before = psutil.Process().memory_info().rss
     training, origin = begin(config, plan, source, state, device, process)
@@ -104,6 +105,7 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
         run, config, steps, state, process, device, config.recipe, max_bad_steps=config.max_bad_steps, diagnose=diagnose
     ) as loop:
         notes += [f"starting from {origin}"] if origin else []
+        notes += [normalised(training.mean, training.std)] if isinstance(config.read_as, Stored) else []
         for line in (
             *header(config, plan, len(source), predicted, training),
             str(calibration),
@@ -147,6 +149,11 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
         loop.console.print(f"done: encoder in {folder}, reconstructions in {picture}, report in {page}")
     process.wait()
     return run.folder
+
+
+def normalised(mean: list[float], std: list[float]) -> str:
+    """By which numbers images are normalised, as options."""
+    return " ".join(["normalised by --mean", *(f"{x:.6g}" for x in mean), "--std", *(f"{x:.6g}" for x in std)])
 
 
 def online_knn(training: Training, sets: tuple[Labelled, Labelled], loop: Loop, epoch: float) -> None:

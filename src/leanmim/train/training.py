@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from leanmim.config import Pretrain
+from leanmim.config.base import Stored
 from leanmim.data import (
     IMAGENET,
     Labelled,
@@ -106,7 +107,7 @@ class Training:
         self.ease = (self.phase.own(step) / self.phase.per_epoch, old / new if new else 1.0)
 
     def step(self, step: int, feed: Iterator[Tensor]) -> Tensor:
-        """One update from so many batches of uint8 images; masks and drop path depend on seed, process and step only."""
+        """One update from so many batches of images in memory; masks and drop path depend on seed, process and step only."""
         own, running = self.phase.config, running_statistics(self.model)
         before = [value.clone() for value in running]
         images = map(self.normalise, feed)
@@ -185,8 +186,8 @@ def begin(
         mean, std = state["mean"], state["std"]
     elif config.mean and config.std:
         mean, std = list(config.mean), list(config.std)
-    elif config.statistics == "data":
-        mean, std = statistics(source, config.channels, config.seed)
+    elif config.statistics == "data" or isinstance(config.read_as, Stored):
+        mean, std = statistics(source, config.read_as, config.seed)
     else:
         mean, std = map(list, IMAGENET[config.channels])
     if state:
