@@ -64,6 +64,12 @@ class TrainImages(Dataset):
         yield from ring[~same].tolist()
 
 
+def train_images(config: Finetune, labels: Labels, transform: Callable) -> TrainImages:
+    """The images to train with; those of 8 bits in colour also where the model takes grey, to be augmented."""
+    channels = as_read(config.channels or 3, config.values)
+    return TrainImages(labels, transform, config.seed, channels if isinstance(channels, Stored) else 3)
+
+
 def steps_per_epoch(images: int, effective: int) -> int:
     """Steps of an epoch: as many whole ones as there are images for, and one at least."""
     return max(1, images // effective)
@@ -98,9 +104,7 @@ def train_batches(
     count = len(labels.train)
     per_epoch = per_epoch or steps_per_epoch(count, int(config.batch_size) * config.accum * process.world)
     order = order_of_steps(config, count, per_epoch, start, stop, process)
-    channels = as_read(config.channels or 3, config.values)
-    # 8-bit ones are augmented in colour, also where the model takes grey
-    dataset = TrainImages(labels, transform, config.seed, channels if isinstance(channels, Stored) else 3)
+    dataset = train_images(config, labels, transform)
     return loader(dataset, order, resolve_workers(config.workers), device, collate, config.data_patience)
 
 

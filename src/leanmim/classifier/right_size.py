@@ -15,7 +15,7 @@ from leanmim.calibration import IMAGES, Calibration, Setting, calibrate
 from leanmim.calibration import NAMES as MEASURED
 from leanmim.classifier.augment import mix, mixing, train_transform
 from leanmim.classifier.cost import count_tuning
-from leanmim.classifier.data import TrainImages, train_batches
+from leanmim.classifier.data import train_batches, train_images
 from leanmim.classifier.model import make_classifier, pooling
 from leanmim.classifier.recipes import choose, filled, small_batch, small_epochs, small_rate
 from leanmim.classifier.tuning import Tuning
@@ -34,6 +34,14 @@ from leanmim.train.right_size import as_begun, batch_that_fits, guard_memory, pr
 SECONDS, LEAST_STEPS, MOST_STEPS, WARM_UP = 5.0, 3, 100, 1  # of the trial that measures the speed
 
 
+def of_start(config: Finetune, start: Start) -> Finetune:
+    """The configuration with what the start says of the images."""
+    own = start.model
+    if isinstance(own.read_as, Stored) and config.randaugment == "auto":
+        config = replace(config, randaugment="none")
+    return replace(config, input_size=own.input_size, channels=own.channels, values=own.values)
+
+
 def right_sized(
     config: Finetune, run: Run, start: Start, labels: Labels, process: Process, device: torch.device
 ) -> tuple[Finetune, StepCost, list[str]]:
@@ -49,15 +57,7 @@ def right_sized(
     """
     images, classes = len(labels.train), len(labels.classes)
     architecture = replace(start.model, model_kwargs=start.model.model_kwargs | pooling(start, config.pool))
-    config = replace(
-        config,
-        input_size=architecture.input_size,
-        channels=architecture.channels,
-        values=architecture.values,
-        data=str(Path(config.data).absolute()),
-    )
-    if isinstance(architecture.read_as, Stored) and config.randaugment == "auto":
-        config = replace(config, randaugment="none")
+    config = replace(of_start(config, start), data=str(Path(config.data).absolute()))
     choices = [field.name for field in fields(config) if getattr(config, field.name) == "auto"]
     stored = {} if config.overwrite and not run.begun_by_this_job() else run.stored()
     if isinstance(stored.get("recipe"), str) and config.recipe == "auto":
@@ -141,13 +141,13 @@ def calibrated(
     config: Finetune, stored: Any, start: Start, labels: Labels, process: Process, device: torch.device
 ) -> Calibration:
     """What ``auto`` of the machine is for a start and these images, see `calibrate`."""
-    config = replace(config, input_size=start.model.input_size, channels=start.model.channels)
+    config = of_start(config, start)
     recipe = filled(config, choose(config, start, len(labels.train)))
     most = min(
         IMAGES[device.type], small_batch(len(labels.train)) if recipe.batch_size == "auto" else int(recipe.batch_size)
     )
     trial = replace(recipe, blr=0.0, lr=None, ema=0.0)
-    images = TrainImages(labels, train_transform(recipe, start.mean, start.std), config.seed)
+    images = train_images(config, labels, train_transform(recipe, start.mean, start.std))
     places = itertools.cycle(range(len(images)))
 
     def seconds(speed: float) -> float:
