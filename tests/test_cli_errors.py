@@ -20,7 +20,7 @@ from tests.wrong_lines import judged, prepare, wrong_lines
     ("line", "said"),
     [
         ("pretrian mae", "there is no command 'pretrian'; did you mean pretrain?"),
-        ("qqq", "there is no command 'qqq'; there are: pretrain, pack, finetune, predict, embed, cost, "),
+        ("qqq", "there is no command 'qqq'; there are: pretrain, pack, stats, finetune, predict, embed, cost, "),
         ("--data d", "give a command before --data"),
         ("", "give a command\n"),
         ("pretrain mea --data d --out o", "there is no recipe 'mea'; did you mean mae?"),
