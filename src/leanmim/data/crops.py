@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Real
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
@@ -51,9 +51,9 @@ def resized(cut: Cut, size: tuple[int, int], interpolation: str) -> Real[Tensor,
     left, top, right, bottom = map(round, cut.box)
     box = slice(top, max(bottom, top + 1)), slice(left, max(right, left + 1))
     pixels = np.array(cut.pixels[box])  # a copy: Pillow's are not to be written to
-    crop = torch.from_numpy(pixels).permute(2, 0, 1)
-    how = v2.InterpolationMode(interpolation)
-    return v2.functional.resize(crop, list(size), how, antialias=True)
+    crop = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    # what torchvision calls, but the result has its channels apart, as a batch has
+    return nn.functional.interpolate(crop, list(size), mode=interpolation, antialias=True)[0]
 
 
 class Crops(Dataset):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import PIL
 from jaxtyping import Shaped
-from PIL import ExifTags, Image, ImageFile, ImageOps, features
+from PIL import ExifTags, Image, ImageOps, features
 
 from leanmim.config.base import Stored
 from leanmim.data.find import ARRAY
@@ -40,6 +40,8 @@ MAX_SECONDS = 30.0
 BAND = 2**20  # pixels that are converted at once
 SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations of pictures whose width is stored as height."""
+SAYS_WHICH_WAY_UP = (b"Exif\0", b":Orientation")
+"""What a JPEG holds that may say it, in Exif or in XMP."""
 Choose = Callable[[int, int], tuple[int, int, int, int]]
 """From width and height, px, a box: left, top, right, bottom."""
 Picture = Image.Image | np.ndarray
@@ -97,22 +99,47 @@ def read_cut(path: str | Path, channels: int, choose: Choose, size: tuple[int, i
     """
     if isinstance(channels, Stored) or Path(path).suffix.lower() == ARRAY:
         return cut_whole(read_image(path, channels, data), choose)
-    with bounded(path), opened(path, data) as file, Image.open(file, formats=formats()) as stored:
+    with bounded(path), opened(path, data) as file:
+        if (found := plain_jpeg(file)) is not None:
+            content, whole = found
+            box = choose(*whole)
+            pixels = scaled_jpeg(content, channels, whole, needed(box, whole, size))
+            if pixels is not None:
+                return scaled_cut(pixels, channels, whole, box)
+        return cut_picture(file, channels, choose, size)
+
+
+def cut_picture(file: Stream, channels: int, choose: Choose, size: tuple[int, int]) -> Cut:
+    """`read_cut` with Pillow, which knows which way up a picture is, and every format."""
+    with Image.open(file, formats=formats()) as stored:
         turned = stored.getexif().get(ExifTags.Base.Orientation, 1)
-        width, height = stored.size[::-1] if turned in SIDEWAYS else stored.size
-        box = choose(width, height)
-        least = math.ceil(size[1] * width / (box[2] - box[0])), math.ceil(size[0] * height / (box[3] - box[1]))
+        whole = stored.size[::-1] if turned in SIDEWAYS else stored.size
+        box = choose(*whole)
+        least = needed(box, whole, size)
         pixels = None
         if stored.format == "JPEG" and stored.mode in ("L", "RGB"):
             if turned == 1:
-                pixels = scaled_jpeg(stored, channels, *least)
+                file.seek(0)
+                pixels = scaled_jpeg(file.read(), channels, whole, least)
             if pixels is None:
                 stored.draft(None, least[::-1] if turned in SIDEWAYS else least)
         if pixels is None:
             image = ImageOps.exif_transpose(stored)
             image.load()
             pixels = np.asarray(eight_bit(image, channels))
-    down, across = pixels.shape[0] / height, pixels.shape[1] / width
+    return scaled_cut(pixels, channels, whole, box)
+
+
+def needed(box: tuple[int, int, int, int], whole: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height of a whole picture in which the box has as many pixels as ``size`` (height, width)."""
+    return math.ceil(size[1] * whole[0] / (box[2] - box[0])), math.ceil(size[0] * whole[1] / (box[3] - box[1]))
+
+
+def scaled_cut(
+    pixels: Shaped[np.ndarray, "..."], channels: int, whole: tuple[int, int], box: tuple[int, int, int, int]
+) -> Cut:
+    """The box of a picture of the size ``whole`` (width, height), in pixels that are perhaps fewer."""
+    across, down = pixels.shape[1] / whole[0], pixels.shape[0] / whole[1]
     return Cut(
         pixels.reshape(*pixels.shape[:2], channels), (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
     )
@@ -127,18 +154,37 @@ def cut_whole(picture: Picture, choose: Choose) -> Cut:
     return Cut(as_float(picture[top:bottom, left:right]), (0, 0, right - left, bottom - top))
 
 
-def scaled_jpeg(stored: ImageFile.ImageFile, channels: int, width: int, height: int) -> np.ndarray | None:
-    """A JPEG at the smallest scale of at least this width and height, or whole; None if it takes Pillow to read it."""
-    if simplejpeg is None or stored.fp is None:
+def plain_jpeg(file: Stream) -> tuple[bytes, tuple[int, int]] | None:
+    """What a JPEG holds, and its width and height, where nothing in it speaks of another way up or of unusual colours; None of
+    all other files, of which nothing is read then. Pillow would look at the header for as long as half of a small picture's
+    decoding takes.
+    """
+    if simplejpeg is None or file.read(3) != b"\xff\xd8\xff":
+        file.seek(0)
         return None
-    scale = next((by for by in (8, 4, 2) if stored.width >= by * width and stored.height >= by * height), 1)
-    stored.fp.seek(0)
+    file.seek(0)
+    content = file.read()
+    file.seek(0)
+    if any(word in content for word in SAYS_WHICH_WAY_UP):
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+    except ValueError:
+        return None
+    usual = colours in ("YCbCr", "Gray") and width * height <= (Image.MAX_IMAGE_PIXELS or width * height)
+    return (content, (width, height)) if usual else None
+
+
+def scaled_jpeg(content: bytes, channels: int, whole: tuple[int, int], least: tuple[int, int]) -> np.ndarray | None:
+    """A JPEG of the size ``whole`` (width, height) at the smallest scale that leaves it the size ``least``, or whole; None if it
+    takes Pillow to read it.
+    """
+    if simplejpeg is None:
+        return None
+    scale = next((by for by in (8, 4, 2) if all(side >= by * low for side, low in zip(whole, least, strict=True))), 1)
     try:
         return simplejpeg.decode_jpeg(
-            stored.fp.read(),
-            "RGB" if channels == 3 else "GRAY",
-            min_width=stored.width // scale,
-            min_height=stored.height // scale,
+            content, "RGB" if channels == 3 else "GRAY", min_width=whole[0] // scale, min_height=whole[1] // scale
         )
     except ValueError:  # also of what does no harm
         return None
