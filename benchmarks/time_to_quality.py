@@ -18,8 +18,10 @@ from typing import Any
 
 import record
 
+from leanmim.data import list_images
 
-def run(tree: Path, data: Path, out: Path, options: list[str]) -> list[dict[str, Any]]:
+
+def run(tree: Path, data: Path, labelled: Path, out: Path, options: list[str]) -> list[dict[str, Any]]:
     """The log of a run of the version in ``tree``."""
     words = [
         "pretrain",
@@ -27,7 +29,7 @@ def run(tree: Path, data: Path, out: Path, options: list[str]) -> list[dict[str,
         "--data",
         str(data / "train"),
         "--knn-data",
-        str(data),
+        str(labelled),
         "--knn-every",
         "1",
         "--out",
@@ -57,10 +59,16 @@ def reached(found: list[tuple[float, float]], accuracy: float) -> float | None:
     return None
 
 
+def images(labelled: Path) -> str:
+    """How many there are, to vote and to test."""
+    return " and ".join(str(len(list_images(labelled / part))) for part in ("train", "val"))
+
+
 def main() -> None:
     """Train both, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="labelled folder: train/CLASS, val/CLASS")
+    parser.add_argument("--knn-data", type=Path, help="of which kNN is measured; none given is --data")
     parser.add_argument("--base", required=True, help="commit of the other version")
     parser.add_argument("--accuracy", type=float, default=0.38)
     parser.add_argument("--epochs", type=int, default=8)
@@ -76,7 +84,7 @@ def main() -> None:
         )
         try:
             for name, tree in (("before", base), ("now", Path(__file__).parent.parent)):
-                lines = run(tree, arguments.data, Path(work) / name, options)
+                lines = run(tree, arguments.data, arguments.knn_data or arguments.data, Path(work) / name, options)
                 raw[name] = points(lines)
                 minutes = reached(raw[name], arguments.accuracy)
                 rows.append({
@@ -90,7 +98,7 @@ def main() -> None:
             subprocess.run(["git", "worktree", "remove", "--force", str(base)], check=True)
     configuration = {
         "data": arguments.data.name, "accuracy": f"{100 * arguments.accuracy:g} %", "model": arguments.model, "input": f"{arguments.input_size} px",
-        "epochs": arguments.epochs, "seeds": "one",
+        "epochs": arguments.epochs, "seeds": "one", "kNN": f"{images(arguments.knn_data or arguments.data)} images",
     }  # fmt: skip
     record.write(
         "time-to-quality-cpu", "Time to a kNN accuracy, before and now", configuration, rows, raw, "Training only."

@@ -59,7 +59,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(clock: Clock, stored: Any = None, **given: Any) -> calibration.Calibration:
         monkeypatch.setattr(calibration, "time", SimpleNamespace(perf_counter=lambda: clock.now))
         config = Pretrain(data="d", out="o", **given)
-        return calibrate(config, stored, lambda: clock, clock.read_one, lambda speed: 1e9, ALONE, CPU)
+        return calibrate(config, stored, clock.model, lambda: clock, clock.read_one, lambda speed: 1e9, ALONE, CPU)
 
     return run
 
@@ -104,7 +104,9 @@ def test_what_is_given_stays_and_is_not_tried(measured: Any) -> None:
     assert found.setting == Setting("fp32", 3, 3, True, False) and not found.tried  # a core is left for the steps
     steps = clock.steps
     assert measured(clock, workers=0, **given).setting.workers == 0
-    assert clock.steps == steps  # nothing to measure: no model was made
+    assert clock.steps == steps  # nothing to measure
+    plain = Clock(lambda own: 0.1, LINEAR)  # without convolutions there is no choice of memory format
+    assert measured(plain, threads=3, precision="fp32", workers=0).setting.threads == 3 and plain.steps == 0
 
 
 def test_the_environment_gives_the_threads(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:

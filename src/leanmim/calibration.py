@@ -61,11 +61,6 @@ class Trial(Protocol):
     most: int
     """Images of a step, at most."""
 
-    @property
-    def model(self) -> nn.Module:
-        """The model."""
-        ...
-
     def use(self, setting: Setting) -> None:
         """Compute so from now on."""
         ...
@@ -153,6 +148,7 @@ def kept(stored: Any, machine: dict[str, Any]) -> dict[str, Any]:
 def calibrate(
     config: Computing,
     stored: Any,
+    backbone: nn.Module,
     make_trial: Callable[[], Trial],
     read_one: Callable[[], object],
     seconds: Callable[[float], float],
@@ -164,6 +160,7 @@ def calibrate(
     Args:
         config: what is given stays.
         stored: the calibration of an earlier call of the same run, as it is in environment.json; None if there is none.
+        backbone: of the run, with or without memory.
         make_trial: a fresh model.
         read_one: reads an image as the run does, another one with every call.
         seconds: from images/s of this process to what the whole run takes.
@@ -174,16 +171,17 @@ def calibrate(
     fixed = {**process.gather(kept(stored, machine))[0], **given(config)}
     begin = Setting(**{**first_guess(device), **fixed})
     calibration = Calibration(begin, machine, [])
-    if fixed.keys() >= set(NAMES):
+    choices = [(name, values) for name, values in alternatives(backbone, device) if values and name not in fixed]
+    compiles = device.type == "cuda" and "compile" not in fixed
+    if not choices and not compiles and "workers" in fixed:
         return calibration
     with Console(stderr=True).status("measuring what suits this machine"), torch.random.fork_rng():
         trial = make_trial()
         turns = Turns(trial, begin, process)
-        for choice, values in alternatives(trial.model, device):
-            if choice not in fixed:
-                choose(calibration, turns, choice, values)
+        for choice, values in choices:
+            choose(calibration, turns, choice, values)
         speed = turns.images / turns.seconds(calibration.setting)
-        if "compile" not in fixed and device.type == "cuda" and seconds(speed) > LONG:
+        if compiles and seconds(speed) > LONG:
             choose(calibration, turns, "compile", [True])
         if "workers" not in fixed:
             calibration.read_seconds = max(process.gather(seconds_to_read(read_one)))
@@ -203,14 +201,14 @@ def first_guess(device: torch.device) -> dict[str, Any]:
     }
 
 
-def alternatives(model: nn.Module, device: torch.device) -> Iterator[tuple[str, list[Any]]]:
+def alternatives(backbone: nn.Module, device: torch.device) -> Iterator[tuple[str, list[Any]]]:
     """What else could be faster on this machine, and with this model."""
     if device.type == "cpu":
         most, cores = torch.get_num_threads(), psutil.cpu_count(logical=False) or 1
         yield "threads", sorted({min(most, cores), max(1, most // 2)} - {most}, reverse=True)
         if bf16_in_hardware(device):
             yield "precision", ["bf16"]
-    if any(isinstance(layer, nn.Conv2d) and layer.kernel_size != layer.stride for layer in model.modules()):
+    if any(isinstance(layer, nn.Conv2d) and layer.kernel_size != layer.stride for layer in backbone.modules()):
         yield "channels_last", [True]
 
 
@@ -253,9 +251,8 @@ def choose(calibration: Calibration, turns: Turns, choice: str, values: list[Any
         speeds[str(value)] = turns.images / then
         if now / then > GAIN[choice]:
             calibration.setting = replace(best, **{choice: value})
-    if values:
-        chosen = getattr(calibration.setting, choice)
-        calibration.tried.append({"choice": choice, "chosen": chosen, "images_per_second": speeds})
+    chosen = getattr(calibration.setting, choice)
+    calibration.tried.append({"choice": choice, "chosen": chosen, "images_per_second": speeds})
 
 
 def seconds_to_read(read_one: Callable[[], object], count: int = 9) -> float:

@@ -19,7 +19,7 @@ from leanmim.config import Finetune, Plan, Pretrain, parse_bytes
 from leanmim.costs import StepCost, count, readable
 from leanmim.data import IMAGENET, Normalise, Source, batches, open_source
 from leanmim.device import resolve_device, resolve_precision
-from leanmim.encoders.backbone import check_name
+from leanmim.encoders.backbone import backbone_of, check_name
 from leanmim.errors import UserError
 from leanmim.factory import build
 from leanmim.placement import compile_parts, offloads, place
@@ -136,6 +136,7 @@ def calibrated(
     return calibrate(
         config,
         stored,
+        backbone_of(config, config.depth, device="meta"),
         lambda: PretrainTrial(replace(largest, blr=0.0), device),
         lambda: next(crops),
         seconds,

@@ -24,6 +24,7 @@ from leanmim.config.base import Stored
 from leanmim.costs import StepCost, readable
 from leanmim.data.labels import Labels
 from leanmim.device import resolve_precision
+from leanmim.encoders.backbone import backbone_of
 from leanmim.planner import counted_as, wait
 from leanmim.processes import ALONE, Process
 from leanmim.run import Run
@@ -157,7 +158,8 @@ def calibrated(
     def make_trial() -> TuningTrial:
         return TuningTrial(trial, start, tuple(labels.classes), device, most)
 
-    return calibrate(config, stored, make_trial, lambda: images[0, next(places)], seconds, process, device)
+    backbone = backbone_of(start.model, device="meta")
+    return calibrate(config, stored, backbone, make_trial, lambda: images[0, next(places)], seconds, process, device)
 
 
 def trial_speed(config: Finetune, start: Start, labels: Labels, process: Process, device: torch.device) -> float:
