@@ -20,6 +20,7 @@ from timm import create_model
 from leanmim import config as configurations
 from leanmim import costs, planner
 from leanmim.cli import main
+from leanmim.comparison import plan
 from leanmim.config import Config, Pretrain
 from leanmim.costs import StepCost
 from leanmim.costs.flops import Flops
@@ -55,7 +56,7 @@ def counted_once() -> Iterator[None]:
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (pretraining, right_size, planner):
+        for module in (pretraining, right_size, planner, plan):
             patch.setattr(module, "count", looked_up)
         yield
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock
+
 from leanmim.classifier.finetune import finetune
 from leanmim.classifier.recipes import small_epochs
 from leanmim.comparison.plan import Entry
@@ -154,17 +156,18 @@ def finetune_epochs(config: Compare, labels: Labels) -> int:
 
 def run_cell(folder: Path) -> None:
     """Train and evaluate what is not done yet; the result is written last."""
-    cell = Cell.read(folder)
-    found: dict[str, Any] = {}
-    if cell.kind == "recipe":
-        found["training"] = once(folder / "training.json", lambda: trained(cell))
-    accuracies: dict[str, Any] = {}
-    if set(cell.measures) & set(FROZEN.values()):
-        accuracies |= once(folder / "frozen.json", lambda: frozen(cell))
-    if "finetune" in cell.measures and cell.kind != "pixels":
-        accuracies |= once(folder / "finetuned.json", lambda: finetuned(cell))
-    found["accuracies"] = {measure: accuracies[measure] for measure in cell.measures if measure in accuracies}
-    write_json(folder / "result.json", found)
+    with FileLock(folder / ".lock"):  # of a comparison that was killed the process may not have ended yet
+        cell = Cell.read(folder)
+        found: dict[str, Any] = {}
+        accuracies: dict[str, Any] = {}
+        if cell.kind == "recipe":
+            found["training"] = once(folder / "training.json", lambda: trained(cell))
+        if set(cell.measures) & set(FROZEN.values()):
+            accuracies |= once(folder / "frozen.json", lambda: frozen(cell))
+        if "finetune" in cell.measures and cell.kind != "pixels":
+            accuracies |= once(folder / "finetuned.json", lambda: finetuned(cell))
+        found["accuracies"] = {measure: accuracies[measure] for measure in cell.measures if measure in accuracies}
+        write_json(folder / "result.json", found)
 
 
 def once(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -12,12 +12,13 @@ from leanmim.comparison.plan import Entry
 from leanmim.comparison.table import COSTS, NAMES, Row, Score, Table
 from leanmim.config.compare import Measure
 from leanmim.page import document
+from leanmim.page.accuracies import DASHES
 from leanmim.page.charts import COLOURS, Curve, chart
 from leanmim.page.html import NOT_YET, Html, row, soft, table
 from leanmim.progress import duration
 
 GREY = "#7a8594"
-DASHES = ("7 4", "2 4", "7 4 2 4")  # of baselines
+STYLES = ("dashed", "dotted")  # of baselines
 SPREAD = (
     "After ±: the sample standard deviation over seeds. In brackets, of one seed: Wilson's 95 % interval for the choice of "
     "validation images. Fine-tuning takes the best epoch on these images, alike for all."
@@ -83,17 +84,24 @@ def charts_of(found: Table, colours: dict[str, str]) -> Html:
     others = [row for row in found.rows if row.kind in ("untrained", "pixels") and row.scores]
     if not trained:
         return Html(f"<p>{NOT_YET}</p>")
-    lines = dict(zip((row.name for row in others), cycle(DASHES)))
+    styles = dict(zip((row.name for row in others), cycle(STYLES), strict=False))
     panels = []
     for measure in found.measures:
         for cost, (what, unit, factor) in COSTS.items():
             points = [(row, getattr(row, cost) * factor) for row in trained if measure in row.scores]
             last = max((x for _, x in points), default=1.0)
-            curves = [level(row, row.scores[measure], last, lines[row.name]) for row in others if measure in row.scores]
+            curves = [
+                level(row, row.scores[measure], last, DASHES[styles[row.name]])
+                for row in others
+                if measure in row.scores
+            ]
             curves += [point(row, measure, x, colours[row.name]) for row, x in points]
-            panels.append(chart(f"{NAMES[measure]} (%)", curves, False, "not yet", f"{what} ({unit})"))
+            panels.append(chart(f"{NAMES[measure]} (%) against {what}", curves, False, "not yet", f"{what} ({unit})"))
     legend = "".join(f"<span>{titled(row.name, colours[row.name])}</span>" for row in trained)
-    legend += "".join(f"<span>{key(dash)}{escape(name)}</span>" for name, dash in lines.items())
+    legend += "".join(
+        f'<span><span class="key" style="border-top: 3px {style} {GREY}"></span>{escape(name)}</span>'
+        for name, style in styles.items()
+    )
     return Html(
         f'<div class="legend">{legend}</div><figure class="card"><div class="grid three">{"".join(panels)}</div></figure>'
     )
@@ -111,14 +119,6 @@ def level(row: Row, score: Score, last: float, dash: str) -> Curve:
     """A baseline, as a line up to the highest cost."""
     y = 100 * score.value
     return Curve([(0.0, y), (last, y)], GREY, f"{row.name}: {score} %", dash=dash)
-
-
-def key(dash: str) -> Html:
-    """A piece of a line, for the legend."""
-    return Html(
-        f'<svg class="key" style="width:28px;height:8px" viewBox="0 0 28 8"><g color="{GREY}"><polyline points="0,4 28,4" '
-        f'stroke-width="2" stroke-dasharray="{dash}"/></g></svg>'
-    )
 
 
 def schedules(entries: Sequence[Entry]) -> Html:

@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from statistics import mean, stdev
+from statistics import fmean, stdev
 from typing import Any
 
 from leanmim.comparison.cells import Cell, Kind
@@ -16,7 +16,7 @@ NAMES: dict[Measure, str] = {
 COSTS: dict[str, tuple[str, str, float]] = {  # field of a row -> what it is, unit, factor to the unit
     "seconds": ("training time", "min", 1 / 60),
     "flops": ("training FLOPs", "TFLOP", 1e-12),
-    "bytes": ("predicted peak memory", "MiB", 2**-20),
+    "memory_bytes": ("predicted peak memory", "MiB", 2**-20),
 }
 
 
@@ -46,7 +46,7 @@ def score_of(found: Sequence[dict[str, Any]]) -> Score:
     if len(values) == 1:
         low, high = found[0]["interval"]
         return Score(values[0], low, high, values, images)
-    return Score(mean(values), mean(values) - stdev(values), mean(values) + stdev(values), values, images)
+    return Score(fmean(values), fmean(values) - stdev(values), fmean(values) + stdev(values), values, images)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Row:
     """Of a training, on average; as all costs None of what is not trained."""
     flops: float | None = None
     """Of a whole training."""
-    bytes: float | None = None
+    memory_bytes: float | None = None
     """Predicted peak memory."""
     measured_bytes: float | None = None
     images_per_second: float | None = None
@@ -96,12 +96,12 @@ def row_of(cells: Sequence[Cell], screened: Score | None) -> Row:
     trainings = [result["training"] for result in results if "training" in result]
     costs: dict[str, Any] = {}
     if trainings:
-        average = {key: mean(training[key] for training in trainings) for key in trainings[0]}
+        average = {key: fmean(training[key] for training in trainings) for key in trainings[0]}
         costs = {
             "epochs": trainings[0]["epochs"],
             "seconds": average["seconds"],
             "flops": average["flops_per_image"] * average["images"],
-            "bytes": average["predicted_bytes"],
+            "memory_bytes": average["predicted_bytes"],
             "measured_bytes": average["measured_bytes"],
             "images_per_second": average["images"] / average["seconds"],
         }
@@ -158,11 +158,11 @@ class Table:
         return [
             {
                 "recipe": row.name,
-                "epochs": shown(row.epochs, 1, "d"),
+                "epochs": str(row.epochs or "-"),
                 "time, min": shown(row.seconds, 1 / 60, ".1f"),
-                "images/s": shown(row.images_per_second, 1, ",.1f"),
+                "images/s": shown(row.images_per_second, 1.0, ",.1f"),
                 "TFLOP": shown(row.flops, 1e-12, ",.4g"),
-                "peak memory, MiB, predicted": shown(row.bytes, 2**-20, ",.0f"),
+                "peak memory, MiB, predicted": shown(row.memory_bytes, 2**-20, ",.0f"),
                 "measured": shown(row.measured_bytes, 2**-20, ",.0f"),
             }
             for row in self.rows
@@ -241,7 +241,7 @@ class Table:
         """A line for each row and measure."""
         text = io.StringIO()
         lines = csv.writer(text, lineterminator="\n")
-        costs = ("epochs", "seconds", "flops", "bytes", "measured_bytes")
+        costs = ("epochs", "seconds", "flops", "memory_bytes", "measured_bytes")
         lines.writerow(["name", "kind", "seeds", "measure", "mean", "low", "high", "images", *costs])
         for row in self.rows:
             for measure, score in row.scores.items():

@@ -15,4 +15,6 @@ __all__ = [
     "Optimisation", "Pack", "Plan", "Predict", "Pretrain", "Probe", "Report", "Show", "Stats", "parse_budget", "parse_bytes",
 ]  # fmt: skip
 
-explain(Compare, Cost, Embed, Evaluate, Export, Finetune, Knn, Pack, Plan, Predict, Pretrain, Probe, Report, Show, Stats)
+explain(
+    Compare, Cost, Embed, Evaluate, Export, Finetune, Knn, Pack, Plan, Predict, Pretrain, Probe, Report, Show, Stats
+)
