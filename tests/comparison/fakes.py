@@ -54,7 +54,7 @@ def made_up(accuracy: Callable[[dict[str, Any]], float], failing: str = "") -> C
         result: dict[str, Any] = {"accuracies": {measure: found for measure in cell["measures"]}}
         if cell["kind"] == "recipe":
             result["training"] = dict(
-                epochs=cell["pretrain"]["epochs"], images_a_step=16, seconds=60.0, images=320, loss=0.5, flops_per_image=10**9,
+                epochs=cell["pretrain"]["epochs"], seconds=60.0, images=320, flops_per_image=10**9,
                 predicted_bytes=2**20, measured_bytes=2**21,
             )  # fmt: skip
         write_json(task.folder / "result.json", result)

@@ -42,7 +42,8 @@ def test_every_architecture_has_its_baseline(tmp_path: Path) -> None:
     config = tiny_comparison(tmp_path, recipes=("mae", "pr-mim", "mae:depth=1"), seeds=1)
     found = cells_of(config, entries(config), choose_labels(config.eval), (32,))
     names = [cell.name for cell in found if cell.kind == "untrained"]
-    assert len(names) == 2 and names[0].startswith("random initialisation, 'vit_tiny") and names[1].endswith(", 1")
+    assert len(names) == 2 and names[1] == f"{names[0]}, --depth 1"
+    assert names[0].startswith("random initialisation, vit_tiny_patch16_224, patch_size=8, ")
     assert [cell.finetune.depth for cell in found if cell.kind == "untrained"] == [None, 1]
 
 

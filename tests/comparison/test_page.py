@@ -49,3 +49,4 @@ def test_that_pretraining_does_not_help_stands_out(tmp_path: Path) -> None:
 def test_before_the_first_cell_is_finished(tmp_path: Path) -> None:
     found = page(tmp_path, Row("recipe", "mae", 0, {}))
     assert found.text.count("not yet") >= 3 and not found.charts
+    assert "0 of 4 cells are finished" in found.text

@@ -62,7 +62,7 @@ def test_the_cheapest_within_the_spread_of_the_best() -> None:
         row("bim", 0.492, flops=3e12, memory_bytes=2.0**20), row("fastmim", 0.45, flops=1e12, memory_bytes=2.0**10),
     ]  # fmt: skip
     assert list(table(*rows).worth()) == [
-        "Best, kNN: mae; within its spread pr-mim, bim. The cheapest of these: pr-mim (training FLOPs 2 TFLOP); "
+        "Best, kNN: mae; within its spread: pr-mim; bim. The cheapest of these: pr-mim (training FLOPs 2 TFLOP); "
         "bim (predicted peak memory 1 MiB)."
     ]
     (text,) = table(*rows, budget="flops").worth()

@@ -1,6 +1,6 @@
 """Recipes under one budget: planned, trained and evaluated side by side, one page.
 
-A comparison is a folder. plan.json holds what each recipe may do with the budget; cells/ has a folder for each row and seed: what the
+A comparison is a folder. plan.json holds what each recipe does with the budget; cells/ has a folder for each row and seed: what the
 process there has to do (cell.json), its run folders, what it says (log.txt) and, when it is finished, what it found (result.json).
 Everything else follows from these, so that the same command continues a comparison that was stopped or killed.
 """
@@ -37,7 +37,7 @@ def compare(config: Compare) -> Table:
     """Pre-train several recipes under one budget, evaluate all alike, and write a page of what is worth it.
 
     The same call continues a comparison that was stopped or killed. What trains are processes of their own: they know the recipes that
-    are given, but not targets or maskings that a script adds to leanmim's tables.
+    are given, but not targets, maskings or sources that a script adds to leanmim's tables.
 
     The folder gets page.html, table.md, table.csv, table.json, plan.json, and a folder for each training.
 
@@ -143,7 +143,7 @@ def on_this_machine(config: Compare, device: torch.device, jobs: int) -> Compare
     """The configuration with each training's part of the machine: device, reading processes, memory."""
     changes: dict[str, Any] = {"device": device.type}
     if config.workers < 0:  # where all cores compute, a training reads its own images
-        changes["workers"] = min(8, (os.cpu_count() or 1) // jobs - 1) if device.type == "cuda" else 0
+        changes["workers"] = min(8, max(0, (os.cpu_count() or 1) // jobs - 1)) if device.type == "cuda" else 0
     if config.memory == "auto" and device.type != "cuda":  # a GPU has one training, which asks it
         changes["memory"] = str(available(device) // jobs)
     return replace(config, **changes)

@@ -29,11 +29,8 @@ from leanmim.train.pretrain import pretrain
 
 Kind = Literal["recipe", "untrained", "pixels", "weights"]
 UNTRAINED, PIXELS = "random initialisation", "raw pixels"
-FROZEN: dict[int, Measure] = {
-    0: "knn",
-    2: "linear",
-    3: "attentive",
-}  # by the order of the kinds of measures of `evaluate`
+FROZEN: dict[int, Measure] = {0: "knn", 2: "linear", 3: "attentive"}
+"""The measures of a frozen encoder, by the first number of `Result.order`."""
 K = 20
 
 
@@ -88,11 +85,15 @@ def cells_of(config: Compare, entries: Sequence[Entry], labels: Labels, size: tu
     """
     architectures: dict[str, Entry] = {}
     for entry in entries:
-        architectures.setdefault(str((entry.config.model, entry.config.model_kwargs, entry.config.depth)), entry)
+        own = entry.config
+        parts = [own.model, *(f"{key}={value}" for key, value in own.model_kwargs.items())]
+        if own.depth is not None:
+            parts.append(f"--depth {own.depth}")
+        architectures.setdefault(", ".join([UNTRAINED, *parts]), entry)
     found = []
     for seed in range(config.seeds):
-        for key, entry in architectures.items():
-            name = UNTRAINED if len(architectures) == 1 else f"{UNTRAINED}, {key.strip('()')}"
+        for long, entry in architectures.items():
+            name = UNTRAINED if len(architectures) == 1 else long
             found.append(cell_of(config, "untrained", name, seed, labels, size, entry.config))
         if seed == 0 and {"knn", "linear"} & set(config.measures):
             found.append(cell_of(config, "pixels", PIXELS, seed, labels, size, entries[0].config))
@@ -181,14 +182,12 @@ def trained(cell: Cell) -> dict[str, Any]:
     """Pre-train, and what it took."""
     assert cell.pretrain is not None
     run = Run(pretrain(cell.pretrain))
-    cost, config = json.loads(run.cost.read_text()), json.loads(run.config.read_text())
+    cost = json.loads(run.cost.read_text())
     lines = [line for line in readable_lines(run.metrics) if "loss" in line]
     return {
-        "epochs": config["epochs"],
-        "images_a_step": config["effective_batch"],
+        "epochs": cell.pretrain.epochs,
         "seconds": sum(line["seconds"] for line in lines),
         "images": round(sum(line["images_per_second"] * line["seconds"] for line in lines)),
-        "loss": lines[-1]["loss"],
         "flops_per_image": cost["predicted"]["train_flops_per_image"],
         "predicted_bytes": cost["predicted"]["peak_bytes"],
         "measured_bytes": cost["measured"]["peak_bytes"],

@@ -18,7 +18,11 @@ def commands_of(cell: Cell) -> Iterator[str]:
         yield planner.command(cell.pretrain)
     if set(cell.measures) & set(FROZEN.values()):
         if cell.kind in ("untrained", "pixels"):
-            yield f"leanmim evaluate RUN --data {shlex.quote(cell.evaluate.data)} --baselines # RUN: a recipe's, of the same seed"
+            size = " ".join(map(str, cell.evaluate.input_size))
+            yield (
+                f"leanmim evaluate RUN --data {shlex.quote(cell.evaluate.data)} --input-size {size} --baselines "
+                "# RUN: a recipe's of this model and seed"
+            )
         else:
             yield command("evaluate", cell.evaluate, cell.evaluate.run)
     if "finetune" in cell.measures and cell.kind != "pixels":

@@ -36,10 +36,12 @@ def page_of(found: Table, entries: Sequence[Entry], cells: Sequence[Cell], facts
         facts: of the machine.
     """
     colours = colours_of(found.rows)
+    finished = sum(bool(cell.result) for cell in cells)
+    note = found.title if finished == len(cells) else f"{found.title}. {finished} of {len(cells)} cells are finished."
     return document(
         "Comparison of recipes",
         {
-            "In short": f"<p>{soft(found.title)}</p>{in_short(found.findings())}",
+            "In short": f"<p>{soft(note)}</p>{in_short(found.findings())}",
             "Accuracy": f"{table_of(found.accuracies(), colours)}<p>{soft(SPREAD)}</p>",
             "Cost of a training": f"{table_of(found.costs(), colours)}<p>{soft(MEMORY)}</p>",
             "Accuracy against cost": charts_of(found, colours),

@@ -218,9 +218,9 @@ class Table:
                     least = min(equal, key=lambda row: getattr(row, cost))
                     cheapest.setdefault(least.name, []).append(f"{what} {getattr(least, cost) * factor:,.4g} {unit}")
             names = "; ".join(f"{name} ({', '.join(costs)})" for name, costs in cheapest.items())
+            others = "; ".join(row.name for row in equal if row != best[0])  # a name may have commas
             yield (
-                f"Best, {NAMES[measure]}: {best[0].name}; within its spread {', '.join(row.name for row in equal if row != best[0])}. "
-                f"The cheapest of these: {names}."
+                f"Best, {NAMES[measure]}: {best[0].name}; within its spread: {others}. The cheapest of these: {names}."
             )
 
     def better_weights(self) -> Iterator[str]:
