@@ -1,10 +1,12 @@
 """Comparisons whose processes are none: cells run here, or results are made up."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from leanmim.comparison.processes import Task
 from leanmim.comparison.worker import TASKS
@@ -34,7 +36,8 @@ def here(task: Task, place: dict[str, str]) -> Ended:
     """Do a task in this process."""
     task.folder.mkdir(parents=True, exist_ok=True)
     try:
-        TASKS[task.what](task.folder)
+        with patch.dict(os.environ, place):
+            TASKS[task.what](task.folder)
     except UserError as error:
         task.log.write_text(f"leanmim: {error}\n")
         return Ended(2)

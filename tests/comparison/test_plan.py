@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from leanmim.comparison import plan, processes
-from leanmim.comparison.plan import Entry, measured_speeds, planned, recipes_of, scheduled
+from leanmim.comparison.plan import Entry, measured, planned, recipes_of, scheduled
 from leanmim.config import Compare, parse_budget
 from leanmim.costs import count
 from leanmim.data import open_source
@@ -93,8 +93,10 @@ def test_speeds_are_measured_in_turns_by_as_many_processes_as_will_train(
     monkeypatch.setattr(plan, "average_throughput", speed)
     monkeypatch.setattr(plan, "trial", lambda config, *_: config)
     config = tiny_comparison(tmp_path, recipes=("mae", "mae:mask-ratio=0.9"), budget="10s")
-    found = measured_speeds(config, [recipe for _, recipe in recipes_of(config)], [{}, {}])
-    assert found == [(75.0,) * 4, (90.0,) * 4]
+    before = [Entry(title, recipe, 24, 1) for title, recipe in recipes_of(config)]
+    found = measured(config, before, [{}, {}])
+    assert [entry.speeds for entry in found] == [(75.0,) * 4, (90.0,) * 4]
+    assert [entry.config.channels_last for entry in found] == [False, False]  # of a ViT nobody asks
     assert asked == [0.75, 0.9, 0.75, 0.9, 0.9, 0.75, 0.9, 0.75]
     source = open_source(config.data, 3)
     entries = planned(config, source, torch.device("cpu"), [{}, {}])

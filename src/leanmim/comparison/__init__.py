@@ -22,6 +22,7 @@ from leanmim.comparison.plan import Entry, planned, told
 from leanmim.comparison.processes import Task, failure, places_of, run_tasks
 from leanmim.comparison.table import NAMES, Table, promising, rows_of, scores_of
 from leanmim.config import Compare, parse_budget
+from leanmim.config.base import Images
 from leanmim.data import open_source
 from leanmim.data.labels import Labels, choose_labels
 from leanmim.device import resolve_device
@@ -51,12 +52,12 @@ def compare(config: Compare) -> Table:
     config.check()
     run = Run(Path(config.out))
     check_folder(config, run)
-    source, labels = open_source(config.data, config.channels), choose_labels(config.eval)
-    for name in config.weights:  # a wrong one is told before anything is trained
-        open_start(name, input_size=config.eval_size, channels=config.channels)
     device = resolve_device(config.device)
     places = places_of(config, device)
-    own = on_this_machine(config, device, len(places))
+    own = on_this_machine(with_stats(config), device, len(places))
+    source, labels = open_source(own.data, own.read_as), choose_labels(own.eval)
+    for name in own.weights:  # a wrong one is told before anything is trained
+        open_start(name, input_size=own.eval_size, images=Images(channels=own.channels, values=own.values))
     plan = run.folder / "plan.json"
     if plan.is_file():
         entries = [Entry.from_json(values) for values in json.loads(plan.read_text())]
@@ -137,6 +138,15 @@ def check_folder(config: Compare, run: Run) -> None:
             "\n  ".join([f"--out {str(run.folder)!r} holds another comparison:", *changes])
             + "\nChoose another --out, or give the same options to continue it"
         )
+
+
+def with_stats(config: Compare) -> Compare:
+    """The configuration with the channels and values that --stats gives; errors as for `Images.with_stats`."""
+    if config.stats is None:
+        return config
+    found = Images(stats=config.stats).with_stats()
+    assert found.channels is not None
+    return replace(config, channels=found.channels, values=found.values)
 
 
 def on_this_machine(config: Compare, device: torch.device, jobs: int) -> Compare:

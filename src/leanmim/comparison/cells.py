@@ -10,7 +10,7 @@ from filelock import FileLock
 
 from leanmim.classifier.finetune import finetune
 from leanmim.classifier.recipes import small_epochs
-from leanmim.comparison.plan import Entry
+from leanmim.comparison.plan import Entry, precision_of
 from leanmim.comparison.processes import Task
 from leanmim.config import Compare, Config, Evaluate, Finetune, Pretrain
 from leanmim.config.compare import Measure
@@ -24,7 +24,7 @@ from leanmim.evaluators.features import Subject, random_backbone, raw_pixels, su
 from leanmim.files import readable_lines, write_json
 from leanmim.names import slug
 from leanmim.run import Run
-from leanmim.start import SCRATCH, open_start
+from leanmim.start import SCRATCH, start_of
 from leanmim.train.pretrain import pretrain
 
 Kind = Literal["recipe", "untrained", "pixels", "weights"]
@@ -133,9 +133,10 @@ def cell_of(
         )
     untrained = kind in ("untrained", "pixels")
     start = SCRATCH if untrained else name if recipe is None else recipe.out
-    architecture: dict[str, Any] = {"channels": config.channels}
+    architecture: dict[str, Any] = {"channels": config.channels, "values": config.values}
     if untrained and recipe is not None:
         architecture |= {"model": recipe.model, "model_kwargs": recipe.model_kwargs, "depth": recipe.depth}
+        architecture |= {"stats": config.stats}
     frozen = Evaluate(
         run=start, data=config.eval, input_size=size, k=(min(K, len(labels.train)),), layers=(0,), shots=(), seed=seed,
         attentive="attentive" in config.measures, cache=False, **architecture, **machine,
@@ -143,7 +144,7 @@ def cell_of(
     tuned = Finetune(
         start=start, data=config.eval, out=str(folder / "finetune"), input_size=size, recipe="small", seed=seed, keep=1,
         epochs=finetune_epochs(config, labels), label_share=config.label_share, labels_per_class=config.labels_per_class,
-        memory=config.memory, **architecture, **machine,
+        memory=config.memory, precision=precision_of(config), compile=False, **architecture, **machine,
     )  # fmt: skip
     return Cell(kind, name, seed, folder, config.measures, recipe, frozen, tuned)
 
@@ -206,12 +207,12 @@ def frozen(cell: Cell) -> dict[str, Any]:
 
 def measured(cell: Cell) -> Iterator[Subject]:
     """What is evaluated: an untrained encoder is that of the recipe before its first step."""
-    own = cell.evaluate
+    own = cell.evaluate.with_stats()
     if cell.kind not in ("untrained", "pixels"):
         yield next(subjects(own))
         return
     assert cell.pretrain is not None
-    start = open_start(SCRATCH, own.model, own.model_kwargs, own.input_size, cell.pretrain.channels, own.depth)
+    start = start_of(SCRATCH, own)
     encoder = random_backbone(cell.pretrain, start.model.size).to(resolve_device(own.device))
     subject = subject_of(cell.name, start, encoder, own)
     yield subject if cell.kind == "untrained" else subject._replace(embed=raw_pixels, backbone=None)

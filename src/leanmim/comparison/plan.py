@@ -12,20 +12,36 @@ import torch
 
 from leanmim.comparison.processes import Task, run_tasks
 from leanmim.config import Compare, Pretrain
+from leanmim.config.base import Precision
 from leanmim.config.compare import Budget, parse_budget
 from leanmim.costs import count
 from leanmim.data import Source, open_source
-from leanmim.device import resolve_device
+from leanmim.device import resolve_device, resolve_precision
 from leanmim.errors import UserError
 from leanmim.files import write_json
-from leanmim.planner import average_throughput, counted_as
+from leanmim.planner import average_throughput, calibrated, counted_as
 from leanmim.processes import ALONE
 from leanmim.progress import duration
 from leanmim.recipes import titles, variant
 from leanmim.schedule import phases
 from leanmim.train.right_size import trial
 
-CHOSEN = ("data", "out", "seed", "epochs", "hours", "device", "workers", "memory", "channels", "overwrite", "keep")
+CHOSEN = (
+    "data",
+    "out",
+    "seed",
+    "epochs",
+    "hours",
+    "device",
+    "workers",
+    "memory",
+    "channels",
+    "values",
+    "stats",
+    "threads",
+    "overwrite",
+    "keep",
+)
 """Fields that the comparison sets for all recipes."""
 SCREENED = 0.1  # of the budget
 ROUNDS = 2  # in which the speed is measured
@@ -78,7 +94,16 @@ def recipes_of(config: Compare) -> list[tuple[str, Pretrain]]:
     named = titles(recipes)
     if twice := {title for title in named if named.count(title) > 1}:
         raise UserError(f"--recipes names {', '.join(sorted(twice))} twice; leave one out, or change an option of it")
-    return list(zip(named, recipes, strict=True))
+    fixed: dict[str, Any] = {"precision": precision_of(config), "compile": False}
+    return [
+        (title, replace(own, **{name: value for name, value in fixed.items() if getattr(own, name) == "auto"}))
+        for title, own in zip(named, recipes, strict=True)
+    ]
+
+
+def precision_of(config: Compare) -> Precision:
+    """Of all trainings that are given no other: what each measures for itself could differ among seeds."""
+    return "fp32" if resolve_precision("auto", resolve_device(config.device)) is None else "bf16"
 
 
 def planned(config: Compare, source: Source, device: torch.device, places: Sequence[dict[str, str]]) -> list[Entry]:
@@ -102,8 +127,7 @@ def planned(config: Compare, source: Source, device: torch.device, places: Seque
         entries.append(Entry(title, recipe, len(source), cost.train_flops_per_image))
     budget = parse_budget(config.budget)
     if budget.kind == "seconds":
-        speeds = measured_speeds(config, [entry.config for entry in entries], places)
-        entries = [replace(entry, speeds=speed) for entry, speed in zip(entries, speeds, strict=True)]
+        entries = measured(config, entries, places)
     return [scheduled(entry, budget, config) for entry in entries]
 
 
@@ -155,23 +179,27 @@ def told(entry: Entry) -> str:
     )
 
 
-def measured_speeds(
-    config: Compare, recipes: list[Pretrain], places: Sequence[dict[str, str]]
-) -> list[tuple[float, ...]]:
-    """Images per second of each recipe, measured several times: by as many processes at once as there will be trainings, each in
-    turns through all recipes, so that all meet the machine alike.
+def measured(config: Compare, entries: Sequence[Entry], places: Sequence[dict[str, str]]) -> list[Entry]:
+    """The entries with their speeds: of as many processes at once as there will be trainings, each in turns through all recipes, so
+    that all meet the machine alike. Whether channels are last is what the first process found to be faster.
 
     Raises:
         UserError: a recipe cannot be trained.
     """
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_json(folder / "recipes.json", {"data": config.data, "recipes": [recipe.to_json() for recipe in recipes]})
+        recipes = [entry.config.to_json() for entry in entries]
+        write_json(folder / "recipes.json", {"data": config.data, "recipes": recipes})
         tasks = [Task("speeds", f"process {number}", folder / str(number)) for number in range(len(places))]
         if failed := run_tasks(tasks, places, "measuring the speed"):
             raise UserError(f"the speed cannot be measured: {failed[0].log.read_text(errors='replace').strip()}")
-        found = [pair for task in tasks for pair in json.loads((task.folder / "result.json").read_text())]
-    return [tuple(speed for place, speed in found if place == number) for number in range(len(recipes))]
+        found = [json.loads((task.folder / "result.json").read_text()) for task in tasks]
+    last = found[0]["channels_last"]
+    speeds = [[speed for one in found for own, speed in one["speeds"] if own == i] for i in range(len(entries))]
+    return [
+        replace(entry, speeds=tuple(speeds[i]), config=replace(entry.config, channels_last=last[i]))
+        for i, entry in enumerate(entries)
+    ]
 
 
 def measure(folder: Path) -> None:
@@ -179,9 +207,13 @@ def measure(folder: Path) -> None:
     todo = json.loads((folder.parent / "recipes.json").read_text())
     recipes = [Pretrain.from_json(values) for values in todo["recipes"]]
     data, device = todo["data"], resolve_device(recipes[0].device)
-    source = open_source(data if isinstance(data, str) else tuple(data), recipes[0].channels)
-    trials = [trial(recipe, source, ALONE, device) for recipe in recipes]
+    source = open_source(data if isinstance(data, str) else tuple(data), recipes[0].read_as)
+    last = [calibrated(recipe, None, source, device).setting.channels_last for recipe in recipes]
+    trials = [
+        trial(replace(recipe, channels_last=own), source, ALONE, device)
+        for recipe, own in zip(recipes, last, strict=True)
+    ]
     first = int(folder.name) % len(trials)
     turn = [*range(first, len(trials)), *range(first)]
-    found = [[place, average_throughput(trials[place], source, device)] for place in turn * ROUNDS]
-    write_json(folder / "result.json", found)
+    speeds = [[place, average_throughput(trials[place], source, device)] for place in turn * ROUNDS]
+    write_json(folder / "result.json", {"channels_last": last, "speeds": speeds})

@@ -48,6 +48,8 @@ class Compare(Machine, Model):
     """Images to pre-train on, without labels, as `pretrain` takes them."""
     eval: str
     """Labelled folder to evaluate on, or tar file of one, with train/CLASS and val/CLASS; without val a share is held out."""
+    stats: str | None = None
+    """File of `leanmim stats --out`, which gives --channels, --values, mean and standard deviation for all."""
     out: str
     """Folder of the comparison: a folder for each training, table and page. The same command again continues it."""
 
