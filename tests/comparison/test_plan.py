@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -92,11 +93,13 @@ def test_speeds_are_measured_in_turns_by_as_many_processes_as_will_train(
     monkeypatch.setattr(processes, "launch", here)
     monkeypatch.setattr(plan, "average_throughput", speed)
     monkeypatch.setattr(plan, "trial", lambda config, *_: config)
+    found_faster = SimpleNamespace(setting=SimpleNamespace(channels_last=True))
+    monkeypatch.setattr(plan, "calibrated", lambda *_: found_faster)
     config = tiny_comparison(tmp_path, recipes=("mae", "mae:mask-ratio=0.9"), budget="10s")
     before = [Entry(title, recipe, 24, 1) for title, recipe in recipes_of(config)]
     found = measured(config, before, [{}, {}])
     assert [entry.speeds for entry in found] == [(75.0,) * 4, (90.0,) * 4]
-    assert [entry.config.channels_last for entry in found] == [False, False]  # of a ViT nobody asks
+    assert [entry.config.channels_last for entry in found] == [True, True]
     assert asked == [0.75, 0.9, 0.75, 0.9, 0.9, 0.75, 0.9, 0.75]
     source = open_source(config.data, 3)
     entries = planned(config, source, torch.device("cpu"), [{}, {}])
