@@ -8,7 +8,7 @@ import pytest
 
 import leanmim
 
-COMMANDS = ("cost", "export", "knn", "plan", "pretrain", "probe", "report", "show")
+COMMANDS = ("compare", "cost", "export", "knn", "plan", "pretrain", "probe", "report", "show")
 
 
 def test_every_public_name_resolves_and_is_in_the_table_of_modules() -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from leanmim.cli import main
+from leanmim.comparison import processes
+from tests.comparison.fakes import here
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -47,6 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_readmes_commands_and_python_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the README's own order; models shrunk, every option of the README kept."""
     monkeypatch.chdir(place)
+    monkeypatch.setattr(processes, "launch", here)  # trainings of a comparison
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
     bin_folder = str(Path(sys.executable).parent)
     environment["PATH"] = bin_folder + os.pathsep + environment["PATH"]
@@ -67,6 +70,9 @@ def test_the_readmes_commands_and_python_run(place: Path, monkeypatch: pytest.Mo
             if "torchrun" in line or "torch.distributed" in line:
                 line = line.replace("--out run", "--out run2")
         line = line.replace("--depth 6", "--depth 2")
+        if line.startswith("leanmim compare"):
+            shrink = "--input-size 32 --model-kwargs patch_size 8 embed_dim 32 depth 2 num_heads 2 --measures knn"
+            line = f"{re.sub('--budget [^ ]+', '--budget 1epoch', line)} {shrink} --seeds 1 --device cpu"
         if line.startswith("leanmim plan"):
             shrink = "--input-size 64 --model-kwargs patch_size 8 embed_dim 32 depth 2 num_heads 2 --workers 0"
             line = f"{line} {shrink} --effective-batch 4 --device cpu"

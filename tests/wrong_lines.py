@@ -27,6 +27,7 @@ START = {  # of each command a line that is right, as far as it is read before t
     "embed": "embed run --data photos --out new.npy --device cpu --workers 0",
     "cost": "cost mae --device cpu",
     "plan": "plan mae --data photos --device cpu --workers 0",
+    "compare": "compare --recipes mae --data photos --eval labelled --out new --device cpu --workers 0",
     "evaluate": "evaluate run --data labelled --device cpu --workers 0",
     "knn": "knn run --data labelled --device cpu --workers 0",
     "probe": "probe run --data labelled --device cpu --workers 0",

@@ -22,7 +22,9 @@ if "OMP_WAIT_POLICY" not in os.environ:
 if TYPE_CHECKING:  # for type checkers and editors; when run, a name is imported when it is first asked for
     from leanmim.classifier.finetune import finetune as _finetune
     from leanmim.classifier.predict import predict as _predict
+    from leanmim.comparison import compare as _compare
     from leanmim.config import (
+        Compare,
         Cost,
         Embed,
         Evaluate,
@@ -59,6 +61,7 @@ if TYPE_CHECKING:  # for type checkers and editors; when run, a name is imported
     from leanmim.train.pretrain import pretrain as _pretrain
     from leanmim.weights import load_backbone, restore
 
+    compare = by_name(_compare)
     cost = by_name(_cost)
     embed = by_name(_embed)
     evaluate = by_name(_evaluate)
@@ -77,7 +80,8 @@ if TYPE_CHECKING:  # for type checkers and editors; when run, a name is imported
 _NAMES = {
     "classifier.finetune": "finetune",
     "classifier.predict": "predict",
-    "config": "Cost Embed Evaluate Export Finetune Knn Pack Plan Predict Pretrain Probe Report Show Stats",
+    "comparison": "compare",
+    "config": "Compare Cost Embed Evaluate Export Finetune Knn Pack Plan Predict Pretrain Probe Report Show Stats",
     "costs": "cost",
     "data": "SOURCES",
     "data.pack": "pack",
@@ -100,14 +104,14 @@ _NAMES = {
     "weights": "load_backbone restore",
 }
 _COMMANDS = {
-    "cost", "embed", "evaluate", "export", "finetune", "knn", "pack", "plan", "predict", "pretrain", "probe", "report", "show",
+    "compare", "cost", "embed", "evaluate", "export", "finetune", "knn", "pack", "plan", "predict", "pretrain", "probe", "report", "show",
     "stats",
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = [
-    "BIM", "FASTMIM", "FASTMIM_P", "MAE", "MASKINGS", "MIM", "PR_MIM", "RECIPES", "SIMMIM", "SOURCES", "TARGETS", "Cost",
+    "BIM", "FASTMIM", "FASTMIM_P", "MAE", "MASKINGS", "MIM", "PR_MIM", "RECIPES", "SIMMIM", "SOURCES", "TARGETS", "Compare", "Cost",
     "Embed", "Evaluate", "Export", "Finetune", "Knn", "Pack", "Plan", "Predict", "Pretrain", "Probe", "Report", "Show", "Stats", "UserError",
-    "__version__", "build", "cost", "embed", "evaluate", "export", "finetune", "knn", "load_backbone", "pack", "plan", "predict",
+    "__version__", "build", "compare", "cost", "embed", "evaluate", "export", "finetune", "knn", "load_backbone", "pack", "plan", "predict",
     "pretrain", "probe", "report", "restore", "show", "stats",
 ]  # fmt: skip
 

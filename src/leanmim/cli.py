@@ -14,6 +14,7 @@ import tyro
 
 from leanmim.completion import print_completion
 from leanmim.config import (
+    Compare,
     Cost,
     Embed,
     Evaluate,
@@ -62,6 +63,9 @@ COMMANDS = {
     "embed": Command("features of images, to an .npy or .parquet file", Embed, "evaluators.embed.embed"),
     "cost": Command("what a training step of a recipe costs, counted beforehand", Cost, "costs.cost"),
     "plan": Command("what fits the memory, how long it takes, the command to run", Plan, "planner.plan"),
+    "compare": Command(
+        "pre-train recipes under one budget, one page of what is worth it", Compare, "comparison.compare"
+    ),
     "evaluate": Command(
         "all measures of a frozen encoder on labelled images", Evaluate, "evaluators.evaluate.evaluate"
     ),
@@ -72,7 +76,7 @@ COMMANDS = {
     "report": Command("one HTML page about one or several runs", Report, "page.report"),
 }
 NARROWEST = 40  # columns; help of one column is never done
-RESUMABLE = {"pretrain", "pack", "finetune", "embed", "probe"}
+RESUMABLE = {"compare", "pretrain", "pack", "finetune", "embed", "probe"}
 SWITCHES = {"--compile", "--channels-last"}
 RENAMED = {  # options of earlier versions
     "pretrain": {f"--stage-{name}": f"--phase-{name}" for name in ("scales", "starts", "batches", "accums", "blrs")},

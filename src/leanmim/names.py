@@ -1,5 +1,7 @@
 """Names of files and classes, for people to read."""
 
+import re
+
 
 def one_line(name: str) -> str:
     """The name as one line of UTF-8; what is neither is escaped."""
@@ -11,3 +13,8 @@ def shortened(name: str, most: int) -> str:
     """The name as one line, or its beginning and end."""
     text, half = one_line(name), most // 2
     return text if len(text) <= most else f"{text[: half - 1]}...{text[-half + 2 :]}"
+
+
+def slug(name: str) -> str:
+    """The name as that of a folder."""
+    return re.sub(r"[^\w.]+", "-", name)

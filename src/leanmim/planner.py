@@ -1,6 +1,5 @@
 """Before a run: the batch that fits the memory, the time it takes, the command."""
 
-import re
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from leanmim.device import resolve_device, resolve_precision
 from leanmim.encoders.backbone import backbone_of, check_name
 from leanmim.errors import UserError
 from leanmim.factory import build
+from leanmim.names import slug
 from leanmim.placement import compile_parts, offloads, place
 from leanmim.processes import ALONE, Process
 from leanmim.progress import duration, progress_bar
@@ -244,7 +244,7 @@ def plan(config: Plan) -> Iterator[tuple[str, str]]:
     refused = 0
     for done, (recipe, title) in enumerate(zip(recipes, titles(recipes), strict=True)):
         progress.update(task, description=title, completed=done, text="predicting memory")
-        out = "runs/" + re.sub(r"[^\w.]+", "-", title)
+        out = f"runs/{slug(title)}"
         try:
             with progress:
                 text = plan_one(replace(recipe, out=out), len(source), memory, device, speed)

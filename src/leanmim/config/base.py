@@ -50,7 +50,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "channels": (1, 16),
     "crop_scale": (0, 1), "crop_ratio": (0, 100), "crop": (0.01, 1), "flip": (0, 1),
     "mixup": (0, MANY), "cutmix": (0, MANY), "mixup_switch": (0, 1), "smoothing": (0, 1), "erase": (0, 1),
-    "size": (1, 16384), "quality": (1, 100),
+    "size": (1, 16384), "quality": (1, 100), "eval_size": (1, 16384),
     # labels
     "label_share": (0, 1), "labels_per_class": (1, MANY), "val_share": (0.01, 0.9), "shots": (1, MANY), "draws": (1, MANY),
     # steps
@@ -58,13 +58,13 @@ RANGES: dict[str, tuple[float, float]] = {
     "blr": (0, MANY), "lr": (0, MANY), "min_lr": (0, MANY), "warmup_share": (0, 1), "warmup_epochs": (0, MANY),
     "weight_decay": (0, MANY), "betas": (0, 1), "clip_grad": (0, MANY), "layer_decay": (0.01, 1), "ema": (0, 1),
     "phase_scales": (0, 100), "phase_starts": (0, 1), "phase_batches": (1, MANY), "phase_accums": (1, MANY),
-    "phase_blrs": (0, MANY),
+    "phase_blrs": (0, MANY), "finetune_epochs": (1, MANY),
     # measures
     "k": (1, MANY), "temperature": (1e-4, MANY), "c": (1e-9, 10**9), "probe_batch_size": (2, MANY), "queries": (1, MANY),
     "layer": (1, 1000), "layers": (0, 1000), "top": (1, MANY), "count": (1, MANY), "segment": (0, 1000),
     "knn_every": (1, MANY), "eval_every": (1, MANY), "images_per_second": (1e-6, 10**9),
     # the machine, faults, the log
-    "seed": (0, 2**32 - 1), "workers": (-1, 1024), "threads": (1, 1024), "log_every": (1, MANY), "checkpoint_minutes": (0, MANY), "keep": (1, 100),
+    "seed": (0, 2**32 - 1), "seeds": (1, 1000), "jobs": (1, 1024), "workers": (-1, 1024), "threads": (1, 1024), "log_every": (1, MANY), "checkpoint_minutes": (0, MANY), "keep": (1, 100),
     "max_bad_share": (0, 1), "max_bad_steps": (0, MANY), "data_patience": (0, MANY), "process_timeout": (1e-3, MANY),
 }  # fmt: skip
 """The least and the largest value of every field that is a number, or holds some; the same for all commands."""

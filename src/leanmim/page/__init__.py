@@ -1,6 +1,6 @@
 """One self-contained HTML page about one or several runs: no scripts, nothing loaded from elsewhere."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from html import escape
 from importlib.resources import files
@@ -47,10 +47,15 @@ def report(config: Report) -> Path:
 
 def render(runs: Sequence[Loaded]) -> str:
     """The page's HTML."""
-    title = escape(", ".join(run.name for run in runs))
+    title = ", ".join(run.name for run in runs)
+    return document(title, {heading: section(runs) for heading, section in sections.SECTIONS.items()})
+
+
+def document(title: str, bodies: Mapping[str, str]) -> str:
+    """A whole page of sections, HTML by heading; empty ones are left out."""
+    title = escape(title)
     now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     style = files("leanmim.page").joinpath("style.css").read_text(encoding="utf-8")
-    bodies = {heading: section(runs) for heading, section in sections.SECTIONS.items()}
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

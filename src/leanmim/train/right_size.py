@@ -180,10 +180,14 @@ def untrained_encoder(config: Pretrain) -> Encoder:
 
 def trial_speed(config: Pretrain, source: Source, process: Process, device: torch.device) -> float:
     """Images per second of this process in a few real steps of the largest batch that fits."""
+    return average_throughput(trial(config, source, process, device), source, device, process)
+
+
+def trial(config: Pretrain, source: Source, process: Process, device: torch.device) -> Pretrain:
+    """What is measured: the largest batch that fits, weights that stay."""
     most = min(MOST, len(source))
-    trial = replace(config, blr=0.0, phase_batches=(), phase_accums=(), phase_blrs=())
-    trial, _, _ = batch_that_fits(trial, most * process.world, process, device)
-    return average_throughput(trial, source, device, process)
+    config = replace(config, blr=0.0, phase_batches=(), phase_accums=(), phase_blrs=())
+    return batch_that_fits(config, most * process.world, process, device)[0]
 
 
 def batch_that_fits(

@@ -1,0 +1,229 @@
+"""The cells of a comparison: a pre-training and its evaluation, or the evaluation of something that was not pre-trained."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock
+
+from leanmim.classifier.finetune import finetune
+from leanmim.classifier.recipes import small_epochs
+from leanmim.comparison.plan import Entry, precision_of
+from leanmim.comparison.processes import Task
+from leanmim.config import Compare, Config, Evaluate, Finetune, Pretrain
+from leanmim.config.compare import Measure
+from leanmim.data import absolute
+from leanmim.data.labels import Labels
+from leanmim.device import resolve_device
+from leanmim.evaluators.accuracy import Accuracy
+from leanmim.evaluators.cache import storage
+from leanmim.evaluators.evaluate import measures
+from leanmim.evaluators.features import Subject, random_backbone, raw_pixels, subject_of, subjects
+from leanmim.files import readable_lines, write_json
+from leanmim.names import slug
+from leanmim.run import Run
+from leanmim.start import SCRATCH, start_of
+from leanmim.train.pretrain import pretrain
+
+Kind = Literal["recipe", "untrained", "pixels", "weights"]
+UNTRAINED, PIXELS = "random initialisation", "raw pixels"
+FROZEN: dict[int, Measure] = {0: "knn", 2: "linear", 3: "attentive"}
+"""The measures of a frozen encoder, by the first number of `Result.order`."""
+K = 20
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row of the table with one seed."""
+
+    kind: Kind
+    name: str
+    """Of the row."""
+    seed: int
+    folder: Path
+    measures: tuple[Measure, ...]
+    pretrain: Pretrain | None
+    """What is trained; of an untrained model what would be. None of given weights."""
+    evaluate: Evaluate
+    """The frozen encoder's measures; not all of them need be asked for."""
+    finetune: Finetune
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What was found, if the cell is finished; else empty."""
+        return json.loads(file.read_text()) if (file := self.folder / "result.json").is_file() else {}
+
+    def task(self, seconds: float) -> Task:
+        """The task of a process; what it has to know is written into the cell's folder."""
+        configs = {
+            name: own and own.to_json()
+            for name in ("pretrain", "evaluate", "finetune")
+            for own in [getattr(self, name)]
+        }
+        write_json(self.folder / "cell.json", vars(self) | configs | {"folder": str(self.folder)})
+        return Task("cell", f"{self.name}, seed {self.seed}", self.folder, seconds)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Cell":
+        """What `task` wrote."""
+        values = json.loads((folder / "cell.json").read_text())
+        kinds: dict[str, type[Config]] = {"pretrain": Pretrain, "evaluate": Evaluate, "finetune": Finetune}
+        configs = {name: values[name] and kind.from_json(values[name]) for name, kind in kinds.items()}
+        return cls(**values | configs | {"folder": folder, "measures": tuple(values["measures"])})
+
+
+def cells_of(config: Compare, entries: Sequence[Entry], labels: Labels, size: tuple[int, ...]) -> list[Cell]:
+    """The cells of the whole budget, seed by seed; the baselines first.
+
+    Args:
+        config: of the comparison.
+        entries: the recipes.
+        labels: the images to evaluate on.
+        size: at which all are evaluated, px.
+    """
+    architectures: dict[str, Entry] = {}
+    for entry in entries:
+        own = entry.config
+        parts = [own.model, *(f"{key}={value}" for key, value in own.model_kwargs.items())]
+        if own.depth is not None:
+            parts.append(f"--depth {own.depth}")
+        architectures.setdefault(", ".join([UNTRAINED, *parts]), entry)
+    found = []
+    for seed in range(config.seeds):
+        for long, entry in architectures.items():
+            name = UNTRAINED if len(architectures) == 1 else long
+            found.append(cell_of(config, "untrained", name, seed, labels, size, entry.config))
+        if seed == 0 and {"knn", "linear"} & set(config.measures):
+            found.append(cell_of(config, "pixels", PIXELS, seed, labels, size, entries[0].config))
+        found += [cell_of(config, "weights", name, seed, labels, size) for name in config.weights]
+        found += [cell_of(config, "recipe", entry.title, seed, labels, size, entry.config) for entry in entries]
+    return found
+
+
+def screening_of(config: Compare, entries: Sequence[Entry], labels: Labels, size: tuple[int, ...]) -> list[Cell]:
+    """The cells of a tenth of the budget, with one seed and the first measure."""
+    config = replace(config, measures=config.measures[:1])
+    return [
+        cell_of(
+            config, "recipe", entry.title, 0, labels, size, replace(entry.config, epochs=entry.screen_epochs), "screen"
+        )
+        for entry in entries
+    ]
+
+
+def cell_of(
+    config: Compare,
+    kind: Kind,
+    name: str,
+    seed: int,
+    labels: Labels,
+    size: tuple[int, ...],
+    recipe: Pretrain | None = None,
+    part: str = "cells",
+) -> Cell:
+    """A cell; ``part`` is the folder within that of the comparison."""
+    folder = Path(config.out) / part / f"{slug(name)}-{seed}"
+    machine: dict[str, Any] = {"device": config.device, "workers": config.workers}
+    if recipe is not None:
+        out = str(folder / "pretrain")
+        recipe = replace(
+            recipe, data=absolute(config.data), out=out, seed=seed, keep=1, memory=config.memory, **machine
+        )
+    untrained = kind in ("untrained", "pixels")
+    start = SCRATCH if untrained else name if recipe is None else recipe.out
+    architecture: dict[str, Any] = {"channels": config.channels, "values": config.values}
+    if untrained and recipe is not None:
+        architecture |= {"model": recipe.model, "model_kwargs": recipe.model_kwargs, "depth": recipe.depth}
+        architecture |= {"stats": config.stats}
+    frozen = Evaluate(
+        run=start, data=config.eval, input_size=size, k=(min(K, len(labels.train)),), layers=(0,), shots=(), seed=seed,
+        attentive="attentive" in config.measures, cache=False, **architecture, **machine,
+    )  # fmt: skip
+    tuned = Finetune(
+        start=start, data=config.eval, out=str(folder / "finetune"), input_size=size, recipe="small", seed=seed, keep=1,
+        epochs=finetune_epochs(config, labels), label_share=config.label_share, labels_per_class=config.labels_per_class,
+        memory=config.memory, precision=precision_of(config), compile=False, **architecture, **machine,
+    )  # fmt: skip
+    return Cell(kind, name, seed, folder, config.measures, recipe, frozen, tuned)
+
+
+def finetune_epochs(config: Compare, labels: Labels) -> int:
+    """Passes over the labelled images that train."""
+    return (
+        round(small_epochs(len(labels.train)) / 5) if config.finetune_epochs == "auto" else int(config.finetune_epochs)
+    )
+
+
+def run_cell(folder: Path) -> None:
+    """Train and evaluate what is not done yet; the result is written last."""
+    with FileLock(folder / ".lock"):  # of a comparison that was killed the process may not have ended yet
+        cell = Cell.read(folder)
+        found: dict[str, Any] = {}
+        accuracies: dict[str, Any] = {}
+        if cell.kind == "recipe":
+            found["training"] = once(folder / "training.json", lambda: trained(cell))
+        if set(cell.measures) & set(FROZEN.values()):
+            accuracies |= once(folder / "frozen.json", lambda: frozen(cell))
+        if "finetune" in cell.measures and cell.kind != "pixels":
+            accuracies |= once(folder / "finetuned.json", lambda: finetuned(cell))
+        found["accuracies"] = {measure: accuracies[measure] for measure in cell.measures if measure in accuracies}
+        write_json(folder / "result.json", found)
+
+
+def once(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a file holds, which is made first if it is not there."""
+    if not file.is_file():
+        write_json(file, make())
+    return json.loads(file.read_text())
+
+
+def trained(cell: Cell) -> dict[str, Any]:
+    """Pre-train, and what it took."""
+    assert cell.pretrain is not None
+    run = Run(pretrain(cell.pretrain))
+    cost = json.loads(run.cost.read_text())
+    lines = [line for line in readable_lines(run.metrics) if "loss" in line]
+    return {
+        "epochs": cell.pretrain.epochs,
+        "seconds": sum(line["seconds"] for line in lines),
+        "images": round(sum(line["images_per_second"] * line["seconds"] for line in lines)),
+        "flops_per_image": cost["predicted"]["train_flops_per_image"],
+        "predicted_bytes": cost["predicted"]["peak_bytes"],
+        "measured_bytes": cost["measured"]["peak_bytes"],
+    }
+
+
+def frozen(cell: Cell) -> dict[str, Any]:
+    """The accuracies of the frozen encoder, or of raw pixels."""
+    with storage(cell.evaluate) as store:
+        return {
+            FROZEN[result.order[0]]: as_json(result.accuracy)
+            for subject in measured(cell)
+            for result in measures(cell.evaluate, subject, store)
+        }
+
+
+def measured(cell: Cell) -> Iterator[Subject]:
+    """What is evaluated: an untrained encoder is that of the recipe before its first step."""
+    own = cell.evaluate.with_stats()
+    if cell.kind not in ("untrained", "pixels"):
+        yield next(subjects(own))
+        return
+    assert cell.pretrain is not None
+    start = start_of(SCRATCH, own)
+    encoder = random_backbone(cell.pretrain, start.model.size).to(resolve_device(own.device))
+    subject = subject_of(cell.name, start, encoder, own)
+    yield subject if cell.kind == "untrained" else subject._replace(embed=raw_pixels, backbone=None)
+
+
+def finetuned(cell: Cell) -> dict[str, Any]:
+    """The accuracy after fine-tuning."""
+    results = json.loads((finetune(cell.finetune) / "results.json").read_text())
+    return {"finetune": {"value": results["top1"], "interval": results["top1_interval"], "images": results["images"]}}
+
+
+def as_json(accuracy: Accuracy) -> dict[str, Any]:
+    """An accuracy with its interval and the number of images."""
+    return {"value": float(accuracy), "interval": accuracy.interval, "images": accuracy.images}

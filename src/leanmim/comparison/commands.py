@@ -1,0 +1,43 @@
+"""What a cell does, as commands for a shell."""
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
+from typing import Any
+
+from leanmim import planner
+from leanmim.comparison.cells import FROZEN, Cell
+from leanmim.config import Evaluate, Finetune
+from leanmim.recipes import hyphens, words
+
+
+def commands_of(cell: Cell) -> Iterator[str]:
+    """The commands that do the same; the frozen measures of what is not trained are baselines of a run's."""
+    if cell.kind == "recipe":
+        assert cell.pretrain is not None
+        yield planner.command(cell.pretrain)
+    if set(cell.measures) & set(FROZEN.values()):
+        if cell.kind in ("untrained", "pixels"):
+            size = " ".join(map(str, cell.evaluate.input_size))
+            yield (
+                f"leanmim evaluate RUN --data {shlex.quote(cell.evaluate.data)} --input-size {size} --baselines "
+                "# RUN: a recipe's of this model and seed"
+            )
+        else:
+            yield command("evaluate", cell.evaluate, cell.evaluate.run)
+    if "finetune" in cell.measures and cell.kind != "pixels":
+        yield command("finetune", cell.finetune, cell.finetune.start)
+
+
+def command(name: str, config: Evaluate | Finetune, subject: str) -> str:
+    """The command of a configuration: what differs from the defaults."""
+    parts = ["leanmim", name, subject]
+    for own in fields(config):
+        value: Any = getattr(config, own.name)
+        if own.name in ("run", "start") or value == (own.default if own.default is not MISSING else {}):
+            continue
+        if isinstance(value, bool):
+            parts.append(f"--{hyphens(own.name)}" if value else f"--no-{hyphens(own.name)}")
+        else:
+            parts += [f"--{hyphens(own.name)}", *words(value)]
+    return shlex.join(parts)

@@ -1,0 +1,273 @@
+"""What a comparison found: a row for each recipe and baseline, and what follows from them."""
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from leanmim.comparison.cells import Cell, Kind
+from leanmim.config.compare import Measure
+
+NAMES: dict[Measure, str] = {
+    "finetune": "fine-tuned", "attentive": "attentive probe", "linear": "linear probe", "knn": "kNN",
+}  # fmt: skip
+COSTS: dict[str, tuple[str, str, float]] = {  # field of a row -> what it is, unit, factor to the unit
+    "seconds": ("training time", "min", 1 / 60),
+    "flops": ("training FLOPs", "TFLOP", 1e-12),
+    "memory_bytes": ("predicted peak memory", "MiB", 2**-20),
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy over the seeds, 0 to 1; and the spread, within which another one is no better or worse."""
+
+    value: float
+    """Mean."""
+    low: float
+    """Mean less one sample standard deviation over the seeds; of one seed the lower end of Wilson's 95 % interval."""
+    high: float
+    values: tuple[float, ...]
+    images: int
+    """That were classified."""
+
+    def __str__(self) -> str:
+        """In per cent."""
+        value, low, high = (100 * number for number in (self.value, self.low, self.high))
+        return f"{value:.1f} ± {high - value:.1f}" if len(self.values) > 1 else f"{value:.1f} ({low:.1f} to {high:.1f})"
+
+
+def score_of(found: Sequence[dict[str, Any]]) -> Score:
+    """The accuracies of the seeds together."""
+    values = tuple(accuracy["value"] for accuracy in found)
+    images = found[0]["images"]
+    if len(values) == 1:
+        low, high = found[0]["interval"]
+        return Score(values[0], low, high, values, images)
+    return Score(fmean(values), fmean(values) - stdev(values), fmean(values) + stdev(values), values, images)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A recipe or a baseline, over its finished seeds."""
+
+    kind: Kind
+    name: str
+    seeds: int
+    scores: dict[Measure, Score]
+    epochs: int | None = None
+    seconds: float | None = None
+    """Of a training, on average; as all costs None of what is not trained."""
+    flops: float | None = None
+    """Of a whole training."""
+    memory_bytes: float | None = None
+    """Predicted peak memory."""
+    measured_bytes: float | None = None
+    images_per_second: float | None = None
+    screened: Score | None = None
+    """With --screen: the accuracy after a tenth of the budget."""
+    dropped: bool = False
+    """Whether the recipe went no further."""
+
+
+def rows_of(cells: Iterable[Cell], screening: Sequence[Cell] = (), kept: Sequence[str] = ()) -> list[Row]:
+    """The rows of the table.
+
+    Args:
+        cells: of the whole budget, finished or not.
+        screening: the cells of a tenth of it.
+        kept: names of the recipes that went further.
+    """
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.name, []).append(cell)
+    screened = {cell.name: score for cell in screening for score in scores_of([cell.result]).values()}
+    rows = [row_of(own, screened.get(name)) for name, own in groups.items()]
+    return rows + [
+        Row("recipe", name, 0, {}, screened=found, dropped=True) for name, found in screened.items() if name not in kept
+    ]
+
+
+def row_of(cells: Sequence[Cell], screened: Score | None) -> Row:
+    """The cells of one name."""
+    results = [cell.result for cell in cells if cell.result]
+    trainings = [result["training"] for result in results if "training" in result]
+    costs: dict[str, Any] = {}
+    if trainings:
+        average = {key: fmean(training[key] for training in trainings) for key in trainings[0]}
+        costs = {
+            "epochs": trainings[0]["epochs"],
+            "seconds": average["seconds"],
+            "flops": average["flops_per_image"] * average["images"],
+            "memory_bytes": average["predicted_bytes"],
+            "measured_bytes": average["measured_bytes"],
+            "images_per_second": average["images"] / average["seconds"],
+        }
+    return Row(cells[0].kind, cells[0].name, len(results), scores_of(results), **costs, screened=screened)
+
+
+def scores_of(results: Sequence[dict[str, Any]]) -> dict[Measure, Score]:
+    """The scores of every measure that all results have."""
+    found = [result["accuracies"] for result in results]
+    return {measure: score_of([one[measure] for one in found]) for measure in (found[0] if found else ())}
+
+
+def promising(rows: Sequence[tuple[str, Score]]) -> list[str]:
+    """The names of those that are not hopeless: whose interval reaches that of the best."""
+    best = max(rows, key=lambda row: row[1].value, default=None)
+    return [name for name, score in rows if best and score.high >= best[1].low]
+
+
+@dataclass(frozen=True)
+class Table:
+    """What `compare` found; printed, a Markdown table and what follows from it."""
+
+    title: str
+    measures: tuple[Measure, ...]
+    budget: str
+    """Which cost all recipes share: ``seconds``, ``epochs`` or ``flops``."""
+    rows: list[Row]
+    planned: int
+    """Seeds of each recipe."""
+
+    def __str__(self) -> str:
+        return "\n\n".join([self.title, *self.findings(), markdown(self.accuracies()), markdown(self.costs())])
+
+    def best(self, measure: Measure, *kinds: Kind) -> tuple[Row, Score] | None:
+        """The row of some kinds with the highest accuracy; None if there is none yet."""
+        found = [(row, row.scores[measure]) for row in self.rows if row.kind in kinds and measure in row.scores]
+        return max(found, key=lambda pair: pair[1].value, default=None)
+
+    def accuracies(self) -> list[dict[str, str]]:
+        """The accuracies, a dictionary of texts for each row."""
+        screened = any(row.screened is not None for row in self.rows)
+        return [
+            {
+                "recipe": row.name,
+                **({"screened, %": screened_text(row)} if screened else {}),
+                **{f"{NAMES[measure]}, %": str(row.scores.get(measure, "-")) for measure in self.measures},
+                "seeds": f"{row.seeds}",
+            }
+            for row in self.rows
+        ]
+
+    def costs(self) -> list[dict[str, str]]:
+        """What a training of each recipe took, on average; a dictionary of texts for each row."""
+        return [
+            {
+                "recipe": row.name,
+                "epochs": str(row.epochs or "-"),
+                "time, min": shown(row.seconds, 1 / 60, ".1f"),
+                "images/s": shown(row.images_per_second, 1.0, ",.1f"),
+                "TFLOP": shown(row.flops, 1e-12, ",.4g"),
+                "peak memory, MiB, predicted": shown(row.memory_bytes, 2**-20, ",.0f"),
+                "measured": shown(row.measured_bytes, 2**-20, ",.0f"),
+            }
+            for row in self.rows
+            if row.kind == "recipe"
+        ]
+
+    def findings(self) -> list[str]:
+        """What follows from the table, in sentences; whether pre-training helps is the first."""
+        found = [*self.helps(), *self.worth(), *self.better_weights()]
+        if dropped := [row.name for row in self.rows if row.dropped]:
+            found.append(
+                f"Screened: after a tenth of the budget, with one seed, the 95 % interval of {', '.join(dropped)} lay below that of "
+                f"the best ({NAMES[self.measures[0]]}). They went no further."
+            )
+        if self.planned == 1:
+            found.append(
+                "One seed: there is no spread, and Wilson's 95 % interval for the choice of validation images stands in its place. "
+                "Another seed may change the order."
+            )
+        return found
+
+    def helps(self) -> Iterator[str]:
+        """By which measures pre-training helps, and by which it does not."""
+        above: list[str] = []
+        not_above: list[str] = []
+        for measure in self.measures:
+            best, baseline = self.best(measure, "recipe"), self.best(measure, "untrained", "pixels")
+            if best and baseline:
+                (row, score), (other, reached) = best, baseline
+                texts = above if score.low > reached.high else not_above
+                texts.append(f"{NAMES[measure]} {score} % ({row.name}) against {reached} % ({other.name})")
+        if not_above:
+            yield (
+                f"Pre-training does not help on these data: {'; '.join(not_above)}. The best recipe is not above the best without "
+                "pre-training by more than the spread."
+            )
+        if above:
+            yield f"Pre-training helps: {'; '.join(above)}."
+
+    def worth(self) -> Iterator[str]:
+        """By each measure the recipes within the spread of the best, and the cheapest of them in all that the budget leaves open."""
+        for measure in self.measures:
+            if not (best := self.best(measure, "recipe")):
+                continue
+            own = [row for row in self.rows if row.kind == "recipe" and measure in row.scores]
+            equal = [row for row in own if row.scores[measure].value >= best[1].low]
+            if len(equal) == 1:
+                yield f"Best, {NAMES[measure]}: {equal[0].name}; no other recipe is within its spread."
+                continue
+            cheapest: dict[str, list[str]] = {}
+            for cost, (what, unit, factor) in COSTS.items():
+                if cost != self.budget:
+                    least = min(equal, key=lambda row: getattr(row, cost))
+                    cheapest.setdefault(least.name, []).append(f"{what} {getattr(least, cost) * factor:,.4g} {unit}")
+            names = "; ".join(f"{name} ({', '.join(costs)})" for name, costs in cheapest.items())
+            others = "; ".join(row.name for row in equal if row != best[0])  # a name may have commas
+            yield (
+                f"Best, {NAMES[measure]}: {best[0].name}; within its spread: {others}. The cheapest of these: {names}."
+            )
+
+    def better_weights(self) -> Iterator[str]:
+        """By which measures given weights are better than every recipe."""
+        texts = []
+        for measure in self.measures:
+            best, given = self.best(measure, "recipe"), self.best(measure, "weights")
+            if best and given and given[1].low > best[1].high:
+                texts.append(f"{NAMES[measure]} {given[1]} % ({given[0].name})")
+        if texts:
+            yield f"Given weights are better, start from them: {'; '.join(texts)}."
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"title": self.title, "rows": [asdict(row) for row in self.rows], "findings": self.findings()}
+
+    def csv(self) -> str:
+        """A line for each row and measure."""
+        text = io.StringIO()
+        lines = csv.writer(text, lineterminator="\n")
+        costs = ("epochs", "seconds", "flops", "memory_bytes", "measured_bytes")
+        lines.writerow(["name", "kind", "seeds", "measure", "mean", "low", "high", "images", *costs])
+        for row in self.rows:
+            for measure, score in row.scores.items():
+                own = [getattr(row, cost) for cost in costs]
+                lines.writerow(
+                    [row.name, row.kind, row.seeds, measure, score.value, score.low, score.high, score.images, *own]
+                )
+        return text.getvalue()
+
+
+def screened_text(row: Row) -> str:
+    """The accuracy after a tenth of the budget."""
+    return "-" if row.screened is None else f"{row.screened}, dropped" if row.dropped else str(row.screened)
+
+
+def shown(value: float | None, factor: float, how: str) -> str:
+    """A number in another unit."""
+    return "-" if value is None else f"{value * factor:{how}}"
+
+
+def markdown(rows: Sequence[dict[str, str]]) -> str:
+    """A Markdown table whose columns stand below each other; they are the keys of the first row."""
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )

@@ -1,0 +1,246 @@
+"""Recipes under one budget: the table and what it rests on; stopped, killed and failed comparisons."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from shutil import copytree, rmtree
+from typing import Any
+
+import numpy as np
+import pytest
+
+import leanmim
+from leanmim.cli import main
+from leanmim.comparison import compare, processes
+from leanmim.comparison.table import Table
+from leanmim.config import Compare, Knn
+from leanmim.errors import UserError
+from leanmim.run import Run
+from tests.comparison.fakes import here, made_up, tiny_comparison
+from tests.runs import ENVIRONMENT, Refused
+
+EPOCHS = 30  # of one step each
+
+
+def line(config: Compare) -> list[str]:
+    """The command line of a configuration, as far as these tests give one."""
+    words = ["compare", "--model-kwargs", *(str(word) for pair in config.model_kwargs.items() for word in pair)]
+    for name in (
+        "recipes",
+        "data",
+        "eval",
+        "out",
+        "budget",
+        "seeds",
+        "measures",
+        "model",
+        "input_size",
+        "device",
+        "jobs",
+    ):
+        value = getattr(config, name)
+        words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Compare, Table]]:
+    """A comparison with real trainings, in this process."""
+    config = tiny_comparison(tmp_path_factory.mktemp("compared"), budget=f"{EPOCHS}epochs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "launch", here)
+        yield config, compare(config)
+
+
+@pytest.fixture
+def faked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Compare with made-up accuracies."""
+
+    def run(accuracy: Any, failing: str = "", **changes: Any) -> Table:
+        monkeypatch.setattr(processes, "launch", made_up(accuracy, failing))
+        return compare(tiny_comparison(tmp_path, **changes))
+
+    return run
+
+
+def by_name(table: Table) -> dict[str, Any]:
+    return {row.name: row for row in table.rows}
+
+
+def test_the_table_is_what_the_evaluators_say_of_the_runs(compared: tuple[Compare, Table]) -> None:
+    config, table = compared
+    rows = by_name(table)
+    assert list(rows) == ["random initialisation", "raw pixels", "mae", "pr-mim"]
+    found: dict[str, list[float]] = {"pretrained": [], "random": [], "pixels": []}
+    for seed in range(2):
+        run = str(Path(config.out) / "cells" / f"mae-{seed}" / "pretrain")
+        assert Run(Path(run)).stored()["seed"] == seed and Run(Path(run)).stored()["epochs"] == EPOCHS
+        for name, accuracy in leanmim.knn(Knn(run=run, data=config.eval, workers=0, device="cpu", baselines=True)):
+            found[name].append(float(accuracy))
+    for name, kind in (("mae", "pretrained"), ("random initialisation", "random")):
+        score = rows[name].scores["knn"]
+        assert score.values == tuple(found[kind])
+        assert score.value == pytest.approx(np.mean(found[kind]))
+        assert score.high - score.value == pytest.approx(np.std(found[kind], ddof=1))
+        assert score.images == 18 and rows[name].seeds == 2
+    pixels = rows["raw pixels"].scores["knn"]
+    assert pixels.values == (found["pixels"][0],) and pixels.low < pixels.value <= pixels.high <= 1
+
+
+def test_what_a_training_took_is_what_its_run_folder_says(compared: tuple[Compare, Table]) -> None:
+    config, table = compared
+    row = by_name(table)["mae"]
+    runs = [Path(config.out) / "cells" / f"mae-{seed}" / "pretrain" for seed in range(2)]
+    costs = [json.loads((run / "cost.json").read_text()) for run in runs]
+    assert row.epochs == EPOCHS
+    assert row.flops == costs[0]["predicted"]["train_flops_per_image"] * EPOCHS * 24  # images
+    assert row.memory_bytes == costs[0]["predicted"]["peak_bytes"]
+    assert row.measured_bytes == np.mean([cost["measured"]["peak_bytes"] for cost in costs])
+    seconds = [
+        sum(json.loads(line).get("seconds", 0) for line in (run / "metrics.jsonl").read_text().splitlines())
+        for run in runs
+    ]
+    assert row.seconds == pytest.approx(np.mean(seconds))
+
+
+def test_a_finished_comparison_trains_nothing_again(compared: tuple[Compare, Table]) -> None:
+    config, table = compared
+    written = {path: path.stat().st_mtime_ns for path in Path(config.out, "cells").rglob("*.pt")}
+    assert compare(config) == table
+    assert written == {path: path.stat().st_mtime_ns for path in Path(config.out, "cells").rglob("*.pt")}
+    folder = Path(config.out)
+    assert (folder / "table.md").read_text() == f"{table}\n"
+    assert json.loads((folder / "table.json").read_text())["findings"] == table.findings()
+    assert len((folder / "table.csv").read_text().splitlines()) == 1 + 2 * 4
+
+
+def test_killed_in_the_middle_of_a_training_it_goes_on_to_the_same_table(
+    compared: tuple[Compare, Table], tmp_path: Path
+) -> None:
+    config, table = compared
+    copytree(config.out, tmp_path / "killed")
+    cell = tmp_path / "killed" / "cells" / "mae-1"
+    rmtree(cell)
+    config = replace(config, out=str(tmp_path / "killed"), jobs=os.cpu_count() or 1)
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "leanmim", *line(config)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    run = Run(cell / "pretrain")
+    while not run.last.exists():
+        assert parent.poll() is None, parent.stderr and parent.stderr.read()
+        time.sleep(0.02)
+    parent.kill()
+    parent.communicate()
+    while "stopped by SIGTERM after step" not in (cell / "log.txt").read_text():
+        time.sleep(0.02)
+    assert 0 < run.read()["step"] < EPOCHS
+    assert not (cell / "result.json").exists()
+    found = compare(config)
+    assert [row.scores for row in found.rows] == [row.scores for row in table.rows]
+    assert run.read()["step"] == EPOCHS
+
+
+def test_a_stop_reaches_what_trains_and_the_same_command_goes_on(
+    faked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped: list[str] = []
+
+    class Endless:
+        def __init__(self, task: Any, place: Any) -> None:
+            self.name = task.name
+
+        def poll(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+        def stop(self) -> None:
+            stopped.append(self.name)
+
+        def wait(self) -> int:
+            return 143
+
+    monkeypatch.setattr(processes, "launch", Endless)
+    with pytest.raises(KeyboardInterrupt):
+        compare(tiny_comparison(tmp_path, jobs=2))
+    assert stopped == ["random initialisation, seed 0", "raw pixels, seed 0"]
+    assert [row.seeds for row in faked(lambda cell: 0.5, jobs=3).rows] == [2, 1, 2, 2]
+
+
+def test_a_cell_that_fails_is_named_with_its_log_and_the_others_go_on(
+    faked: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "out" / "cells" / "mae-1" / "log.txt"
+    with pytest.raises(UserError) as error:
+        faked(lambda cell: 0.5, failing="mae")
+    assert str(error.value).startswith("2 of 7 cells failed:\n  mae, seed 0 failed (leanmim: no room); its log is ")
+    assert f"mae, seed 1 failed (leanmim: no room); its log is {log}" in str(error.value)
+    assert "mae, seed 1 failed" in capsys.readouterr().err
+    assert "pr-mim" in (tmp_path / "out" / "page.html").read_text()
+    assert by_name(faked(lambda cell: 0.5))["mae"].seeds == 2  # the same command tries them again
+
+
+def test_screening_drops_the_hopeless(faked: Any, tmp_path: Path) -> None:
+    asked: list[tuple[str, int, tuple[str, ...]]] = []
+
+    def accuracy(cell: dict[str, Any]) -> float:
+        if cell["pretrain"]:
+            asked.append((cell["name"], cell["pretrain"]["epochs"], tuple(cell["measures"])))
+        return {"mae": 0.5, "pr-mim": 0.45, "fastmim": 0.43}.get(cell["name"], 0.3)  # of ± 0.03 each
+
+    table = faked(accuracy, recipes=("mae", "pr-mim", "fastmim"), screen=True, budget="30epochs", seeds=1)
+    screened, whole = asked[:3], [item for item in asked if item[1] == 30]
+    assert screened == [(name, 3, ("knn",)) for name in ("mae", "pr-mim", "fastmim")]
+    assert {name for name, *_ in whole} == {"mae", "pr-mim", "random initialisation", "raw pixels"}
+    row = by_name(table)["fastmim"]
+    assert row.dropped and row.seeds == 0 and row.screened.value == 0.43
+    assert not by_name(table)["pr-mim"].dropped
+    page = (tmp_path / "out" / "page.html").read_text()
+    assert (
+        "the 95 % interval of fastmim lay below that of the best (kNN)" in page
+        and "43.0 (40.0 to 46.0), dropped" in page
+    )
+
+
+def test_other_options_are_another_comparison(faked: Any, tmp_path: Path) -> None:
+    faked(lambda cell: 0.5, seeds=1)
+    with pytest.raises(UserError, match=r"holds another comparison:\n  seeds: 1 there, 2 now"):
+        faked(lambda cell: 0.5)
+    assert faked(lambda cell: 0.5, seeds=1, jobs=1).rows
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty and not a comparison"):
+        faked(lambda cell: 0.5, out=str(tmp_path / "other"))
+
+
+def test_what_is_wrong_is_told_before_anything_is_written(refused: Refused, tmp_path: Path) -> None:
+    config = tiny_comparison(tmp_path)
+    line = [
+        "compare",
+        "--data",
+        config.data,
+        "--eval",
+        config.eval,
+        "--out",
+        config.out,
+        "--model",
+        config.model,
+        "--input-size",
+        "32",
+    ]
+    assert "--budget 'much' is no budget" in refused([*line, "--recipes", "mae", "--budget", "much"])
+    assert "there is no recipe 'mea'" in refused([*line, "--recipes", "mea"])
+    assert "names mae twice" in refused([*line, "--recipes", "mae", "mae"])
+    assert "sets seed for all recipes" in refused([*line, "--recipes", "mae:seed=3"])
+    assert "is neither a run folder" in refused([*line, "--recipes", "mae", "--weights", str(tmp_path)])
+    assert not Path(config.out).exists()
+
+
+def test_the_command_prints_the_table(faked: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = faked(lambda cell: 0.5, seeds=1)
+    main(line(tiny_comparison(tmp_path, seeds=1)))
+    assert capsys.readouterr().out == f"{table}\n"

@@ -1,0 +1,115 @@
+"""The budget: epochs from a given speed and cost; the speed from processes side by side."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from leanmim.comparison import plan, processes
+from leanmim.comparison.plan import Entry, measured, planned, recipes_of, scheduled
+from leanmim.config import Compare, parse_budget
+from leanmim.costs import count
+from leanmim.data import open_source
+from leanmim.errors import UserError
+from leanmim.recipes import FASTMIM_P, MAE
+from tests.comparison.fakes import here, tiny_comparison
+
+
+def entry(speed: float = 50.0, **changes: Any) -> Entry:
+    """100 images at 2 GFLOP."""
+    return Entry("mae", replace(MAE, **changes), 100, 2 * 10**9, (speed,))
+
+
+def under(budget: str, own: Entry, screen: bool = False) -> Entry:
+    config = Compare(recipes=("mae",), data="d", eval="e", out="o", budget=budget, screen=screen)
+    return scheduled(own, parse_budget(budget), config)
+
+
+@pytest.mark.parametrize(
+    ("budget", "epochs", "share"),
+    [("60s", 30, 1.0), ("1min", 30, 1.0), ("61s", 30, 60 / 61), ("0.5h", 900, 1.0), ("8epochs", 8, 1.0), ("1epoch", 1, 1.0),
+     ("1TFLOP", 5, 1.0), ("1.1 TFLOPs", 5, 1 / 1.1), ("200 gflop", 1, 1.0)],
+)  # fmt: skip
+def test_epochs_of_a_budget(budget: str, epochs: int, share: float) -> None:
+    found = under(budget, entry())  # an epoch takes 2 s and 0.2 TFLOP
+    assert found.config.epochs == epochs and found.screen_epochs == 0
+    assert found.share == pytest.approx(share)
+
+
+def test_the_median_of_the_speeds_counts() -> None:
+    assert under("60s", replace(entry(), speeds=(10.0, 50.0, 51.0))).config.epochs == 30
+
+
+def test_a_tenth_for_screening() -> None:
+    assert under("30epochs", entry(), screen=True).screen_epochs == 3  # 0.1 x 30 is less than 3 in floating point
+    assert under("70epochs", entry(), screen=True).screen_epochs == 7
+    with pytest.raises(UserError, match="a tenth of --budget 8epochs, for --screen, is less than one epoch of mae"):
+        under("8epochs", entry(), screen=True)
+
+
+def test_less_than_an_epoch_is_refused_with_what_it_takes() -> None:
+    with pytest.raises(
+        UserError, match=r"--budget 1s is less than one epoch of mae: 100 images, which take 2 s and 0.2 TFLOP"
+    ):
+        under("1s", entry())
+    with pytest.raises(
+        UserError, match=r"--budget 1GFLOP is less than one epoch of mae: 100 images, which take 0.2 TFLOP"
+    ):
+        under("1GFLOP", entry())
+
+
+def test_too_few_epochs_for_the_phases_are_refused() -> None:
+    own = replace(entry(), title="fastmim-p", config=FASTMIM_P)
+    assert under("5epochs", own).config.epochs == 5
+    with pytest.raises(UserError, match="--budget 2epochs is 2 epochs of fastmim-p: 2 epochs are too few for phases"):
+        under("2epochs", own)
+
+
+@pytest.mark.parametrize("budget", ["", "30", "min", "-1h", "0h", "8 days", "1e3s", "nanh"])
+def test_what_is_no_budget(budget: str) -> None:
+    with pytest.raises(UserError, match="is no budget; give one as"):
+        parse_budget(budget)
+
+
+def test_recipes_differ_and_have_titles(tmp_path: Path) -> None:
+    config = tiny_comparison(tmp_path, recipes=("mae", "mae:mask-ratio=0.9,decoder-depth=2"))
+    assert [title for title, _ in recipes_of(config)] == ["mae", "mae mask-ratio=0.9, decoder-depth=2"]
+
+
+def test_speeds_are_measured_in_turns_by_as_many_processes_as_will_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def speed(config: Any, *_: Any) -> float:
+        asked.append(config.mask_ratio)
+        return 100 * config.mask_ratio
+
+    monkeypatch.setattr(processes, "launch", here)
+    monkeypatch.setattr(plan, "average_throughput", speed)
+    monkeypatch.setattr(plan, "trial", lambda config, *_: config)
+    found_faster = SimpleNamespace(setting=SimpleNamespace(channels_last=True))
+    monkeypatch.setattr(plan, "calibrated", lambda *_: found_faster)
+    config = tiny_comparison(tmp_path, recipes=("mae", "mae:mask-ratio=0.9"), budget="10s")
+    before = [Entry(title, recipe, 24, 1) for title, recipe in recipes_of(config)]
+    found = measured(config, before, [{}, {}])
+    assert [entry.speeds for entry in found] == [(75.0,) * 4, (90.0,) * 4]
+    assert [entry.config.channels_last for entry in found] == [True, True]
+    assert asked == [0.75, 0.9, 0.75, 0.9, 0.9, 0.75, 0.9, 0.75]
+    source = open_source(config.data, 3)
+    entries = planned(config, source, torch.device("cpu"), [{}, {}])
+    assert [own.config.epochs for own in entries] == [math.floor(10 * rate / 24) for rate in (75, 90)]
+    cost, _ = count(replace(entries[0].config, batch_size=1))
+    assert entries[0].flops_per_image == cost.train_flops_per_image
+    assert [Entry.from_json(json.loads(json.dumps(own.to_json()))) for own in entries] == entries
+
+
+def test_a_recipe_that_cannot_be_trained_is_named(tmp_path: Path) -> None:
+    config = tiny_comparison(tmp_path, recipes=("mae", "mae:mask-unit=12"))
+    with pytest.raises(UserError, match="mae mask-unit=12: "):
+        planned(config, open_source(config.data, 3), torch.device("cpu"), [{}])

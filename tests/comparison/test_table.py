@@ -1,0 +1,92 @@
+"""What follows from the numbers of a comparison."""
+
+from typing import Any
+
+import pytest
+
+from leanmim.comparison.cells import Kind
+from leanmim.comparison.table import Row, Score, Table, markdown, promising, score_of
+
+
+def score(value: float, spread: float = 0.01, seeds: int = 3) -> Score:
+    return Score(value, value - spread, value + spread, (value,) * seeds, 500)
+
+
+def row(name: str, value: float, kind: Kind = "recipe", spread: float = 0.01, **costs: Any) -> Row:
+    own = (
+        dict(epochs=8, seconds=600.0, flops=1e12, memory_bytes=2.0**30, measured_bytes=2.0**30, images_per_second=10.0)
+        | costs
+    )
+    return Row(kind, name, 3, {"knn": score(value, spread)}, **own if kind == "recipe" else {})
+
+
+def table(*rows: Row, **changes: Any) -> Table:
+    own: dict[str, Any] = dict(title="t", measures=("knn",), budget="seconds", rows=list(rows), planned=3)
+    return Table(**own | changes)
+
+
+def test_mean_and_spread_of_seeds_and_the_interval_of_one() -> None:
+    found = [{"value": value, "interval": [0.1, 0.9], "images": 50} for value in (0.40, 0.44)]
+    both = score_of(found)
+    assert (both.value, both.low, both.high) == pytest.approx((0.42, 0.42 - 0.02 * 2**0.5, 0.42 + 0.02 * 2**0.5))
+    assert str(both) == "42.0 ± 2.8"
+    one = score_of(found[:1])
+    assert (one.value, one.low, one.high) == (0.40, 0.1, 0.9) and str(one) == "40.0 (10.0 to 90.0)"
+
+
+def test_pretraining_that_does_not_help_is_said_first() -> None:
+    found = table(row("mae", 0.425), row("bim", 0.30), row("random initialisation", 0.41, "untrained"))
+    assert found.findings()[0].startswith(
+        "Pre-training does not help on these data: kNN 42.5 ± 1.0 % (mae) against 41.0 ± 1.0 % (random initialisation)."
+    )
+    assert "Pre-training helps" not in str(found)
+
+
+def test_pretraining_that_helps_is_above_the_best_of_all_baselines() -> None:
+    baselines = (row("random initialisation", 0.30, "untrained"), row("raw pixels", 0.41, "pixels"))
+    found = table(row("mae", 0.44), *baselines).findings()
+    assert found[0] == "Pre-training helps: kNN 44.0 ± 1.0 % (mae) against 41.0 ± 1.0 % (raw pixels)."
+    assert "does not help" in table(row("mae", 0.425), *baselines).findings()[0]
+
+
+def test_given_weights_that_are_better_are_to_start_from() -> None:
+    baseline = row("random initialisation", 0.30, "untrained")
+    better = table(row("mae", 0.40), baseline, row("vit.augreg", 0.80, "weights")).findings()
+    assert "Given weights are better, start from them: kNN 80.0 ± 1.0 % (vit.augreg)." in better
+    assert "start from them" not in " ".join(table(row("mae", 0.40), baseline, row("vit", 0.415, "weights")).findings())
+
+
+def test_the_cheapest_within_the_spread_of_the_best() -> None:
+    rows = [
+        row("mae", 0.50, flops=4e12, memory_bytes=4 * 2.0**20), row("pr-mim", 0.495, flops=2e12, memory_bytes=3 * 2.0**20),
+        row("bim", 0.492, flops=3e12, memory_bytes=2.0**20), row("fastmim", 0.45, flops=1e12, memory_bytes=2.0**10),
+    ]  # fmt: skip
+    assert list(table(*rows).worth()) == [
+        "Best, kNN: mae; within its spread: pr-mim; bim. The cheapest of these: pr-mim (training FLOPs 2 TFLOP); "
+        "bim (predicted peak memory 1 MiB)."
+    ]
+    (text,) = table(*rows, budget="flops").worth()
+    assert "mae (training time 10 min); bim (predicted" in text
+    assert list(table(rows[0], rows[3]).worth()) == ["Best, kNN: mae; no other recipe is within its spread."]
+
+
+def test_one_seed_is_said() -> None:
+    assert "Wilson" in table(row("mae", 0.5), planned=1).findings()[-1]
+    assert "Wilson" not in str(table(row("mae", 0.5)))
+
+
+def test_an_unfinished_table_says_nothing_yet() -> None:
+    found = table(Row("recipe", "mae", 0, {}), Row("untrained", "random initialisation", 0, {}))
+    assert found.findings() == []
+    assert found.accuracies()[0] == {"recipe": "mae", "kNN, %": "-", "seeds": "0"}
+
+
+def test_hopeless_is_whose_interval_does_not_reach_the_best() -> None:
+    scores = [("a", score(0.5, 0.03)), ("b", score(0.445, 0.03)), ("c", score(0.43, 0.03)), ("d", score(0.1, 0.5))]
+    assert promising(scores) == ["a", "b", "d"]
+
+
+def test_markdown_has_columns_below_each_other() -> None:
+    assert markdown([{"a": "1", "b": "x|y"}, {"a": "22", "b": "z"}]) == (
+        "| a  | b    |\n| -- | ---- |\n| 1  | x\\|y |\n| 22 | z    |"
+    )
