@@ -14,7 +14,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import record
@@ -32,8 +32,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 SMOOTH = 10  # steps
 
 
-def curve(name: str, arguments: argparse.Namespace, folder: Path) -> list[float]:
-    """The loss of every step."""
+def curve(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The loss of every step, and the images/s of the later half."""
     plain = dict(decode="exact", precision="fp32", compile=False, seed=0)
     config = replace(
         leanmim.MAE, data=arguments.data, out=str(folder / name), model=arguments.model, input_size=(arguments.input_size,),
@@ -42,7 +42,11 @@ def curve(name: str, arguments: argparse.Namespace, folder: Path) -> list[float]
     )  # fmt: skip
     leanmim.pretrain(config)
     lines = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
+    steps = [line for line in lines if "loss" in line]
+    return {
+        "losses": [line["loss"] for line in steps],
+        "speed": median(line["images_per_second"] for line in steps[len(steps) // 2 :]),
+    }
 
 
 def smoothed(losses: list[float]) -> list[float]:
@@ -71,14 +75,16 @@ def main() -> None:
             if done.returncode:
                 raise RuntimeError(f"{name}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
             curves[name] = json.loads(done.stdout.splitlines()[-1])
-            print(name, curves[name][-1], flush=True)
-    plain = smoothed(curves["plain"])
+            print(name, curves[name]["losses"][-1], curves[name]["speed"], flush=True)
+    plain = smoothed(curves["plain"]["losses"])
     rows = []
-    for name, losses in curves.items():
+    for name, found in curves.items():
+        losses = found["losses"]
         apart = [abs(a - b) / b for a, b in zip(smoothed(losses), plain, strict=True)]
         rows.append({
             "path": name, "steps": len(losses), "last ten steps": f"{smoothed(losses)[-1]:.4f}",
             "mean difference, %": f"{100 * mean(apart):.3f}", "largest, %": f"{100 * max(apart):.3f}",
+            "images/s": f"{found['speed']:.1f}", "to plain": f"{found['speed'] / curves['plain']['speed']:.2f}",
         })  # fmt: skip
     configuration = {"data": Path(arguments.data).resolve().parent.name, "model": arguments.model, "input": f"{arguments.input_size} px", "batch": 32,
                      "threads": arguments.threads}  # fmt: skip

@@ -1,6 +1,5 @@
 """Tasks side by side."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_a_cpu_is_shared_by_single_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(processes, "cpus", lambda: 8)
     found = [places_of(tiny_comparison(tmp_path, jobs=jobs), CPU) for jobs in ("auto", 2, 16)]
     assert [(len(places), {place["OMP_NUM_THREADS"] for place in places}) for places in found] == [
         (8, {"1"}), (2, {"4"}), (16, {"1"}),

@@ -6,7 +6,6 @@ Everything else follows from these, so that the same command continues a compari
 """
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,7 +24,7 @@ from leanmim.config import Compare, parse_budget
 from leanmim.config.base import Images
 from leanmim.data import open_source
 from leanmim.data.labels import Labels, choose_labels
-from leanmim.device import resolve_device
+from leanmim.device import cpus, resolve_device
 from leanmim.environment import environment
 from leanmim.errors import UserError
 from leanmim.files import write_atomically, write_json
@@ -153,7 +152,7 @@ def on_this_machine(config: Compare, device: torch.device, jobs: int) -> Compare
     """The configuration with each training's part of the machine: device, reading processes, memory."""
     changes: dict[str, Any] = {"device": device.type}
     if config.workers < 0:  # where all cores compute, a training reads its own images
-        changes["workers"] = min(8, max(0, (os.cpu_count() or 1) // jobs - 1)) if device.type == "cuda" else 0
+        changes["workers"] = min(8, max(0, cpus() // jobs - 1)) if device.type == "cuda" else 0
     if config.memory == "auto" and device.type != "cuda":  # a GPU has one training, which asks it
         changes["memory"] = str(available(device) // jobs)
     return replace(config, **changes)

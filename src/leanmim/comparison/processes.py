@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from leanmim.config import Compare
+from leanmim.device import cpus
 from leanmim.progress import duration, progress_bar
 
 POLL = 0.1  # s
@@ -79,7 +80,7 @@ def places_of(config: Compare, device: torch.device) -> list[dict[str, str]]:
 
     On GPUs that is one of them each, in turn. On a CPU it is an equal part of the cores; waiting threads do not spin.
     """
-    cores = os.cpu_count() or 1
+    cores = cpus()
     if device.type != "cuda":
         auto = cores if device.type == "cpu" else 1
         jobs = auto if config.jobs == "auto" else int(config.jobs)
