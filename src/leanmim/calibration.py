@@ -30,8 +30,7 @@ GAIN = {"threads": 1.1, "precision": 1.1, "channels_last": 1.03, "compile": 1.05
 """How many times as fast a change must be. Fewer threads lose once other programs end, half precision is less exact, and
 compiled steps start late."""
 LONG = 1200.0
-"""Seconds of a run on a GPU, from which on compilation is tried, which takes about one minute. On a CPU it does not pay, see
-benchmarks/README.md."""
+"""Seconds of a run on a GPU, from which on compilation is tried, which takes about one minute. On a CPU it is not tried."""
 MOST_READERS = 32
 SPARE = 1.25  # times the readers that keep up on average
 Configured = TypeVar("Configured", bound=Computing)
