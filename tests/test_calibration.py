@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from leanmim import calibration, planner
-from leanmim.calibration import Setting, calibrate
+from leanmim.calibration import Setting, Trial, calibrate
 from leanmim.classifier import right_size as classifier_right_size
 from leanmim.classifier.finetune import finetune
 from leanmim.config import Finetune, Pretrain
 from leanmim.device import bf16_in_hardware, cpus
+from leanmim.errors import UserError
 from leanmim.processes import ALONE
 from leanmim.run import Run
 from leanmim.step import align_state
@@ -30,14 +31,22 @@ from tests.runs import lines, weights
 CPU = torch.device("cpu")
 
 
-class Clock:
+class Clock(Trial):
     """A machine whose steps take a known time: seconds of an image for a setting."""
 
     def __init__(self, cost: Any, model: nn.Module, read: float = 0.0) -> None:
-        self.cost, self.model, self.most, self.now, self.read, self.steps = cost, model, 16, 0.0, read, 0
+        super().__init__(model, [], CPU, 16)
+        self.cost, self.now, self.read, self.steps = cost, 0.0, read, 0
 
     def use(self, setting: Setting) -> None:
-        self.setting = setting
+        super().use(setting)
+        self.setting = replace(setting, compile=self.compiled)
+
+    def autocast(self, dtype: torch.dtype | None) -> None:
+        self.dtype = dtype
+
+    def compile(self) -> None:
+        self.now += 60
 
     def step(self, images: int) -> None:
         self.now += images * self.cost(self.setting)
@@ -56,10 +65,17 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(calibration.psutil, "cpu_count", lambda logical: 2)
 
-    def run(clock: Clock, stored: Any = None, **given: Any) -> calibration.Calibration:
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(calibration, "device_name", lambda device: device.type)
+
+    def run(
+        clock: Clock, stored: Any = None, device: torch.device = CPU, seconds: float = 1e9, **given: Any
+    ) -> calibration.Calibration:
         monkeypatch.setattr(calibration, "time", SimpleNamespace(perf_counter=lambda: clock.now))
         config = Pretrain(data="d", out="o", **given)
-        return calibrate(config, stored, clock.model, lambda: clock, clock.read_one, lambda speed: 1e9, ALONE, CPU)
+        return calibrate(
+            config, stored, clock.model, lambda: clock, clock.read_one, lambda speed: seconds, ALONE, device
+        )
 
     return run
 
@@ -136,6 +152,68 @@ def test_an_earlier_calibration_is_used_again(measured: Any) -> None:
     assert again.setting.precision == "fp32" and "precision" not in [one["choice"] for one in again.tried]
     for damaged in (None, [], {"setting": {"threads": 1}}, {"setting": None, "machine": {}}):
         assert measured(Clock(lambda own: 0.1, LINEAR), damaged).tried
+
+
+def test_half_precision_is_not_kept_where_software_computes_it(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = measured(Clock(lambda own: 0.1 if own.precision == "bf16" else 0.2, LINEAR))
+    stored = json.loads(json.dumps(found.to_json()))
+    stored["machine"]["device"] = "another"
+    assert found.setting.precision == "bf16" == measured(Clock(lambda own: 0.1, LINEAR), stored).setting.precision
+    monkeypatch.setattr(calibration, "bf16_in_hardware", lambda device: False)
+    assert measured(Clock(lambda own: 0.1, LINEAR), stored).setting.precision == "fp32"
+
+
+def test_damaged_choices_are_measured_again(measured: Any) -> None:
+    stored = json.loads(json.dumps(measured(Clock(lambda own: 0.1, LINEAR)).to_json()))
+    for name, value in (("threads", "many"), ("threads", 0), ("precision", "fp7"), ("compile", None)):
+        clock = Clock(lambda own: 0.1, LINEAR)
+        assert measured(clock, stored | {"setting": stored["setting"] | {name: value}}).tried and clock.steps
+
+
+def test_long_runs_on_a_gpu_are_compiled_where_that_is_faster(
+    measured: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def faster(own: Setting) -> float:
+        return 0.05 if own.compile else 0.1
+
+    cuda = torch.device("cuda")
+    found = measured(Clock(faster, LINEAR), device=cuda)
+    assert found.setting.compile and found.tried[-1]["images_per_second"] == pytest.approx({"False": 10, "True": 20})
+    assert not measured(Clock(lambda own: 0.1, LINEAR), device=cuda).setting.compile
+    assert not measured(Clock(faster, LINEAR), device=cuda, seconds=60).setting.compile  # over before it pays
+    assert not measured(Clock(faster, LINEAR)).setting.compile
+
+    class Broken(Clock):
+        def compile(self) -> None:
+            raise RuntimeError("no compiler\nand more")
+
+    assert not measured(Broken(faster, LINEAR), device=cuda).setting.compile
+    assert "not compiled, which failed: no compiler\n" in capsys.readouterr().err
+
+
+def test_the_threads_of_the_caller_come_back(tiny: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "threads_given", lambda: False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        pretrain(replace(tiny, epochs=1, workers=-1))  # measures with one thread, too; of only a few images
+        assert torch.get_num_threads() == 2
+        with (
+            pytest.raises(UserError, match="never here"),
+            calibration.Calibration(Setting("fp32", 1, 0, False, False), {}, []).in_use(),
+        ):
+            raise UserError("never here")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_few_images_are_enough(tiny: Pretrain, tmp_path: Path) -> None:
+    for photo in sorted(PHOTOS.rglob("*.jpg"))[:4]:
+        (tmp_path / "few").mkdir(exist_ok=True)
+        (tmp_path / "few" / photo.name).symlink_to(photo.resolve())
+    pretrain(replace(tiny, data=str(tmp_path / "few"), epochs=1, workers=-1))
+    assert lines(tiny)[-1]["step"] == 1
 
 
 def test_a_run_keeps_what_it_measured(tiny: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from leanmim.by_name import by_name
 from leanmim.version import __version__
 
-# Threads that wait for each other's part of a step spin; where other programs run, that costs more than half of the speed
-# (benchmarks/README.md, "The step"). Read when torch is first imported.
+# Threads that wait for each other's part of a step spin, and beside one other program a run is many times slower for it
+# (benchmarks/README.md, "The step"). The variable is read when torch is first imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 

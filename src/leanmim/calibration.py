@@ -8,20 +8,24 @@ import math
 import os
 import platform
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from statistics import mean, median
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import psutil
 import torch
 from rich.console import Console
 from torch import nn
+from torch.optim import AdamW
 
 from leanmim.config.base import Computing
-from leanmim.device import bf16_in_hardware, cpus, device_name, threads_given
+from leanmim.device import bf16_in_hardware, cpus, device_name, resolve_precision, threads_given
+from leanmim.errors import UserError
 from leanmim.processes import Process
+from leanmim.step import align_state
 
 ROUNDS = 3  # in which two settings take turns
 TARGET = 0.5  # s of a step, which sets its images
@@ -31,6 +35,7 @@ GAIN = {"threads": 1.1, "precision": 1.1, "channels_last": 1.03, "compile": 1.05
 compiled steps start late."""
 LONG = 1200.0
 """Seconds of a run on a GPU, from which on compilation is tried, which takes about one minute. On a CPU it is not tried."""
+READ = 9  # images, to time that
 MOST_READERS = 32
 SPARE = 1.25  # times the readers that keep up on average
 Configured = TypeVar("Configured", bound=Computing)
@@ -53,20 +58,41 @@ class Setting:
 NAMES = tuple(field.name for field in fields(Setting))
 
 
-@runtime_checkable
-class Trial(Protocol):
-    """A model to try settings on."""
+class Trial(ABC):
+    """A model to try settings on.
 
-    most: int
-    """Images of a step, at most."""
+    Args:
+        model: on the device.
+        optimizers: of its parameters.
+        device: where it computes.
+        most: images of a step, at most.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: list[AdamW], device: torch.device, most: int) -> None:
+        self.model, self.optimizers, self.device, self.most = model, optimizers, device, most
+        self.compiled = False
 
     def use(self, setting: Setting) -> None:
-        """Compute so from now on."""
-        ...
+        """Compute so from now on; what is compiled stays so."""
+        torch.set_num_threads(setting.threads)
+        self.autocast(resolve_precision(setting.precision, self.device))
+        self.model.to(memory_format=torch.channels_last if setting.channels_last else torch.contiguous_format)
+        align_state(self.optimizers)
+        if setting.compile and not self.compiled:
+            self.compile()
+            self.compiled = True
 
+    @abstractmethod
+    def autocast(self, dtype: torch.dtype | None) -> None:
+        """Run the forward pass in this precision; None is float32."""
+
+    @abstractmethod
+    def compile(self) -> None:
+        """Compile what a run compiles."""
+
+    @abstractmethod
     def step(self, images: int) -> None:
-        """Forward, backward and update on so many images; wait for the device."""
-        ...
+        """Forward, backward and update on so many images of noise; wait for the device."""
 
 
 @dataclass
@@ -91,10 +117,9 @@ class Calibration:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Compute with these threads."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.setting.threads)
-        yield
-        torch.set_num_threads(before)
+        with threads_restored():
+            torch.set_num_threads(self.setting.threads)
+            yield
 
     def to_json(self) -> dict[str, Any]:
         """For environment.json."""
@@ -113,6 +138,16 @@ class Calibration:
         if self.read_seconds is not None:
             lines.append(f"an image is read in {1e3 * self.read_seconds:.2g} ms")
         return f"computing: {', '.join(words)}" + (f"; measured, images/s: {'; '.join(lines)}" if lines else "")
+
+
+@contextmanager
+def threads_restored() -> Iterator[None]:
+    """Afterwards torch computes with as many threads as before."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def this_machine(device: torch.device, process: Process) -> dict[str, Any]:
@@ -134,14 +169,19 @@ def given(config: Computing) -> dict[str, Any]:
     return values
 
 
-def kept(stored: Any, machine: dict[str, Any]) -> dict[str, Any]:
-    """The choices of an earlier call of the same run: on the same machine all of them, elsewhere the precision."""
+def kept(stored: Any, machine: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The choices of an earlier call of the same run: on the same machine all of them, on another one the precision, where that
+    does not compute it in software.
+    """
     try:
         found = Setting(**stored["setting"])
+        Computing(**asdict(found)).check()
         same = stored["machine"] == machine
-    except (TypeError, KeyError):  # of a version without calibration, or damaged
+    except (TypeError, KeyError, UserError):  # of a version without calibration, or damaged
         return {}
-    return asdict(found) if same else {"precision": found.precision}
+    if same:
+        return asdict(found)
+    return {} if found.precision == "bf16" and not bf16_in_hardware(device) else {"precision": found.precision}
 
 
 def calibrate(
@@ -167,21 +207,26 @@ def calibrate(
         device: where to compute.
     """
     machine = this_machine(device, process)
-    fixed = {**process.gather(kept(stored, machine))[0], **given(config)}
+    fixed = {**process.gather(kept(stored, machine, device))[0], **given(config)}
     begin = Setting(**{**first_guess(device), **fixed})
     calibration = Calibration(begin, machine, [])
     choices = [(name, values) for name, values in alternatives(backbone, device) if values and name not in fixed]
-    compiles = device.type == "cuda" and "compile" not in fixed
+    # in several processes one whose compilation fails would leave the others waiting
+    compiles = device.type == "cuda" and "compile" not in fixed and process.world == 1
     if not choices and not compiles and "workers" in fixed:
         return calibration
-    with Console(stderr=True).status("measuring what suits this machine"), torch.random.fork_rng():
+    console = Console(stderr=True)
+    with console.status("measuring what suits this machine"), torch.random.fork_rng(), threads_restored():
         trial = make_trial()
         turns = Turns(trial, begin, process)
         for choice, values in choices:
             choose(calibration, turns, choice, values)
         speed = turns.images / turns.seconds(calibration.setting)
         if compiles and seconds(speed) > LONG:
-            choose(calibration, turns, "compile", [True])
+            try:
+                choose(calibration, turns, "compile", [True])
+            except RuntimeError as error:  # as all that torch.compile raises
+                console.print(f"not compiled, which failed: {str(error).strip().partition(chr(10))[0]}")
         if "workers" not in fixed:
             calibration.read_seconds = max(process.gather(seconds_to_read(read_one)))
             calibration.setting = replace(calibration.setting, workers=readers(calibration.read_seconds * speed))
@@ -234,7 +279,11 @@ class Turns:
         return mean(self.process.gather(time.perf_counter() - before))
 
     def of_both(self, one: Setting, other: Setting) -> tuple[float, float]:
-        """Seconds of a step of each."""
+        """Seconds of a step of each; in turns, unless the other one is compiled, which is not undone."""
+        if other.compile and not one.compile:
+            plain = [self.seconds(one) for _ in range(ROUNDS)]
+            self.seconds(other)  # compiles
+            return median(plain), median(self.seconds(other) for _ in range(ROUNDS))
         self.seconds(other)
         pairs = [(self.seconds(one), self.seconds(other)) for _ in range(ROUNDS)]
         return median(first for first, _ in pairs), median(second for _, second in pairs)
@@ -254,10 +303,10 @@ def choose(calibration: Calibration, turns: Turns, choice: str, values: list[Any
     calibration.tried.append({"choice": choice, "chosen": chosen, "images_per_second": speeds})
 
 
-def seconds_to_read(read_one: Callable[[], object], count: int = 9) -> float:
+def seconds_to_read(read_one: Callable[[], object]) -> float:
     """Of an image."""
     times = []
-    for _ in range(count):
+    for _ in range(READ):
         before = time.perf_counter()
         read_one()
         times.append(time.perf_counter() - before)

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from leanmim.auto import EPOCHS, HOURS, MOST, epochs_within, few_steps, images_a_step
-from leanmim.calibration import IMAGES, Calibration, Setting, calibrate
+from leanmim.calibration import IMAGES, READ, Calibration, Trial, calibrate
 from leanmim.config import Finetune, Plan, Pretrain, parse_bytes
 from leanmim.costs import StepCost, count, readable
 from leanmim.data import IMAGENET, Normalise, Source, batches, open_source
@@ -25,9 +25,9 @@ from leanmim.names import slug
 from leanmim.placement import compile_parts, offloads, place
 from leanmim.processes import ALONE, Process
 from leanmim.progress import duration, progress_bar
-from leanmim.recipes import MAE, RECIPES, differences, hyphens, titles, variant, words
+from leanmim.recipes import MAE, RECIPES, differences, options, titles, variant
 from leanmim.schedule import phase_named, phases
-from leanmim.step import align_state, make_optimizers, update
+from leanmim.step import make_optimizers, update
 
 Trained = TypeVar("Trained", Pretrain, Finetune)
 SHARE = 0.9  # of the memory is planned with; the rest is the allocator's and the libraries'
@@ -88,32 +88,30 @@ def fit(
     return best
 
 
-class PretrainTrial:
+class PretrainTrial(Trial):
     """A model of a recipe, to try settings of the machine on. Errors as for `build`."""
 
     def __init__(self, config: Pretrain, device: torch.device) -> None:
-        self.model, self.device, self.shape = build(config).to(device), device, (config.channels, *config.size)
-        self.optimizers = make_optimizers(self.model, config)
-        self.placement = place(self.model, self.optimizers, config, device)
-        self.most = IMAGES[device.type]
+        self.mim = build(config)
+        if not offloads(config, device):
+            self.mim.to(device)
+        super().__init__(self.mim, make_optimizers(self.mim, config), device, IMAGES[device.type])
+        self.placement, self.shape = place(self.mim, self.optimizers, config, device), (config.channels, *config.size)
         if config.batch_size != "auto":
             self.most = min(self.most, int(config.batch_size))
         elif found := fit(replace(config, batch_size=1), self.most, available(device), device):
             self.most = int(found[0].batch_size)
-        self.compiled = False
 
-    def use(self, setting: Setting) -> None:
-        """Compute so from now on; what is compiled stays so."""
-        torch.set_num_threads(setting.threads)
-        self.model.autocast = resolve_precision(setting.precision, self.device)
-        self.model.to(memory_format=torch.channels_last if setting.channels_last else torch.contiguous_format)
-        align_state(self.optimizers)
-        if setting.compile and not self.compiled:
-            compile_parts(self.model)
-            self.compiled = True
+    def autocast(self, dtype: torch.dtype | None) -> None:
+        """See `Trial`."""
+        self.mim.autocast = dtype
+
+    def compile(self) -> None:
+        """See `Trial`."""
+        compile_parts(self.mim)
 
     def step(self, images: int) -> None:
-        """One update on noise."""
+        """See `Trial`."""
         update(self.placement.losses, self.optimizers, [torch.randn(images, *self.shape, device=self.device)])
         wait(self.device)
 
@@ -126,7 +124,7 @@ def calibrated(
         config = replace(config, channels_last=False)
     largest = max((phase.config for phase in phases(config)), key=lambda own: own.size)
     one = replace(largest, batch_size=1, accum=1, workers=0)
-    crops = batches(one, source, 0, len(source), process, per_epoch=len(source))
+    crops = batches(one, source, 0, READ, process, per_epoch=len(source))
 
     def seconds(speed: float) -> float:
         if config.epochs == "auto":
@@ -197,13 +195,8 @@ def wait(device: torch.device) -> None:
 
 def command(config: Pretrain) -> str:
     """The command that runs this configuration: what differs from the recipe's own values."""
-    parts = ["leanmim", "pretrain", RECIPES.get(config.recipe, MAE).recipe]
-    for name, value in ({"data": config.data, "out": config.out} | differences(config)).items():
-        if isinstance(value, bool):
-            parts.append(f"--{hyphens(name)}" if value else f"--no-{hyphens(name)}")
-        elif value != {}:
-            parts += [f"--{hyphens(name)}", *words(value)]
-    return shlex.join(parts)
+    own = {"data": config.data, "out": config.out} | differences(config)
+    return shlex.join(["leanmim", "pretrain", RECIPES.get(config.recipe, MAE).recipe, *options(own)])
 
 
 def plan(config: Plan) -> Iterator[tuple[str, str]]:

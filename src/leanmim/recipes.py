@@ -6,7 +6,7 @@ and spread of three seeds (benchmarks/README.md). Untrained it has 29.8 ± 1.0 a
 """
 
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import fields, replace
 from io import StringIO
@@ -214,6 +214,15 @@ def words(value: Any) -> list[str]:
     if isinstance(value, dict):
         return [str(part) for pair in value.items() for part in pair]
     return [str(part) for part in value] if isinstance(value, tuple) else [str(value)]
+
+
+def options(values: dict[str, Any]) -> Iterator[str]:
+    """Fields and their values as options of a command line."""
+    for name, value in values.items():
+        if isinstance(value, bool):
+            yield f"--{hyphens(name)}" if value else f"--no-{hyphens(name)}"
+        elif value != {}:
+            yield from (f"--{hyphens(name)}", *words(value))
 
 
 def differences(config: Pretrain) -> dict[str, Any]:

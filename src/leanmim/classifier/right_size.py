@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from leanmim.auto import epochs_within
-from leanmim.calibration import IMAGES, Calibration, Setting, calibrate
+from leanmim.calibration import IMAGES, Calibration, Trial, calibrate
 from leanmim.calibration import NAMES as MEASURED
 from leanmim.classifier.augment import mix, mixing, train_transform
 from leanmim.classifier.cost import count_tuning
@@ -23,13 +23,12 @@ from leanmim.config import Finetune
 from leanmim.config.base import Stored
 from leanmim.costs import StepCost, readable
 from leanmim.data.labels import Labels
-from leanmim.device import resolve_precision
 from leanmim.encoders.backbone import backbone_of
 from leanmim.planner import counted_as, wait
 from leanmim.processes import ALONE, Process
 from leanmim.run import Run
 from leanmim.start import Start
-from leanmim.step import align_state, update
+from leanmim.step import update
 from leanmim.train.right_size import as_begun, batch_that_fits, guard_memory, processes_begun, split
 
 SECONDS, LEAST_STEPS, MOST_STEPS, WARM_UP = 5.0, 3, 100, 1  # of the trial that measures the speed
@@ -107,7 +106,7 @@ def right_sized(
     return config, predicted, [*([f"auto: {'; '.join(chosen)}"] if chosen else []), *other_split]
 
 
-class TuningTrial:
+class TuningTrial(Trial):
     """A classifier, to try settings of the machine on."""
 
     def __init__(
@@ -116,25 +115,22 @@ class TuningTrial:
         made = make_classifier(start, classes, config.pool, float(config.drop_path))
         made.model.to(device)
         self.tuning = Tuning(config, made, 1, None, device, ALONE)
-        self.model, self.most, self.device = self.tuning.model, most, device
+        super().__init__(self.tuning.model, [self.tuning.optimizer], device, most)
         self.shape, self.classes = (made.architecture.channels, *made.architecture.size), len(classes)
-        self.compiled = False
 
-    def use(self, setting: Setting) -> None:
-        """Compute so from now on; what is compiled stays so."""
-        torch.set_num_threads(setting.threads)
-        self.tuning.losses.autocast = resolve_precision(setting.precision, self.device)
-        self.model.to(memory_format=torch.channels_last if setting.channels_last else torch.contiguous_format)
-        align_state([self.tuning.optimizer])
-        if setting.compile and not self.compiled:
-            self.model.compile(dynamic=False)
-            self.compiled = True
+    def autocast(self, dtype: torch.dtype | None) -> None:
+        """See `Trial`."""
+        self.tuning.losses.autocast = dtype
+
+    def compile(self) -> None:
+        """See `Trial`."""
+        self.model.compile(dynamic=False)
 
     def step(self, images: int) -> None:
-        """One update on noise."""
+        """See `Trial`."""
         noise = torch.randn(images, *self.shape, device=self.device)
         targets = torch.full((images, self.classes), 1 / self.classes, device=self.device)
-        update(self.tuning.losses, [self.tuning.optimizer], [(noise, targets)])
+        update(self.tuning.losses, self.optimizers, [(noise, targets)])
         wait(self.device)
 
 

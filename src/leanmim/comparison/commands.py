@@ -3,12 +3,11 @@
 import shlex
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
-from typing import Any
 
 from leanmim import planner
 from leanmim.comparison.cells import FROZEN, Cell
 from leanmim.config import Evaluate, Finetune
-from leanmim.recipes import hyphens, words
+from leanmim.recipes import options
 
 
 def commands_of(cell: Cell) -> Iterator[str]:
@@ -31,13 +30,7 @@ def commands_of(cell: Cell) -> Iterator[str]:
 
 def command(name: str, config: Evaluate | Finetune, subject: str) -> str:
     """The command of a configuration: what differs from the defaults."""
-    parts = ["leanmim", name, subject]
-    for own in fields(config):
-        value: Any = getattr(config, own.name)
-        if own.name in ("run", "start") or value == (own.default if own.default is not MISSING else {}):
-            continue
-        if isinstance(value, bool):
-            parts.append(f"--{hyphens(own.name)}" if value else f"--no-{hyphens(own.name)}")
-        else:
-            parts += [f"--{hyphens(own.name)}", *words(value)]
-    return shlex.join(parts)
+    values = {own.name: getattr(config, own.name) for own in fields(config) if own.name not in ("run", "start")}
+    default = {own.name: {} if own.default is MISSING else own.default for own in fields(config)}
+    changed = {key: value for key, value in values.items() if value != default[key]}
+    return shlex.join(["leanmim", name, subject, *options(changed)])

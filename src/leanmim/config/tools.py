@@ -152,7 +152,7 @@ class Plan(Machine, Model):
     """Throughput of the first recipe; the others' follow from their FLOPs. None measures real steps of each, some
     seconds."""
     precision: Precision = "auto"
-    """Of the forward pass; auto is bf16 on GPUs that have it, fp32 elsewhere."""
+    """Of the forward pass; auto is what a run would choose."""
 
     def check(self) -> None:
         """Raise UserError for an impossible value."""

@@ -156,8 +156,7 @@ def cut_whole(picture: Picture, choose: Choose) -> Cut:
 
 def plain_jpeg(file: Stream) -> tuple[bytes, tuple[int, int]] | None:
     """What a JPEG holds, and its width and height, where nothing in it speaks of another way up or of unusual colours; None of
-    all other files, of which nothing is read then. Pillow would look at the header for as long as half of a small picture's
-    decoding takes.
+    all other files, of which nothing is read then. It spares Pillow's look at the header.
     """
     if simplejpeg is None or file.read(3) != b"\xff\xd8\xff":
         file.seek(0)
