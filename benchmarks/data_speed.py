@@ -4,11 +4,13 @@
 
 Photos are written once as JPEGs of 500 x 375 px. Every pipeline is read through torch's DataLoader with two workers, and in
 this process alone; rounds of all of them follow each other, and what is reported is the median of the ratios of a round.
-Without --data the photos are those of the demo.
+Without --data the photos are those of the demo. Beside ours: webdataset alone, with the photos and with the same small ones that
+a pack holds, and a Hugging Face data set (Arrow) of each; both with torchvision's transforms.
 """
 
 import argparse
 import os
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,9 +19,11 @@ from random import Random
 from statistics import median
 from typing import Any
 
+import datasets
 import numpy as np
 import record
 import torch
+import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
@@ -36,6 +40,7 @@ from leanmim.data.source import Folder
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
 SIDES = (128, 224)
 IMAGES = 480  # of a pass
+SHARDS = 4  # of webdataset
 
 
 class Pass(torch.utils.data.Dataset):
@@ -46,7 +51,7 @@ class Pass(torch.utils.data.Dataset):
         item: what it calls one.
     """
 
-    def __init__(self, dataset: ImageFolder | Crops, item: Callable[[int], Any]) -> None:
+    def __init__(self, dataset: ImageFolder | Crops | datasets.Dataset, item: Callable[[int], Any]) -> None:
         self.dataset, self.item = dataset, item
 
     def __len__(self) -> int:
@@ -72,6 +77,12 @@ def pipelines(root: Path, side: int) -> dict[str, tuple[torch.utils.data.Dataset
             None,
         )
     }
+    for kind in ("photos", "small"):
+        shards = webdataset.WebDataset(str(root / f"{kind}-{{0..{SHARDS - 1}}}.tar"), shardshuffle=False)
+        found[f"webdataset, {kind}"] = (shards.decode("pil").to_tuple("jpg").map_tuple(usual), None)
+        arrow = datasets.load_from_disk(str(root / f"{kind}-arrow"))
+        arrow.set_transform(lambda rows: {"image": [usual(image.convert("RGB")) for image in rows["image"]]})
+        found[f"Hugging Face datasets, {kind}"] = (Pass(arrow, lambda index: index), None)
     for name, data, decode in (
         ("leanmim, --decode exact", root / "photos", "exact"),
         ("leanmim", root / "photos", "fast"),
@@ -146,6 +157,23 @@ def photos(given: Path, root: Path) -> None:
             )
 
 
+def for_others(root: Path) -> None:
+    """The photos and the pack's small ones, as shards of webdataset and as a Hugging Face data set."""
+    with tarfile.open(root / "jpeg.tar") as file:
+        small = [file.extractfile(own).read() for own in file if own.name.endswith(".jpg")]  # type: ignore[union-attr]
+    for kind, images in (
+        ("photos", [path.read_bytes() for path in sorted((root / "photos").iterdir())]),
+        ("small", small),
+    ):
+        assert len(images) == IMAGES
+        for shard in range(SHARDS):
+            with webdataset.TarWriter(str(root / f"{kind}-{shard}.tar")) as written:
+                for place in range(shard, IMAGES, SHARDS):
+                    written.write({"__key__": f"{place:04}", "jpg": images[place]})
+        rows = datasets.Dataset.from_dict({"image": [{"bytes": image, "path": None} for image in images]})
+        rows.cast_column("image", datasets.Image()).save_to_disk(str(root / f"{kind}-arrow"))
+
+
 def main() -> None:
     """Measure, write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -161,6 +189,7 @@ def main() -> None:
         photos(given.data, root)
         for form in ("jpeg", "raw"):
             pack(Pack(data=str(root / "photos"), out=str(root / f"{form}.tar"), size=192, format=form, workers=0))
+        for_others(root)
         for side in SIDES:
             sets = pipelines(root, side)
             for workers in (0, 2):
