@@ -59,8 +59,9 @@ loss-compare: $(VENV)/.dev
 	$(BIN)/python benchmarks/loss_compare.py --base $(BASE)
 
 # On a machine with a GPU, with that machine's own Python (torch, timm, transformers installed): 8 minutes at most.
+# With PHOTOS, a labelled folder: the recipes compared at real scale; the same command again continues.
 bench-gpu:
-	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py $(if $(PHOTOS),--photos $(PHOTOS))
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

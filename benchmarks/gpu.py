@@ -1,8 +1,10 @@
 """`make bench-gpu`: on a machine with a GPU, the GPU tests and every GPU benchmark, within 8 minutes.
 
     python benchmarks/gpu.py --data data/cifar10
+    python benchmarks/gpu.py --photos data/imagenette224
 
-Each part is a process of its own with a share of the time; what does not finish is said, the rest still counts.
+Each part is a process of its own with a share of the time; what does not finish is said, the rest still counts. With --photos: instead
+the recipes of photos.py at real scale, which go on with the next call of the same command.
 """
 
 import argparse
@@ -14,17 +16,23 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
+PHOTOS = ["rival", "one", "painted"]
 MODELS = ["vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224"]
 
 
-def main() -> None:
-    """Run the parts, say how each ended."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="data/cifar10", help="labelled folder for the ablation; left out if missing")
-    parser.add_argument("--minutes", type=float, default=8.0)
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("bench-gpu: torch sees no CUDA device here")
+def on_photos(data: str) -> dict[str, list[str]]:
+    """The comparisons of photos.py, each of which goes on where it was stopped."""
+    return {
+        f"{name}, {model}": [
+            sys.executable, str(HERE / "photos.py"), name, "--data", data, "--scale", "gpu", "--model", model,
+        ]
+        for model in MODELS[1:]
+        for name in PHOTOS
+    }  # fmt: skip
+
+
+def without_training(data: str) -> dict[str, list[str]]:
+    """Tests, speed, memory, and one short ablation where there is data."""
     parts = {
         "tests": [sys.executable, "-m", "pytest", "-q", "-m", "gpu"],
         "against transformers": [
@@ -48,15 +56,30 @@ def main() -> None:
     parts["ViT-L and ViT-H"] = [
         sys.executable, str(HERE / "bim.py"), "--device", "cuda", "--parts", "huge", "--rounds", "2",
     ]  # fmt: skip
-    if Path(arguments.data).is_dir():
+    if Path(data).is_dir():
         parts["ablation"] = [
-            sys.executable, str(HERE / "ablate.py"), "--data", arguments.data, "--scale", "gpu", "--seeds", "0",
+            sys.executable, str(HERE / "ablate.py"), "--data", data, "--scale", "gpu", "--seeds", "0",
             "--epochs", "10", "--variants", "mae", "simmim",
         ]  # fmt: skip
+    return parts
+
+
+def main() -> None:
+    """Run the parts, say how each ended."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="data/cifar10", help="labelled folder for the ablation; left out if missing")
+    parser.add_argument("--photos", help="labelled folder of photos: compare recipes on it, 200 epochs each")
+    parser.add_argument("--minutes", type=float, default=8.0)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("bench-gpu: torch sees no CUDA device here")
+    parts = on_photos(arguments.photos) if arguments.photos else without_training(arguments.data)
     end = time.monotonic() + 60 * arguments.minutes
     outcome = {}
     for name, command in parts.items():
         left = end - time.monotonic()
+        if arguments.photos:  # half a minute for the checkpoint
+            command += ["--minutes", f"{max(0.0, left / 60 - 0.5):.2f}"]
         try:
             code = subprocess.run(command, timeout=max(1.0, left)).returncode
             outcome[name] = "done" if code == 0 else f"failed with exit code {code}"
