@@ -2,18 +2,22 @@
 
 from dataclasses import fields, replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 
 import leanmim
 from leanmim.config import Cost, Plan, Pretrain
+from leanmim.costs import StepCost, count
 from leanmim.errors import UserError
 from leanmim.factory import build
 from leanmim.recipes import (
     BIM,
     FASTMIM,
     FASTMIM_P,
+    LEAN,
+    LEAN_MEMORY,
     MAE,
     PR_MIM,
     RECIPES,
@@ -46,7 +50,7 @@ def combined(recipe: Pretrain, masking: str, backbone: str, size: str) -> Pretra
         masking=masking,
         input_size=SIZES[size],
         mask_unit=32 if recipe.mask_unit else 0,
-        mask_ratio=(0.25, 0.5, 0.5, 0.75) if isinstance(recipe.mask_ratio, tuple) else recipe.mask_ratio,
+        mask_ratio=(0.25, 0.5, 0.5, 0.75) if isinstance(recipe.mask_ratio, tuple) else min(0.75, recipe.mask_ratio),
         decoder_depth=1 if masking == "drop" or recipe.decoder_depth else 0,
         decoder_width=32,
         decoder_heads=2,
@@ -87,6 +91,18 @@ def test_the_recipe_is_mae_with_half_of_all_thrown_and_filled() -> None:
     assert all(
         recipe.throw == 0 for name, recipe in RECIPES.items() if name in ("mae", "simmim", "fastmim", "fastmim-p")
     )
+
+
+def test_lean_is_a_cheaper_mae_and_needs_an_eighth_of_the_memory_in_segments() -> None:
+    def cost(recipe: Pretrain, **changes: Any) -> StepCost:
+        return count(
+            replace(recipe, data="d", out="o", model="vit_base_patch16_224", precision="bf16", **changes), "cuda"
+        )[0]
+
+    mae, lean, memory = (cost(recipe, batch_size=256, epochs=10) for recipe in (MAE, LEAN, LEAN_MEMORY))
+    assert lean.train_flops_per_image < mae.train_flops_per_image / 11
+    assert memory.train_flops_per_image < mae.train_flops_per_image / 6
+    assert memory.peak_bytes < mae.peak_bytes / 8
 
 
 def test_the_recipe_is_public() -> None:
@@ -148,7 +164,7 @@ def test_every_field_of_pretrain_is_an_option(field: str) -> None:
     ("spec", "message"),
     [
         ("maee", "there is no recipe 'maee'; did you mean mae?"),
-        ("qqq", "there is no recipe 'qqq'; there are: mae, simmim, fastmim, fastmim-p, pr-mim, bim"),
+        ("qqq", "there is no recipe 'qqq'; there are: mae, simmim, fastmim, fastmim-p, pr-mim, bim, lean, lean-memory"),
         ("mae:trow=0.5", "mae:trow=0.5: there is no option 'trow'; did you mean throw?"),
         ("mae:decoder-dept=1", "did you mean decoder-depth"),
         ("mae:throw", "mae:throw: 'throw' cannot be read; it is option=value"),

@@ -56,7 +56,7 @@ if TYPE_CHECKING:  # for type checkers and editors; when run, a name is imported
     from leanmim.page import report as _report
     from leanmim.pictures import show as _show
     from leanmim.planner import plan as _plan
-    from leanmim.recipes import BIM, FASTMIM, FASTMIM_P, MAE, PR_MIM, RECIPES, SIMMIM
+    from leanmim.recipes import BIM, FASTMIM, FASTMIM_P, LEAN, LEAN_MEMORY, MAE, PR_MIM, RECIPES, SIMMIM
     from leanmim.targets import TARGETS
     from leanmim.train.pretrain import pretrain as _pretrain
     from leanmim.weights import load_backbone, restore
@@ -98,7 +98,7 @@ _NAMES = {
     "page": "report",
     "pictures": "show",
     "planner": "plan",
-    "recipes": "BIM FASTMIM FASTMIM_P MAE PR_MIM RECIPES SIMMIM",
+    "recipes": "BIM FASTMIM FASTMIM_P LEAN LEAN_MEMORY MAE PR_MIM RECIPES SIMMIM",
     "targets": "TARGETS",
     "train.pretrain": "pretrain",
     "weights": "load_backbone restore",
@@ -109,7 +109,7 @@ _COMMANDS = {
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = [
-    "BIM", "FASTMIM", "FASTMIM_P", "MAE", "MASKINGS", "MIM", "PR_MIM", "RECIPES", "SIMMIM", "SOURCES", "TARGETS", "Compare", "Cost",
+    "BIM", "FASTMIM", "FASTMIM_P", "LEAN", "LEAN_MEMORY", "MAE", "MASKINGS", "MIM", "PR_MIM", "RECIPES", "SIMMIM", "SOURCES", "TARGETS", "Compare", "Cost",
     "Embed", "Evaluate", "Export", "Finetune", "Knn", "Pack", "Plan", "Predict", "Pretrain", "Probe", "Report", "Show", "Stats", "UserError",
     "__version__", "build", "compare", "cost", "embed", "evaluate", "export", "finetune", "knn", "load_backbone", "pack", "plan", "predict",
     "pretrain", "probe", "report", "restore", "show", "stats",
