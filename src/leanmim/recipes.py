@@ -108,14 +108,16 @@ border, and later segments see fewer patches (the paper names no ratios; these a
 A ViT of twelve thin blocks on 5,000 images: kNN 35.1 ± 0.2 %, linear probe 44.8 ± 0.3 %, MAE 32.3 ± 1.3 and 43.6 ± 0.4 %.
 """
 
-LEAN = replace(MAE, recipe="lean", input_size=(128,), mask_ratio=0.9, decoder_depth=1)
-"""What of all this is worth its cost (ours): MAE at low resolution with 90 % of the patches dropped and a decoder of one layer.
+LEAN = replace(MAE, recipe="lean", input_size=(128,), decoder_depth=1)
+"""What so far is worth its cost (ours): MAE at low resolution with a decoder of one layer.
 
     leanmim pretrain lean --data photos --model vit_small_patch16_224 --out run
 
-@@EVIDENCE@@
+A ViT-Ti after 15 minutes of one core on 9,469 photos, one seed: fine-tuned with a tenth of the labels 42.2 % (without pre-training
+23.1), attentive probe 55.7 % (49.8), linear probe 52.6 % (44.1). Dropping 90 % of the patches, which allows seven epochs for five,
+gives 41.2, 54.4 and 50.0 %. What target, growth, throwing and segments add to it on photos is not yet measured.
 
-5.14 training GFLOP, 0.087 of MAE's, 0.086 of its bytes saved.
+10.3 training GFLOP, 0.17 of MAE's, 0.16 of its bytes saved.
 """
 
 LEAN_MEMORY = replace(LEAN, recipe="lean-memory", segments=4, offload=True)
@@ -124,7 +126,7 @@ otherwise; LEAN is faster.
 
     leanmim pretrain lean-memory --data photos --model vit_base_patch16_224 --out run
 
-9.37 training GFLOP, 0.16 of MAE's, 0.049 of its bytes saved, 0.11 of its peak memory with batch 256 on a GPU (predicted: 1.55 and
+14.5 training GFLOP, 0.25 of MAE's, 0.067 of its bytes saved, 0.12 of its peak memory with batch 256 on a GPU (predicted: 1.71 and
 13.78 GiB, bf16). Its accuracy on photos is not yet measured; that of BIM is.
 """
 

@@ -94,7 +94,7 @@ def read_picture(file: Stream, formats: tuple[str, ...]) -> Shaped[np.ndarray, "
     with Image.open(file, formats=formats) as stored:
         if stored.mode not in MODES:
             raise ValueError(f"its mode {stored.mode} has no channels to take as they are; --values 8-bit converts it")
-        if any("16" in str(tile.args) for tile in stored.tile) and MODES[stored.mode] > 1:
+        if any("16" in str(how) for *_, how in stored.tile) and MODES[stored.mode] > 1:
             raise ValueError("Pillow reads colours of 16 bits with 8 bits only; convert it to TIFF")
         image = ImageOps.exif_transpose(stored)
         values = np.asarray(image)
