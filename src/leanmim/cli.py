@@ -104,7 +104,8 @@ RENAMED = {  # options of earlier versions
 
 def choose(words: list[str], usage: str, what: str, table: Mapping[str, str]) -> str:
     """The first word, a name in the table; or print the table and exit."""
-    lines = [f"  {name:10}{text}" for name, text in table.items()]
+    column = max(map(len, table)) + 1
+    lines = [f"  {name:{column}}{text}" for name, text in table.items()]
     help = "\n".join([f"usage: {usage} ... (each has --help)", "", *lines])
     if words[:1] in (["-h"], ["--help"]):
         print(help)
