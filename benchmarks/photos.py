@@ -8,17 +8,19 @@ cell is kept: the same command continues where it was stopped, or where --minute
 """
 
 import argparse
+import json
 import os
 import signal
 import threading
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import record
 
 import leanmim
+from leanmim.comparison.table import Row, Score, Table
 from leanmim.config import Compare
+from leanmim.config.compare import parse_budget
 from leanmim.data import list_images
 from leanmim.signals import Stopped, stoppable
 
@@ -70,7 +72,7 @@ def link(data: Path, work: Path, most: dict[str, int | None]) -> Path:
 
 
 def main() -> None:
-    """Compare, write the table."""
+    """Compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=list(EXPERIMENTS))
     parser.add_argument("--data", type=Path, required=True)
@@ -94,27 +96,41 @@ def main() -> None:
     end.start()
     try:
         with stoppable():
-            table = leanmim.compare(config)
+            leanmim.compare(config)
     except Stopped as stop:
+        write(config, title, most)
         print(f"{title}: {stop}; the same command continues")
         raise SystemExit(3) from None
     end.cancel()
-    costs = {row["recipe"]: row for row in table.costs()}
-    rows = [row | costs.get(row["recipe"], dict.fromkeys(table.costs()[0], "-") | row) for row in table.accuracies()]
+    write(config, title, most)
+
+
+def write(config: Compare, title: str, most: dict[str, int | None]) -> None:
+    """The table of the cells that are finished, as the comparison left it in its folder."""
+    if not (file := Path(config.out) / "table.json").is_file():
+        return
+    found = json.loads(file.read_text())
+    rows = [
+        Row(**row | {"scores": {measure: Score(**score) for measure, score in row["scores"].items()}})
+        for row in found["rows"]
+        if row["seeds"]
+    ]
+    table = Table(found["title"], config.measures, parse_budget(config.budget).kind, rows, config.seeds)
+    columns = dict.fromkeys(key for row in (*table.accuracies(), *table.costs()) for key in row)
+    both = {row["recipe"]: dict.fromkeys(columns, "-") | row for row in table.accuracies()}
+    for row in table.costs():
+        both[row["recipe"]] |= row
     tuned = config.labels_per_class or f"{config.label_share:.0%}"
     configuration = {
-        "data": given.data.name, "model": config.model, "budget": config.budget, "seeds": config.seeds,
+        "data": Path(config.data).parent.name, "model": config.model, "budget": config.budget, "seeds": config.seeds,
         "labelled images a class": f"{most['train'] or 'all'} to train, {most['val'] or 'all'} to test",
         "fine-tuning": f"with {tuned} of a class, {config.finetune_epochs} epochs",
+        "not finished": ", ".join(row["name"] for row in found["rows"] if row["seeds"] < config.seeds and row["kind"] != "pixels") or "none",
     }  # fmt: skip
     record.write(
-        f"photos-{title}",
-        f"Photos: {given.name}",
-        configuration,
-        rows,
-        asdict(table)["rows"],
+        f"photos-{title}", f"Recipes on photos: {title}", configuration, list(both.values()), found["rows"],
         "\n".join(table.findings()),
-    )
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

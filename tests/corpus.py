@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import PIL
 from PIL import Image
 
 from leanmim.data import UNREADABLE, centre_crop, read_image
@@ -62,7 +63,8 @@ def readable() -> dict[str, bytes]:
         "animated.webp": encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]),
         "pages.tiff": encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:]),
         "cmyk.jpg": encoded(rgb.convert("CMYK"), "JPEG"),
-        "ycbcr.tiff": encoded(rgb.convert("YCbCr"), "TIFF"),
+        # Pillow before 13 cannot read its own
+        **({"ycbcr.tiff": encoded(rgb.convert("YCbCr"), "TIFF")} if int(PIL.__version__.split(".")[0]) >= 13 else {}),
         "lab.tiff": encoded(Image.new("LAB", (9, 9), (100, 20, 30)), "TIFF"),
         "palette.png": encoded(palette, "PNG", transparency=3),
         "alphas.png": encoded(palette, "PNG", transparency=bytes(range(0, 160, 10))),

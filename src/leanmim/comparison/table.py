@@ -194,13 +194,14 @@ class Table:
                 (row, score), (other, reached) = best, baseline
                 texts = above if score.low > reached.high else not_above
                 texts.append(f"{NAMES[measure]} {score} % ({row.name}) against {reached} % ({other.name})")
-        if not_above:
-            yield (
-                f"Pre-training does not help on these data: {'; '.join(not_above)}. The best recipe is not above the best without "
-                "pre-training by more than the spread."
-            )
         if above:
             yield f"Pre-training helps: {'; '.join(above)}."
+        if not_above:
+            whether = "By other measures it does not help" if above else "Pre-training does not help on these data"
+            yield (
+                f"{whether}: {'; '.join(not_above)}. The best recipe is not above the best without pre-training by more than the "
+                "spread."
+            )
 
     def worth(self) -> Iterator[str]:
         """By each measure the recipes within the spread of the best, and the cheapest of them in all that the budget leaves open."""
