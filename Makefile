@@ -33,6 +33,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/cost_check.py
 	$(BIN)/python benchmarks/hog_speed.py
 	$(BIN)/python benchmarks/recipe_costs.py --rounds 3 --time-batch-size 8
+	$(BIN)/python benchmarks/recipe_costs.py --recipes mae lean lean-memory --count vit_base_patch16_224 vit_small_patch16_224 --time --batch-size 256 --name lean-cost
 	$(BIN)/python benchmarks/pr_mim.py
 	$(BIN)/python benchmarks/bim.py
 	$(BIN)/python benchmarks/suite.py --data $(DATA)

@@ -16,21 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import record
+from ablate import link_subset
 
 import leanmim
+from leanmim.auto import peak_rate
 from leanmim.comparison.table import Row, Score, Table
 from leanmim.config import Compare
 from leanmim.config.compare import parse_budget
-from leanmim.data import list_images
 from leanmim.signals import Stopped, stoppable
 
-# On a CPU: labelled images of a class, to train and to test; fine-tuning takes 95 of them, a tenth of all that Imagenette has.
+# Labelled images of a class, to train and to test, 0 is all; on a CPU fine-tuning takes 95 of them, a tenth of all that Imagenette
+# has. The batch is what ``auto`` is there. On a CPU Swin-T is half as wide.
 SCALES: dict[str, dict[str, Any]] = {
-    "cpu": dict(train=300, val=200, model="vit_tiny_patch16_224", labels_per_class=95, finetune_epochs=15),
-    "gpu": dict(train=None, val=None, model="vit_small_patch16_224", budget="200epochs", label_share=0.1),
-}
-RATE = 6.8e-3  # what ``auto`` is for ViT-Ti and these budgets, for 256 images
-SWIN = "model=swin_tiny_patch4_window7_224,model-kwargs=embed_dim 48"
+    "cpu": dict(
+        images=(300, 200), batch=32, swin=",model-kwargs=embed_dim 48", model="vit_tiny_patch16_224", labels_per_class=95,
+        finetune_epochs=15,
+    ),
+    "gpu": dict(images=(0, 0), batch=256, swin="", model="vit_small_patch16_224", budget="200epochs", label_share=0.1),
+}  # fmt: skip
+WIDTHS = {"vit_tiny_patch16_224": 192, "vit_small_patch16_224": 384, "vit_base_patch16_224": 768}
 GROWING = "phase-scales=1 1.25 1.5,phase-starts=0 0.5 0.8"
 
 # What is not said is ``auto``, on a CPU a decoder of 1 x 192 and 32 images a step, and 75 % masked.
@@ -39,7 +43,7 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
         budget="15min",
         seeds=1,
         recipes=(
-            "mae", "mae:mask-ratio=0.9", "mae:decoder-depth=2", f"mae:blr={2 * RATE}", "mae:decoder-width=128",
+            "mae", "mae:mask-ratio=0.9", "mae:decoder-depth=2", "mae:blr={twice}", "mae:decoder-width=128",
             "mae:decoder-depth=4", "mae:input-size=224",
         ),
     ),
@@ -51,7 +55,7 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
             "pr-mim:select=random,fill=0", "mae:segments=2", "mae:segments=4", "mae:segments=4,mask-ratio=0.72 0.78",
         ),
     ),
-    "painted": dict(budget="15min", seeds=1, recipes=(f"fastmim:{SWIN}", f"simmim:{SWIN}", "fastmim:model=pvt_v2_b0")),
+    "painted": dict(budget="15min", seeds=1, recipes=("fastmim:{swin}", "simmim:{swin}", "fastmim:model=pvt_v2_b0")),
     **{
         f"growth-{minutes}": dict(budget=f"{minutes}min", seeds=1, recipes=("mae", "mae:mask-ratio=0.9", "mae:input-size=224"))
         for minutes in (15, 30, 60)
@@ -59,16 +63,26 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def link(data: Path, work: Path, most: dict[str, int | None]) -> Path:
-    """A labelled folder of links to the first images of every class."""
-    for part, count in most.items():
-        for folder in sorted((data / part).iterdir()):
-            target = work / part / folder.name
-            target.mkdir(parents=True, exist_ok=True)
-            for file in list_images(folder)[:count]:
-                if not (target / file.name).exists():
-                    (target / file.name).symlink_to(file.resolve())
-    return work
+def configure(name: str, scale: str, model: str, data: Path, work: Path) -> Compare:
+    """A comparison; its labelled folder is made."""
+    options = SCALES[scale] | {"model": model}
+    images, batch, swin = (options.pop(key) for key in ("images", "batch", "swin"))
+    own = EXPERIMENTS[name] | options
+    given = {
+        "twice": f"{2 * peak_rate(batch, WIDTHS[model]) * 256 / batch:.3g}",
+        "swin": f"model=swin_tiny_patch4_window7_224{swin}",
+    }
+    labelled = work / f"labelled-{scale}"
+    link_subset(data, labelled, *images)
+    return Compare(
+        data=str(data / "train"),
+        eval=str(labelled / "data"),
+        out=str(work / f"{name}-{model}-{scale}"),
+        device="cuda" if scale == "gpu" else "cpu",
+        input_size=(128,),
+        eval_size=(128,),
+        **own | {"recipes": tuple(recipe.format(**given) for recipe in own["recipes"])},
+    )
 
 
 def main() -> None:
@@ -78,19 +92,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/photos"))
     parser.add_argument("--scale", choices=list(SCALES), default="cpu")
-    parser.add_argument("--model", help="default: the scale's")
+    parser.add_argument("--model", choices=list(WIDTHS), help="default: the scale's")
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after so long")
     given = parser.parse_args()
-    options = SCALES[given.scale] | ({"model": given.model} if given.model else {})
-    most = {part: options.pop(part) for part in ("train", "val")}
-    title = "-".join([given.name, *([given.model] if given.model else []), given.scale])
-    config = Compare(
-        data=str(given.data / "train"),
-        eval=str(link(given.data, given.work / f"labelled-{given.scale}", most)),
-        out=str(given.work / title),
-        device="cuda" if given.scale == "gpu" else "cpu",
-        **dict(input_size=(128,), eval_size=(128,)) | EXPERIMENTS[given.name] | options,
-    )
+    config = configure(given.name, given.scale, given.model or SCALES[given.scale]["model"], given.data, given.work)
+    title = Path(config.out).name
     end = threading.Timer(60 * given.minutes, os.kill, (os.getpid(), signal.SIGTERM))
     end.daemon = True
     end.start()
@@ -98,14 +104,14 @@ def main() -> None:
         with stoppable():
             leanmim.compare(config)
     except Stopped as stop:
-        write(config, title, most)
+        write(config, given.scale)
         print(f"{title}: {stop}; the same command continues")
         raise SystemExit(3) from None
     end.cancel()
-    write(config, title, most)
+    write(config, given.scale)
 
 
-def write(config: Compare, title: str, most: dict[str, int | None]) -> None:
+def write(config: Compare, scale: str) -> None:
     """The table of the cells that are finished, as the comparison left it in its folder."""
     if not (file := Path(config.out) / "table.json").is_file():
         return
@@ -120,10 +126,11 @@ def write(config: Compare, title: str, most: dict[str, int | None]) -> None:
     both = {row["recipe"]: dict.fromkeys(columns, "-") | row for row in table.accuracies()}
     for row in table.costs():
         both[row["recipe"]] |= row
+    title, (train, val) = Path(config.out).name, SCALES[scale]["images"]
     tuned = config.labels_per_class or f"{config.label_share:.0%}"
     configuration = {
         "data": Path(config.data).parent.name, "model": config.model, "budget": config.budget, "seeds": config.seeds,
-        "labelled images a class": f"{most['train'] or 'all'} to train, {most['val'] or 'all'} to test",
+        "labelled images a class": f"{train or 'all'} to train, {val or 'all'} to test",
         "fine-tuning": f"with {tuned} of a class, {config.finetune_epochs} epochs",
         "not finished": ", ".join(row["name"] for row in found["rows"] if row["seeds"] < config.seeds and row["kind"] != "pixels") or "none",
     }  # fmt: skip

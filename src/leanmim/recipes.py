@@ -117,7 +117,7 @@ A ViT-Ti after 15 minutes of one core on 9,469 photos, one seed: fine-tuned with
 23.1), attentive probe 55.7 % (49.8), linear probe 52.6 % (44.1). Dropping 90 % of the patches, which allows seven epochs for five,
 gives 41.2, 54.4 and 50.0 %. What target, growth, throwing and segments add to it on photos is not yet measured.
 
-10.3 training GFLOP, 0.17 of MAE's, 0.16 of its bytes saved.
+10.3 training GFLOP, 0.17 of MAE's and of its bytes saved (benchmarks/results/lean-cost.md).
 """
 
 LEAN_MEMORY = replace(LEAN, recipe="lean-memory", segments=4, offload=True)
@@ -126,7 +126,7 @@ otherwise; LEAN is faster.
 
     leanmim pretrain lean-memory --data photos --model vit_base_patch16_224 --out run
 
-14.5 training GFLOP, 0.25 of MAE's, 0.067 of its bytes saved, 0.12 of its peak memory with batch 256 on a GPU (predicted: 1.71 and
+14.5 training GFLOP, 0.25 of MAE's, 0.07 of its bytes saved, 0.12 of its peak memory with batch 256 on a GPU (predicted: 1.71 and
 13.78 GiB, bf16). Its accuracy on photos is not yet measured; that of BIM is.
 """
 
