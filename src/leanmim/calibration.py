@@ -128,7 +128,8 @@ class Calibration:
     def __str__(self) -> str:
         """The setting, and what was measured for it."""
         own = self.setting
-        words = [own.precision, f"{own.threads} threads", f"{own.workers} readers"]
+        counts = ((own.threads, "thread"), (own.workers, "reader"))
+        words = [own.precision, *(f"{count} {what}{'s' * (count != 1)}" for count, what in counts)]
         words += [word for word, on in (("channels last", own.channels_last), ("compiled", own.compile)) if on]
         lines = [
             f"{one['choice'].replace('_', ' ')} "
