@@ -23,7 +23,9 @@ def test_the_learning_rate_is_maes_at_its_own_batch_and_scales() -> None:
 
 def test_epochs_fit_the_time_and_end_somewhere() -> None:
     assert epochs_within(1.0, 10.0, 600) == 60
-    assert epochs_within(1.0, 10.0, 10**6) == 1
+    assert epochs_within(1.0, 10.0, 10**6) == 0.036
+    assert epochs_within(1.0, 10.0, 610) == 59
+    assert epochs_within(1.0, 10.0, 7000) == 5.14
     assert epochs_within(100.0, 1000.0, 600) == 2_000_000 // 600
     assert epochs_within(1000.0, 10_000.0, 10**5) == 800
 

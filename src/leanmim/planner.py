@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from leanmim.auto import EPOCHS, HOURS, MOST, epochs_within, few_steps, images_a_step
+from leanmim.auto import EPOCHS, HOURS, MOST, epochs_within, few_steps, images_a_step, short
 from leanmim.calibration import IMAGES, READ, Calibration, Trial, calibrate
 from leanmim.config import Finetune, Plan, Pretrain, parse_bytes
 from leanmim.costs import StepCost, count, readable
@@ -129,7 +129,7 @@ def calibrated(
     def seconds(speed: float) -> float:
         if config.epochs == "auto":
             return 3600 * (config.hours or HOURS)
-        return int(config.epochs) * len(source) / (speed * process.world)
+        return float(config.epochs) * len(source) / (speed * process.world)
 
     return calibrate(
         config,
@@ -183,7 +183,7 @@ def average_throughput(config: Pretrain, source: Source, device: torch.device, p
     for number, phase in enumerate(phases(config)):
         with phase_named(config, number, phase.config):
             speeds.append(throughput(phase.config, source, device, process))
-    shares = [(phase.stop - phase.start) / int(config.epochs) for phase in phases(config)]
+    shares = [(phase.stop - phase.start) / float(config.epochs) for phase in phases(config)]
     return 1 / sum(share / speed for share, speed in zip(shares, speeds, strict=True))
 
 
@@ -273,18 +273,18 @@ def plan_one(
     rate = speed(*found)
     if recipe.epochs == "auto":
         start = replace(start, epochs=epochs_within(recipe.hours or HOURS, rate, images))
-    epochs = int(start.epochs)
+    epochs = float(start.epochs)
     step = images_a_step(epochs * images, images) if recipe.effective_batch == "auto" else most
     found = fit(start, step, memory, device)
     assert found  # fewer images a step need no more
     chosen, cost = found
     chosen.check()
     phases(chosen)  # raises where there are too few epochs for them
-    steps = epochs * (images // step)
+    steps = round(epochs * (images // step))
     lines = [
-        f"{epochs} epochs in {duration(epochs * images / rate)}, at {rate:.1f} images/s; {steps} steps of {step} images: "
+        f"{epochs:g} epochs in {duration(epochs * images / rate)}, at {rate:.1f} images/s; {steps} steps of {step} images: "
         f"batch {chosen.batch_size} x accum {chosen.accum}, {readable(cost.peak_bytes)} predicted"
     ]
     if recipe.hours and recipe.epochs != "auto":
-        lines[0] += f"; {recipe.hours:g} hours are enough for {int(3600 * recipe.hours * rate / images)} epochs"
+        lines[0] += f"; {recipe.hours:g} hours are enough for {short(3600 * recipe.hours * rate / images):g} epochs"
     return "\n  ".join([*lines, *few_steps(steps), command(chosen)])

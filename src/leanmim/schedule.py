@@ -16,25 +16,16 @@ NOMINAL = 800  # epochs that stand for auto before a run has its own number
 class Phase(NamedTuple):
     """A part of training with an input size, batch and learning rate of its own."""
 
-    start: int  # epoch
-    stop: int  # epoch
+    start: int | float  # epoch
+    stop: int | float  # epoch
     config: Pretrain  # of a run that would be this phase only
 
 
 def phases(config: Pretrain) -> list[Phase]:
-    """The phases of a run (FastMIM-P): one, unless --phase-scales names more.
-
-    Raises:
-        UserError: a phase would be shorter than an epoch.
-    """
+    """The phases of a run (FastMIM-P): one, unless --phase-scales names more."""
     epochs = NOMINAL if config.epochs == "auto" else config.epochs
-    starts = [round(share * epochs) for share in config.phase_starts] or [0]
+    starts = [share * epochs for share in config.phase_starts] or [0]
     stops = [*starts[1:], epochs]
-    if any(start >= stop for start, stop in zip(starts, stops, strict=True)):
-        raise UserError(
-            f"{epochs} epochs are too few for phases at {config.phase_starts} of them: one would be empty; give "
-            "more --epochs, or fewer phases"
-        )
     plain = replace(config, phase_scales=(), phase_starts=(), phase_batches=(), phase_accums=(), phase_blrs=())
     table = []
     for i, (start, stop) in enumerate(zip(starts, stops, strict=True)):
@@ -71,7 +62,7 @@ def phase_named(config: Pretrain, number: int, own: Pretrain) -> Iterator[None]:
 
 
 def learning_rate(
-    step: int | float, steps: int, warmup: int | float, peak: float, schedule: Schedule = "cosine"
+    step: int | float, steps: int | float, warmup: int | float, peak: float, schedule: Schedule = "cosine"
 ) -> float:
     """Linear warm-up, then a schedule of its own.
 

@@ -232,8 +232,15 @@ def test_from_scratch_there_is_no_layer_decay(config: Finetune, tiny: Pretrain) 
 
 def test_hours_limit_the_epochs(config: Finetune) -> None:
     stored = json.loads((finetune(replace(config, epochs="auto", hours=1e-6)) / "config.json").read_text())
-    assert stored["epochs"] == 1
+    assert 0 < stored["epochs"] < 1
     assert stored["warmup_epochs"] is None or stored["warmup_epochs"] <= 1
+    assert json.loads((Path(config.out) / "cost.json").read_text())["measured"]["images_per_second"] > 0
+
+
+def test_the_last_epoch_may_be_a_part(config: Finetune, capsys: Any) -> None:
+    finetune(replace(config, epochs=1.5, batch_size=12, effective_batch="auto"))
+    said = capsys.readouterr().out
+    assert "steps in 1.5 epochs" in said and "epoch 1.5  accuracy" in said
 
 
 def test_what_is_missing_is_named(config: Finetune) -> None:

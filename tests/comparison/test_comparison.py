@@ -119,6 +119,26 @@ def test_a_finished_comparison_trains_nothing_again(compared: tuple[Compare, Tab
     assert len((folder / "table.csv").read_text().splitlines()) == 1 + 2 * 4
 
 
+def test_every_depth_of_a_run_in_segments_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "launch", here)
+    recipes = ("mae:batch-size=24", "mae:batch-size=24,segments=2")
+    config = tiny_comparison(tmp_path, recipes=recipes, seeds=1, depths=True, measures=("finetune", "knn"))
+    rows = by_name(compare(config))
+    assert list(rows) == ["random initialisation", "raw pixels", "mae", "mae segments=2", "mae segments=2, first 1"]
+    shallow = rows["mae segments=2, first 1"]
+    assert shallow.kind == "depth" and shallow.seconds is None
+    cell = Path(config.out) / "cells" / "mae-segments-2-0"
+    ((_, own),) = leanmim.knn(
+        Knn(run=str(cell / "pretrain"), data=config.eval, depth=1, workers=0, device="cpu", k=18, baselines=False)
+    )
+    assert shallow.scores["knn"].values == (float(own),)
+    tuned = Run(cell / "depth1" / "finetune")
+    assert tuned.stored()["depth"] == 1
+    assert shallow.scores["finetune"].value == json.loads((tuned.folder / "results.json").read_text())["top1"]
+    page = (Path(config.out) / "page.html").read_text()
+    assert page.count("--depth 1") == 2 and "mae segments=2, first 1" in page
+
+
 def test_killed_in_the_middle_of_a_training_it_goes_on_to_the_same_table(
     compared: tuple[Compare, Table], tmp_path: Path
 ) -> None:

@@ -29,7 +29,7 @@ def test_numbers_charts_and_commands(tmp_path: Path) -> None:
     )  # fmt: skip
     assert found.row("mae", "50.0 ± 1.0") and found.row("<vit>", "90.0 ± 1.0")
     assert found.row("mae", "8", "10.0", "10.0", "2", "1,024", "1,024")
-    assert found.row("mae", "20", "24", "0.48", "12.0 (10.0 to 40.0)", "40 s", "100%")
+    assert found.row("mae", "20", "24", "0.48", "12.0 (10.0 to 40.0)", "40 s")
     assert not found.links and "<script" not in found.source and "http" not in found.source
     assert "leanmim pretrain mae --data " in found.text and "leanmim evaluate " in found.text
     assert list(found.charts) == [

@@ -1,7 +1,6 @@
 """The budget: epochs from a given speed and cost; the speed from processes side by side."""
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ from leanmim.config import Compare, parse_budget
 from leanmim.costs import count
 from leanmim.data import open_source
 from leanmim.errors import UserError
-from leanmim.recipes import FASTMIM_P, MAE
+from leanmim.recipes import MAE
 from tests.comparison.fakes import here, tiny_comparison
 
 
@@ -31,14 +30,13 @@ def under(budget: str, own: Entry, screen: bool = False) -> Entry:
 
 
 @pytest.mark.parametrize(
-    ("budget", "epochs", "share"),
-    [("60s", 30, 1.0), ("1min", 30, 1.0), ("61s", 30, 60 / 61), ("0.5h", 900, 1.0), ("8epochs", 8, 1.0), ("1epoch", 1, 1.0),
-     ("1TFLOP", 5, 1.0), ("1.1 TFLOPs", 5, 1 / 1.1), ("200 gflop", 1, 1.0)],
+    ("budget", "epochs"),
+    [("60s", 30), ("1min", 30), ("61s", 30.5), ("1s", 0.5), ("0.5h", 900), ("8epochs", 8), ("1epoch", 1), ("1TFLOP", 5),
+     ("1.1 TFLOPs", 5.5), ("200 gflop", 1), ("333 gflop", 1.66)],
 )  # fmt: skip
-def test_epochs_of_a_budget(budget: str, epochs: int, share: float) -> None:
+def test_epochs_of_a_budget(budget: str, epochs: float) -> None:
     found = under(budget, entry())  # an epoch takes 2 s and 0.2 TFLOP
     assert found.config.epochs == epochs and found.screen_epochs == 0
-    assert found.share == pytest.approx(share)
 
 
 def test_the_median_of_the_speeds_counts() -> None:
@@ -48,26 +46,26 @@ def test_the_median_of_the_speeds_counts() -> None:
 def test_a_tenth_for_screening() -> None:
     assert under("30epochs", entry(), screen=True).screen_epochs == 3  # 0.1 x 30 is less than 3 in floating point
     assert under("70epochs", entry(), screen=True).screen_epochs == 7
-    with pytest.raises(UserError, match="a tenth of --budget 8epochs, for --screen, is less than one epoch of mae"):
-        under("8epochs", entry(), screen=True)
+    with pytest.raises(UserError, match="a tenth of --budget 3epochs, for --screen, is less than one step of mae"):
+        under("3epochs", entry(), screen=True)
 
 
-def test_less_than_an_epoch_is_refused_with_what_it_takes() -> None:
+def test_less_than_a_step_is_refused_with_what_an_epoch_takes() -> None:
     with pytest.raises(
-        UserError, match=r"--budget 1s is less than one epoch of mae: 100 images, which take 2 s and 0.2 TFLOP"
+        UserError,
+        match=r"--budget 0.6s is less than one step of mae: an epoch of 100 images takes 2 s and 0.2 TFLOP",
     ):
-        under("1s", entry())
-    with pytest.raises(
-        UserError, match=r"--budget 1GFLOP is less than one epoch of mae: 100 images, which take 0.2 TFLOP"
-    ):
+        under("0.6s", entry())
+    with pytest.raises(UserError, match=r"--budget 1GFLOP is less than one step of mae: an epoch of 100 images takes"):
         under("1GFLOP", entry())
+    with pytest.raises(UserError, match=r"--budget 1s is less than one step"):
+        under("1s", entry(effective_batch=64))
 
 
-def test_too_few_epochs_for_the_phases_are_refused() -> None:
-    own = replace(entry(), title="fastmim-p", config=FASTMIM_P)
-    assert under("5epochs", own).config.epochs == 5
-    with pytest.raises(UserError, match="--budget 2epochs is 2 epochs of fastmim-p: 2 epochs are too few for phases"):
-        under("2epochs", own)
+def test_what_does_not_go_with_so_few_epochs_is_refused() -> None:
+    assert under("2epochs", entry(warmup_epochs=2)).config.epochs == 2
+    with pytest.raises(UserError, match=r"--budget 1epochs is 1 epochs of mae: --warmup-epochs 2\.0 is not between"):
+        under("1epochs", entry(warmup_epochs=2))
 
 
 @pytest.mark.parametrize("budget", ["", "30", "min", "-1h", "0h", "8 days", "1e3s", "nanh"])
@@ -103,7 +101,7 @@ def test_speeds_are_measured_in_turns_by_as_many_processes_as_will_train(
     assert asked == [0.75, 0.9, 0.75, 0.9, 0.9, 0.75, 0.9, 0.75]
     source = open_source(config.data, 3)
     entries = planned(config, source, torch.device("cpu"), [{}, {}])
-    assert [own.config.epochs for own in entries] == [math.floor(10 * rate / 24) for rate in (75, 90)]
+    assert [own.config.epochs for own in entries] == [31.2, 37.5]
     cost, _ = count(replace(entries[0].config, batch_size=1))
     assert entries[0].flops_per_image == cost.train_flops_per_image
     assert [Entry.from_json(json.loads(json.dumps(own.to_json()))) for own in entries] == entries

@@ -81,7 +81,7 @@ def test_configurations_take_scalars_lists_and_paths() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"epochs": "ten"}, "epochs cannot be 'ten'; it takes a whole number or 'auto'"),
+        ({"epochs": "ten"}, "epochs cannot be 'ten'; it takes a number or 'auto'"),
         ({"batch_size": 2.5}, "batch_size cannot be 2.5; it takes a whole number or 'auto'"),
         ({"schedule": "cosin"}, "schedule cannot be 'cosin'; it takes 'cosine' or 'step'"),
     ],

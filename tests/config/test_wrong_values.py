@@ -35,7 +35,7 @@ def test_what_a_field_refuses(kind: Any, own: Any) -> None:
     if own.name in RANGES:
         low, high = RANGES[own.name]
         beyond = (
-            [low - 1, math.floor(high) + 1, 10**23]
+            [math.ceil(low) - 1, math.floor(high) + 1, 10**23]
             if int in kinds
             else [math.nan, math.inf, -math.inf, 1e39, low - 1.0]
         )

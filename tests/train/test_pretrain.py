@@ -155,6 +155,24 @@ def test_online_knn_is_logged_and_takes_no_time_of_training(
     assert all(line["knn_images"] == 3 and line["knn_low"] < 0.44 for line in lines(tiny) if "knn" in line)
 
 
+@pytest.mark.parametrize(("epochs", "steps"), [(0.5, 2), (1.5, 6), (1.6, 6)])
+def test_the_last_epoch_may_be_a_part(
+    tiny: Pretrain, photos: Path, epochs: float, steps: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The schedule ends with it, and so does the run; accuracy is measured there too."""
+    for part in ("train", "val"):
+        for name in ("cat", "sheep"):
+            (tmp_path / "labelled" / part / name).mkdir(parents=True)
+            (tmp_path / "labelled" / part / name / "1.jpg").symlink_to(photos / f"{name}.jpg")
+    pretrain(replace(tiny, epochs=epochs, knn_data=str(tmp_path / "labelled"), knn_every=1))
+    assert f"{steps} steps in {epochs} epochs" in capsys.readouterr().out
+    trained = [line for line in lines(tiny) if "lr" in line]
+    assert (trained[-1]["step"], trained[-1]["epoch"]) == (steps, steps / 4)
+    peak = float(restore(tiny.out)[0].blr) * 4 / 256
+    assert trained[-1]["lr"] == pytest.approx(learning_rate((steps - 1) / 4, epochs, 0.05 * epochs, peak))
+    assert [line["step"] for line in lines(tiny) if "knn" in line][-1] == steps
+
+
 def test_compiled_training_is_the_same_training(tiny: Pretrain, tmp_path: Path) -> None:
     config = replace(tiny, epochs=1, blr=0.1, segments=2, mask_ratio=(0.5, 0.7), throw=0.25)
     pretrain(config)

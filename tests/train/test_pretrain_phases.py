@@ -25,7 +25,10 @@ from tests.helpers import GROWING, growing, throwing
         ({"phase_starts": (0.0, 1.0)}, "stay under 1"),
         ({"phase_batches": (8,)}, "--phase-batches"),
         ({"phase_accums": (1, 0)}, "--phase-accums"),
-        ({"epochs": 1}, "too few for phases"),
+        (
+            {"epochs": 0.25},
+            "0.25 epochs, of 2 steps each, are too few for phases at 0, 0.5 of them: one would be empty",
+        ),
         ({"phase_scales": (1.0, 1.1)}, "not divided by"),
         ({"phase_batches": (8, 64)}, "choose --batch-size"),
         ({"batch_size": "auto"}, "leave those of the phases out"),

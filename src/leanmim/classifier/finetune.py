@@ -103,7 +103,7 @@ def tune(config: Finetune, process: Process, device: torch.device, held: ExitSta
             )
     own, _ = split(calibration.applied(config), process)
     per_epoch = steps_per_epoch(images.images, int(config.effective_batch))
-    steps, first = int(config.epochs) * per_epoch, state["step"] if state else 0
+    steps, first = max(1, round(float(config.epochs) * per_epoch)), state["step"] if state else 0
     adjusted = check_adjusted(config, run, first, steps)
     forget_peak(device)
     memory_before = psutil.Process().memory_info().rss
@@ -172,7 +172,7 @@ def tune(config: Finetune, process: Process, device: torch.device, held: ExitSta
             losses = tuning.step(step, mixed(feed, step))
             epoch = (step + 1) / per_epoch
             loop.record(losses, images=tuning.images, epoch=epoch, lr=lr, line=step + 1 == steps)
-            if epoch.is_integer():
+            if epoch.is_integer() or step + 1 == steps:
                 bad.merge()
                 if epoch % int(config.eval_every) == 0 or step + 1 == steps:
                     judge.evaluate(tuning, loop, bad, epoch)
@@ -256,7 +256,7 @@ class Judge:
                 val_loss=loss,
                 **top5,
             )
-            loop.say(f"epoch {epoch:.0f}  accuracy {top1}")
+            loop.say(f"epoch {epoch:.4g}  accuracy {top1}")
             if (float(top1), -loss) > self.best:
                 self.best = (float(top1), -loss)
                 self.keep(tuning, float(top1), epoch)
@@ -284,7 +284,7 @@ class Judge:
         )  # fmt: skip
         if bad.seen:
             say(f"{len(bad.seen)} unreadable files were skipped; they are listed in {self.run.skipped}")
-        say(f"accuracy after epoch {best['epoch']:.0f}, the best: {top_accuracy(found)}; after the last: {last}")
+        say(f"accuracy after epoch {best['epoch']:.4g}, the best: {top_accuracy(found)}; after the last: {last}")
         folder = export(Export(run=self.config.out, overwrite=True))
         page = report(Report(runs=(self.config.out,)))
         say(f"done: classifier in {folder}, predictions in {self.run.folder / 'predictions.csv'}, report in {page}")

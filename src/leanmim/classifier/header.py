@@ -33,7 +33,7 @@ def header(
     )
     yield (
         f"{len(labels.train)} images of {len(labels.classes)} classes in {labels.root}, {len(labels.val)} to validate with; "
-        f"{steps} steps in {config.epochs} epochs, warm-up {config.warmup:g}"
+        f"{steps} steps in {config.epochs:g} epochs, warm-up {config.warmup:g}"
     )
     yield from labels.notes
     numbers = ", ".join(f"{name.replace('_', '-')} {getattr(config, name)}" for name in SHOWN)

@@ -91,12 +91,12 @@ def right_sized(
         chosen.append(f"lr {rate:.2g}")
     if config.epochs == "auto":
         config = replace(config, epochs=small_epochs(images))
-        chosen.append(f"{config.epochs} epochs")
+        chosen.append(f"{config.epochs:g} epochs")
     if config.hours is not None and "epochs" in choices and "epochs" not in kept:
         with Console(stderr=True).status("measuring the speed of some steps"):
             speed = process.world * min(process.gather(trial_speed(config, start, labels, process, device)))
-        config = replace(config, epochs=min(int(config.epochs), epochs_within(config.hours, speed, images)))
-        chosen.append(f"{config.epochs} epochs, for {config.hours:g} hours at {speed:.0f} images/s")
+        config = replace(config, epochs=min(config.epochs, epochs_within(config.hours, speed, images)))
+        chosen.append(f"{config.epochs:g} epochs, for {config.hours:g} hours at {speed:.0f} images/s")
     if config.eval_every == "auto":
         config = replace(config, eval_every=max(1, math.ceil(len(labels.val) / images)))
     config.check()
@@ -148,7 +148,7 @@ def calibrated(
     places = itertools.cycle(range(len(images)))
 
     def seconds(speed: float) -> float:
-        epochs = small_epochs(len(labels.train)) if recipe.epochs == "auto" else int(recipe.epochs)
+        epochs = small_epochs(len(labels.train)) if recipe.epochs == "auto" else float(recipe.epochs)
         return epochs * len(labels.train) / (speed * process.world)
 
     def make_trial() -> TuningTrial:

@@ -101,7 +101,7 @@ class Tuning:
         config = self.config
         epoch, least = step / self.per_epoch, float(config.min_lr)
         peak = float(config.blr) * self.images / 256
-        lr = learning_rate(epoch, int(config.epochs), config.warmup, peak, config.schedule)
+        lr = learning_rate(epoch, float(config.epochs), config.warmup, peak, config.schedule)
         if epoch >= config.warmup and peak:
             lr = least + lr * (peak - least) / peak
         for group in self.optimizer.param_groups:

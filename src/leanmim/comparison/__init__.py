@@ -179,7 +179,7 @@ def run_cells(
     tasks = {}
     for cell in cells:
         if not cell.result:
-            epochs = int(cell.pretrain.epochs) if cell.kind == "recipe" and cell.pretrain else 0
+            epochs = float(cell.pretrain.epochs) if cell.kind == "recipe" and cell.pretrain else 0
             tasks[cell.task(epochs * training[cell.name].epoch["seconds"] if epochs else 0.0)] = cell
 
     def done(task: Task) -> str:

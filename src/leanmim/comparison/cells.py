@@ -26,8 +26,9 @@ from leanmim.names import slug
 from leanmim.run import Run
 from leanmim.start import SCRATCH, start_of
 from leanmim.train.pretrain import pretrain
+from leanmim.weights import restore
 
-Kind = Literal["recipe", "untrained", "pixels", "weights"]
+Kind = Literal["recipe", "depth", "untrained", "pixels", "weights"]
 UNTRAINED, PIXELS = "random initialisation", "raw pixels"
 FROZEN: dict[int, Measure] = {0: "knn", 2: "linear", 3: "attentive"}
 """The measures of a frozen encoder, by the first number of `Result.order`."""
@@ -49,6 +50,8 @@ class Cell:
     evaluate: Evaluate
     """The frozen encoder's measures; not all of them need be asked for."""
     finetune: Finetune
+    depths: bool = False
+    """Whether the shallower backbones of a run in segments are evaluated too."""
 
     @property
     def result(self) -> dict[str, Any]:
@@ -72,6 +75,12 @@ class Cell:
         kinds: dict[str, type[Config]] = {"pretrain": Pretrain, "evaluate": Evaluate, "finetune": Finetune}
         configs = {name: values[name] and kind.from_json(values[name]) for name, kind in kinds.items()}
         return cls(**values | configs | {"folder": folder, "measures": tuple(values["measures"])})
+
+    def at_depth(self, depth: int) -> "Cell":
+        """The evaluation of the first blocks or stages of what this cell trains."""
+        folder = self.folder / f"depth{depth}"
+        tuned = replace(self.finetune, depth=depth, out=str(folder / "finetune"))
+        return replace(self, folder=folder, evaluate=replace(self.evaluate, depth=depth), finetune=tuned)
 
 
 def cells_of(config: Compare, entries: Sequence[Entry], labels: Labels, size: tuple[int, ...]) -> list[Cell]:
@@ -104,7 +113,7 @@ def cells_of(config: Compare, entries: Sequence[Entry], labels: Labels, size: tu
 
 def screening_of(config: Compare, entries: Sequence[Entry], labels: Labels, size: tuple[int, ...]) -> list[Cell]:
     """The cells of a tenth of the budget, with one seed and the first measure."""
-    config = replace(config, measures=config.measures[:1])
+    config = replace(config, measures=config.measures[:1], depths=False)
     return [
         cell_of(
             config, "recipe", entry.title, 0, labels, size, replace(entry.config, epochs=entry.screen_epochs), "screen"
@@ -146,7 +155,7 @@ def cell_of(
         epochs=finetune_epochs(config, labels), label_share=config.label_share, labels_per_class=config.labels_per_class,
         memory=config.memory, precision=precision_of(config), compile=False, **architecture, **machine,
     )  # fmt: skip
-    return Cell(kind, name, seed, folder, config.measures, recipe, frozen, tuned)
+    return Cell(kind, name, seed, folder, config.measures, recipe, frozen, tuned, config.depths and kind == "recipe")
 
 
 def finetune_epochs(config: Compare, labels: Labels) -> int:
@@ -161,15 +170,23 @@ def run_cell(folder: Path) -> None:
     with FileLock(folder / ".lock"):  # of a comparison that was killed the process may not have ended yet
         cell = Cell.read(folder)
         found: dict[str, Any] = {}
-        accuracies: dict[str, Any] = {}
         if cell.kind == "recipe":
             found["training"] = once(folder / "training.json", lambda: trained(cell))
-        if set(cell.measures) & set(FROZEN.values()):
-            accuracies |= once(folder / "frozen.json", lambda: frozen(cell))
-        if "finetune" in cell.measures and cell.kind != "pixels":
-            accuracies |= once(folder / "finetuned.json", lambda: finetuned(cell))
-        found["accuracies"] = {measure: accuracies[measure] for measure in cell.measures if measure in accuracies}
+        found["accuracies"] = evaluated(cell)
+        if cell.depths:
+            depths = restore(cell.evaluate.run)[1].encoder.depths[:-1]
+            found["depths"] = {depth: evaluated(cell.at_depth(depth)) for depth in depths}
         write_json(folder / "result.json", found)
+
+
+def evaluated(cell: Cell) -> dict[Measure, Any]:
+    """The accuracies by all measures that there are for such a cell."""
+    accuracies: dict[str, Any] = {}
+    if set(cell.measures) & set(FROZEN.values()):
+        accuracies |= once(cell.folder / "frozen.json", lambda: frozen(cell))
+    if "finetune" in cell.measures and cell.kind != "pixels":
+        accuracies |= once(cell.folder / "finetuned.json", lambda: finetuned(cell))
+    return {measure: accuracies[measure] for measure in cell.measures if measure in accuracies}
 
 
 def once(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

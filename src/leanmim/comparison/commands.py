@@ -15,6 +15,13 @@ def commands_of(cell: Cell) -> Iterator[str]:
     if cell.kind == "recipe":
         assert cell.pretrain is not None
         yield planner.command(cell.pretrain)
+    yield from evaluations_of(cell)
+    for depth in cell.result.get("depths", {}):
+        yield from evaluations_of(cell.at_depth(int(depth)))
+
+
+def evaluations_of(cell: Cell) -> Iterator[str]:
+    """Those that evaluate."""
     if set(cell.measures) & set(FROZEN.values()):
         if cell.kind in ("untrained", "pixels"):
             size = " ".join(map(str, cell.evaluate.input_size))

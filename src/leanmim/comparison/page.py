@@ -125,27 +125,27 @@ def level(row: Row, score: Score, last: float, dash: str) -> Curve:
 
 def schedules(entries: Sequence[Entry]) -> Html:
     """What each recipe does with the budget."""
-    head = ("recipe", "epochs", "images", "TFLOP", "images/s, measured beforehand", "predicted time", "of the budget")
+    head = ("recipe", "epochs", "images", "TFLOP", "images/s, measured beforehand", "predicted time")
     rows = []
     for entry in entries:
-        epochs = int(entry.config.epochs)
+        epochs = float(entry.config.epochs)
         speed, time = "-", "-"
         if entry.speeds:
             speed = f"{median(entry.speeds):,.1f} ({min(entry.speeds):,.1f} to {max(entry.speeds):,.1f})"
             time = duration(epochs * entry.epoch["seconds"])
         flops = f"{epochs * entry.epoch['flops'] / 1e12:,.4g}"
-        rows.append(row(entry.title, [epochs, f"{entry.images:,}", flops, speed, time, f"{entry.share:.0%}"]))
+        rows.append(row(entry.title, [f"{epochs:g}", f"{entry.images:,}", flops, speed, time]))
     return table(head, rows, "short")
 
 
 def basis(entries: Sequence[Entry]) -> str:
     """Where the epochs come from."""
-    whole = "Epochs are whole ones, the same for all seeds."
+    same = "All seeds train for the same epochs, the last of them in part."
     if not entries[0].speeds:
-        return whole
+        return same
     return (
         "The speed was measured once, before the first training: by as many processes as train side by side, each in turns "
-        f"through all recipes; the median counts. {whole}"
+        f"through all recipes; the median counts. {same}"
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from leanmim.auto import FEWEST, short
 from leanmim.comparison.processes import Task, run_tasks
 from leanmim.config import Compare, Pretrain
 from leanmim.config.base import Precision
@@ -23,7 +24,6 @@ from leanmim.planner import average_throughput, calibrated, counted_as
 from leanmim.processes import ALONE
 from leanmim.progress import duration
 from leanmim.recipes import titles, variant
-from leanmim.schedule import phases
 from leanmim.train.right_size import trial
 
 CHOSEN = (
@@ -44,7 +44,7 @@ CHOSEN = (
 )
 """Fields that the comparison sets for all recipes."""
 SCREENED = 0.1  # of the budget
-ROUNDS = 2  # in which the speed is measured
+ROUNDS = 3  # in which the speed is measured
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,7 @@ class Entry:
     """Of training, on average over the phases."""
     speeds: tuple[float, ...] = ()
     """Images per second, as measured; empty where the budget is no time."""
-    share: float = 1.0
-    """Of the budget that its whole epochs take."""
-    screen_epochs: int = 0
+    screen_epochs: int | float = 0
     """Those of a tenth of the budget; 0 without --screen."""
 
     @property
@@ -135,48 +133,43 @@ def scheduled(entry: Entry, budget: Budget, config: Compare) -> Entry:
     """The entry with the epochs that the budget allows.
 
     Raises:
-        UserError: not one, or too few for the phases of the recipe.
+        UserError: not one step, or a recipe that cannot be trained so long.
     """
     whole = with_epochs(entry, budget, f"--budget {config.budget}")
     if config.screen:
         tenth = budget._replace(amount=SCREENED * budget.amount)
         screened = with_epochs(entry, tenth, f"a tenth of --budget {config.budget}, for --screen,")
-        whole = replace(whole, screen_epochs=int(screened.config.epochs))
+        whole = replace(whole, screen_epochs=float(screened.config.epochs))
     return whole
 
 
 def with_epochs(entry: Entry, budget: Budget, called: str) -> Entry:
-    """The entry with the whole epochs within a budget. Errors as for `scheduled`."""
-    spent = entry.epoch[budget.kind]
-    epochs = int(budget.amount / spent + 1e-9)  # a tenth of 30 epochs is 3
-    if epochs < 1:
-        time = f"{duration(spent)} and " if budget.kind == "seconds" else ""
+    """The entry with the epochs of a budget, the last one in part. Errors as for `scheduled`."""
+    epochs = short(budget.amount / entry.epoch[budget.kind])
+    step = FEWEST if entry.config.effective_batch == "auto" else entry.config.effective_batch
+    if epochs * entry.images < min(step, entry.images):
         raise UserError(
-            f"{called} is less than one epoch of {entry.title}: {entry.images} images, which take {time}"
-            f"{entry.epoch['flops'] / 1e12:.3g} TFLOP. Give a larger --budget, fewer images (--data takes a .txt list of some), or a "
-            "smaller --model or --input-size"
+            f"{called} is less than one step of {entry.title}: an epoch of {entry.images} images takes "
+            f"{duration(entry.epoch['seconds']) + ' and ' if entry.speeds else ''}{entry.epoch['flops'] / 1e12:.3g} TFLOP. Give a larger "
+            "--budget, or a smaller --model or --input-size"
         )
     config = replace(entry.config, epochs=epochs)
     try:
         config.check()
-        phases(config)
     except UserError as error:
-        raise UserError(f"{called} is {epochs} epochs of {entry.title}: {error}") from error
-    return replace(entry, config=config, share=epochs * spent / budget.amount)
+        raise UserError(f"{called} is {epochs:g} epochs of {entry.title}: {error}") from error
+    return replace(entry, config=config)
 
 
 def told(entry: Entry) -> str:
     """What a recipe does with the budget, for people to read."""
-    epochs = int(entry.config.epochs)
+    epochs = float(entry.config.epochs)
     time = (
         f" in {duration(epochs * entry.epoch['seconds'])}, at {median(entry.speeds):.1f} images/s"
         if entry.speeds
         else ""
     )
-    return (
-        f"{entry.title}: {epochs} {'epoch' if epochs == 1 else 'epochs'}{time}, {epochs * entry.epoch['flops'] / 1e12:.4g} TFLOP; "
-        f"{entry.share:.0%} of the budget"
-    )
+    return f"{entry.title}: {epochs:g} {'epoch' if epochs == 1 else 'epochs'}{time}, {epochs * entry.epoch['flops'] / 1e12:.4g} TFLOP"
 
 
 def measured(config: Compare, entries: Sequence[Entry], places: Sequence[dict[str, str]]) -> list[Entry]:

@@ -57,7 +57,7 @@ class Row:
     name: str
     seeds: int
     scores: dict[Measure, Score]
-    epochs: int | None = None
+    epochs: int | float | None = None
     seconds: float | None = None
     """Of a training, on average; as all costs None of what is not trained."""
     flops: float | None = None
@@ -84,7 +84,9 @@ def rows_of(cells: Iterable[Cell], screening: Sequence[Cell] = (), kept: Sequenc
     for cell in cells:
         groups.setdefault(cell.name, []).append(cell)
     screened = {cell.name: score for cell in screening for score in scores_of([cell.result]).values()}
-    rows = [row_of(own, screened.get(name)) for name, own in groups.items()]
+    rows = []
+    for name, own in groups.items():
+        rows += [row_of(own, screened.get(name)), *depths_of(own)]
     return rows + [
         Row("recipe", name, 0, {}, screened=found, dropped=True) for name, found in screened.items() if name not in kept
     ]
@@ -106,6 +108,16 @@ def row_of(cells: Sequence[Cell], screened: Score | None) -> Row:
             "images_per_second": average["images"] / average["seconds"],
         }
     return Row(cells[0].kind, cells[0].name, len(results), scores_of(results), **costs, screened=screened)
+
+
+def depths_of(cells: Sequence[Cell]) -> list[Row]:
+    """The rows of the shallower backbones that the cells of one name train."""
+    results = [cell.result for cell in cells if cell.result]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        for depth, accuracies in result.get("depths", {}).items():
+            found.setdefault(depth, []).append({"accuracies": accuracies})
+    return [Row("depth", f"{cells[0].name}, first {depth}", len(own), scores_of(own)) for depth, own in found.items()]
 
 
 def scores_of(results: Sequence[dict[str, Any]]) -> dict[Measure, Score]:
@@ -158,7 +170,7 @@ class Table:
         return [
             {
                 "recipe": row.name,
-                "epochs": str(row.epochs or "-"),
+                "epochs": shown(row.epochs, 1.0, "g"),
                 "time, min": shown(row.seconds, 1 / 60, ".1f"),
                 "images/s": shown(row.images_per_second, 1.0, ",.1f"),
                 "TFLOP": shown(row.flops, 1e-12, ",.4g"),
@@ -258,7 +270,7 @@ def screened_text(row: Row) -> str:
     return "-" if row.screened is None else f"{row.screened}, dropped" if row.dropped else str(row.screened)
 
 
-def shown(value: float | None, factor: float, how: str) -> str:
+def shown(value: int | float | None, factor: float, how: str) -> str:
     """A number in another unit."""
     return "-" if value is None else f"{value * factor:{how}}"
 

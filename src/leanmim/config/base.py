@@ -54,7 +54,7 @@ RANGES: dict[str, tuple[float, float]] = {
     # labels
     "label_share": (0, 1), "labels_per_class": (1, MANY), "val_share": (0.01, 0.9), "shots": (1, MANY), "draws": (1, MANY),
     # steps
-    "epochs": (1, MANY), "hours": (1e-6, MANY), "batch_size": (1, MANY), "accum": (1, MANY), "effective_batch": (1, MANY),
+    "epochs": (1e-6, MANY), "hours": (1e-6, MANY), "batch_size": (1, MANY), "accum": (1, MANY), "effective_batch": (1, MANY),
     "blr": (0, MANY), "lr": (0, MANY), "min_lr": (0, MANY), "warmup_share": (0, 1), "warmup_epochs": (0, MANY),
     "weight_decay": (0, MANY), "betas": (0, 1), "clip_grad": (0, MANY), "layer_decay": (0.01, 1), "ema": (0, 1),
     "phase_scales": (0, 100), "phase_starts": (0, 1), "phase_batches": (1, MANY), "phase_accums": (1, MANY),
@@ -443,8 +443,8 @@ class Faults(Config):
 class Optimisation(Config):
     """Batches, steps and learning rate."""
 
-    epochs: int | Auto = "auto"
-    """Passes over the data. auto takes as many as fit into --hours. A run can be continued with more of them."""
+    epochs: int | float | Auto = "auto"
+    """Passes over the data, the last of which may be a part: 1.5. auto takes as many as fit into --hours. A run can be continued with more of them."""
     hours: float | None = None
     """With --epochs auto: the time there is; none given is one hour."""
     batch_size: int | Auto = "auto"
@@ -488,10 +488,10 @@ class Optimisation(Config):
             raise UserError(
                 "--batch-size auto chooses --accum itself; leave --accum out and set --effective-batch, or give --batch-size"
             )
-        if "auto" not in (self.epochs, self.warmup_share) and not 0 <= self.warmup <= int(self.epochs):
+        if "auto" not in (self.epochs, self.warmup_share) and not 0 <= self.warmup <= float(self.epochs):
             raise UserError(f"--warmup-epochs {self.warmup_epochs} is not between 0 and the {self.epochs} epochs")
 
     @property
     def warmup(self) -> float:
         """Resolved warm-up, epochs; these are a number."""
-        return self.warmup_share * int(self.epochs) if self.warmup_epochs is None else self.warmup_epochs
+        return self.warmup_share * float(self.epochs) if self.warmup_epochs is None else self.warmup_epochs

@@ -55,12 +55,14 @@ class Compare(Machine, Model):
 
     budget: str = "1h"
     """What the pre-training of each recipe may take: time (90s, 30min, 2h), epochs (8epochs) or training FLOPs (500TFLOP).
-    Epochs are whole ones. Those of a time follow from the speed, measured once, before the first training."""
+    The last epoch may be a part. The epochs of a time follow from the speed, measured once, before the first training."""
     seeds: int = 3
     """Trainings of each recipe, and of the model without pre-training; with one there is no spread."""
     screen: bool = False
     """First train all recipes with a tenth of the budget and one seed, and go on without those whose 95 % interval lies below that
     of the best, by the first of --measures."""
+    depths: bool = False
+    """Also evaluate the shallower backbones that a recipe in segments trains: those that end where a segment does."""
     weights: tuple[str, ...] = ()
     """Also evaluate these: timm's names of published weights, run folders, exported folders."""
 

@@ -64,8 +64,8 @@ class Finetune(Logging, Faults, Computing, Optimisation, Images):
     """Weight of each class in the loss: none, or the inverse of its share of the images. auto is balanced where the largest
     class has more than three times the images of the smallest."""
 
-    epochs: int | Auto = "auto"
-    """Passes over the training images. auto is the recipe's number, or as many as fit into --hours if they are fewer."""
+    epochs: int | float | Auto = "auto"
+    """Passes over the training images, the last of which may be a part. auto is the recipe's number, or as many as fit into --hours if they are fewer."""
     hours: float | None = None
     """With --epochs auto: the time there is; without, the recipe's epochs take what they take."""
     effective_batch: int | Auto = "auto"

@@ -143,7 +143,7 @@ class Plan(Machine, Model):
     """Memory to stay within, for example 8GiB; auto is what the device has free."""
     hours: float | None = None
     """Time there is; none given is one hour."""
-    epochs: int | Auto = "auto"
+    epochs: int | float | Auto = "auto"
     """Passes over the data; auto takes as many as fit into --hours."""
     effective_batch: int | Auto = "auto"
     """Images per step, over several forward passes where they do not fit at once. auto is fewer where there would be too few

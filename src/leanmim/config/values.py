@@ -54,7 +54,7 @@ def described(kind: Any) -> str:
     if origin is Annotated:
         return described(arguments[0])
     if origin in (Union, UnionType):
-        return " or ".join(map(described, arguments))
+        return " or ".join(described(own) for own in arguments if own is not int or float not in arguments)
     if origin is Literal:
         return " or ".join(map(repr, arguments))
     if origin is tuple:

@@ -24,13 +24,13 @@ def header(
         f"decoder {predicted.decoder_parameters / 1e6:.1f} M, {'bf16' if training.model.autocast else 'fp32'} on {device}"
     )
     yield (
-        f"{images} images in {config.data if isinstance(config.data, str) else ', '.join(config.data)}; {plan[-1].stop} steps in {config.epochs} epochs; "
+        f"{images} images in {config.data if isinstance(config.data, str) else ', '.join(config.data)}; {plan[-1].stop} steps in {config.epochs:g} epochs; "
         f"warm-up {config.warmup:g} epochs"
     )
     for phase in plan:
         own = phase.config
         yield (
-            f"epochs {phase.epoch} to {phase.epochs}: {own.size[0]} x {own.size[1]} px, {phase.per_epoch} steps each; "
+            f"epochs {phase.epoch:g} to {phase.epochs:g}: {own.size[0]} x {own.size[1]} px, {phase.per_epoch} steps each; "
             f"effective batch {phase.images} = {own.batch_size} x accum {own.accum} x {world} processes; "
             f"lr {float(own.blr) * phase.images / 256:.3g} = blr {float(own.blr):.3g} x {phase.images} / 256"
         )
@@ -68,8 +68,8 @@ def continuing(config: Pretrain, state: dict[str, Any] | None, steps: int) -> It
         yield f"finished after step {steps}: more --epochs train on; what a finished run leaves is written again"
         return
     yield f"continuing after step {state['step']}"
-    if (before := state["config"]["epochs"]) < int(config.epochs):
+    if (before := state["config"]["epochs"]) < float(config.epochs):
         yield (
-            f"{config.epochs} epochs in place of {before}: the schedule ends with the last of them, the learning rate rises "
+            f"{config.epochs:g} epochs in place of {before:g}: the schedule ends with the last of them, the learning rate rises "
             "to it from where it is"
         )

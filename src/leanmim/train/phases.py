@@ -16,8 +16,8 @@ class PhaseSteps(NamedTuple):
 
     number: int
     config: Pretrain  # of a run that would be this phase only
-    epoch: int  # the first one
-    epochs: int  # the one after the last
+    epoch: int | float  # with which it begins
+    epochs: int | float  # with which it ends
     start: int  # step
     stop: int  # step
     per_epoch: int  # steps
@@ -25,14 +25,14 @@ class PhaseSteps(NamedTuple):
 
     def own(self, step: int) -> int:
         """The same step of a run that would be this phase only: it sets order and learning rate."""
-        return step - self.start + self.epoch * self.per_epoch
+        return step - self.start + round(self.epoch * self.per_epoch)
 
 
 def plan_phases(config: Pretrain, count: int, world: int) -> list[PhaseSteps]:
     """The phases of a run on so many images.
 
     Raises:
-        UserError: a step takes more images than there are, or a phase cannot be built.
+        UserError: a step takes more images than there are, a phase would be empty, or cannot be built.
     """
     plan: list[PhaseSteps] = []
     start = 0
@@ -45,7 +45,15 @@ def plan_phases(config: Pretrain, count: int, world: int) -> list[PhaseSteps]:
                 f"{max(1, count // own.accum // world)} or smaller"
             )
         per_epoch = count // images
-        stop = start + per_epoch * (phase.stop - phase.start)
+        stop = start + round(per_epoch * (phase.stop - phase.start))
+        if start == stop:
+            where = (
+                f" for phases at {', '.join(f'{share:g}' for share in config.phase_starts)} of them: one would be empty"
+            )
+            raise UserError(
+                f"{config.epochs:g} epochs, of {per_epoch} steps each, are too few{where if config.phase_starts else ''}; give "
+                f"more --epochs{', or fewer phases' if config.phase_starts else ', or a smaller --batch-size'}"
+            )
         plan.append(PhaseSteps(number, own, phase.start, phase.stop, start, stop, per_epoch, images))
         start = stop
     for later in plan[1:]:

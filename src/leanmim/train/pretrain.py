@@ -131,7 +131,7 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
                 losses = training.step(step, map(bad.filter, islice(feed, phase.config.accum)))
                 epoch = phase.own(step + 1) / phase.per_epoch
                 loop.record(losses, images=phase.images, epoch=epoch, lr=lr, line=step + 1 == phase.stop)
-                if epoch.is_integer():
+                if epoch.is_integer() or loop.done == steps:
                     bad.merge()
                     if knn_sets and (epoch % config.knn_every == 0 or loop.done == steps):
                         online_knn(training, knn_sets, loop, epoch)
@@ -163,13 +163,13 @@ def online_knn(training: Training, sets: tuple[Labelled, Labelled], loop: Loop, 
             accuracy = training.knn(*sets, loop.console)
             low, high = accuracy.interval
             loop.write(knn=accuracy, knn_low=low, knn_high=high, knn_images=accuracy.images)
-            loop.say(f"epoch {epoch:.0f}  kNN {accuracy}")
+            loop.say(f"epoch {epoch:.4g}  kNN {accuracy}")
 
 
 def check_extension(config: Pretrain, state: dict[str, Any]) -> None:
     """Raise UserError for more epochs of a run whose phases would then begin elsewhere."""
     before = state["config"]["epochs"]
-    if config.phase_scales and before < int(config.epochs):
+    if config.phase_scales and before < float(config.epochs):
         raise UserError(
             f"--epochs {config.epochs}: this run has {before}, and its phases (--phase-scales) would begin elsewhere; give "
             f"--epochs {before}, and pre-train on from it with --init {config.out} in another --out"

@@ -57,12 +57,12 @@ def right_sized(
         with Console(stderr=True).status("measuring the speed of some steps"):
             speed = process.world * min(process.gather(trial_speed(config, source, process, device)))
         config = replace(config, epochs=epochs_within(hours, speed, len(source)))
-        chosen.append(f"{config.epochs} epochs, for {hours:g} hours at {speed:.0f} images/s")
+        chosen.append(f"{config.epochs:g} epochs, for {hours:g} hours at {speed:.0f} images/s")
         config.check()
     if config.batch_size == "auto":
         effective = config.effective_batch
         if effective == "auto":
-            effective = images_a_step(int(config.epochs) * len(source), len(source) // process.world) * process.world
+            effective = images_a_step(float(config.epochs) * len(source), len(source) // process.world) * process.world
         elif effective > len(source):
             raise UserError(
                 f"--effective-batch {effective} is more than the {len(source)} images in {config.data!r}; give "

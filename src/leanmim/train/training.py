@@ -91,12 +91,12 @@ class Training:
         """That of a step by the schedule of ``config``."""
         peak = float(self.phase.config.blr) * self.phase.images / 256
         epoch = self.phase.own(step) / self.phase.per_epoch
-        lr = learning_rate(epoch, int(config.epochs), config.warmup, peak, config.schedule)
+        lr = learning_rate(epoch, float(config.epochs), config.warmup, peak, config.schedule)
         since, share = self.ease
-        rise = config.warmup_share * (int(config.epochs) - since)
+        rise = config.warmup_share * (float(config.epochs) - since)
         return lr if share == 1 or epoch >= since + rise else lr * (share + (1 - share) * (epoch - since) / rise)
 
-    def extend(self, step: int, before: int) -> None:
+    def extend(self, step: int, before: int | float) -> None:
         """Go on after ``step`` with more than the ``before`` epochs of the schedule so far (ours).
 
         The learning rate leaves where it is and rises to the new schedule's as in a warm-up, over --warmup-share of the
