@@ -1,246 +1,253 @@
-"""The ablation bench: recipe variants x seeds on a labelled set, one table of quality and cost.
+"""Which parts of the recipes are worth their cost: lists of variants for `leanmim compare`.
 
-    python benchmarks/ablate.py --data data/cifar10 --variants mae simmim --seeds 0 1 2
+    python benchmarks/ablate.py photos-rival --data data
+    python benchmarks/ablate.py photos-rival --data data --scale gpu --model vit_base_patch16_224 --minutes 8
+    python benchmarks/ablate.py --data data                 # all that are meant for this scale
 
-Variants and scales stand in suite.py, which also names the experiments that were made with this. Every cell (variant,
-seed) is a process of its own; on a CPU single-threaded ones run side by side, which uses the cores best. Finished cells
-are kept in --work: the same command continues where it was stopped. A cell's encoder is probed as `leanmim knn` and
-`leanmim probe --solver fast` do it. Random initialisation and raw pixels stand beside.
+--data holds the labelled folders that experiments name (unpack.py makes them), or is such a folder. A finished cell is kept: the same
+command continues where it was stopped, or where --minutes were over (exit code 3). Results: results/NAME-MODEL-SCALE.json, also of
+the cells that are finished when it is stopped.
 """
 
 import argparse
-import hashlib
 import json
-import math
 import os
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+import signal
+import threading
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any
 
 import record
-import torch
-from suite import SCALES, VARIANTS
+from unpack import link_subset
 
 import leanmim
-from leanmim.config import Pretrain, Probe
-from leanmim.costs import count
-from leanmim.data import list_images
-from leanmim.encoders.segments import cuts
-from leanmim.evaluators.features import extract, subjects
-from leanmim.evaluators.knn import knn_accuracy
-from leanmim.evaluators.probe import fast_probe
-from leanmim.recipes import published
+from leanmim.auto import peak_rate
+from leanmim.comparison.table import Row, Score, Table
+from leanmim.config import Compare
+from leanmim.config.compare import parse_budget
+from leanmim.signals import Stopped, stoppable
 
-BASELINES = {"pixels": "raw pixels", "random": "random initialisation"}
-
-
-class Cell(NamedTuple):
-    """One training: a variant, or a baseline, and a seed."""
-
-    variant: str
-    seed: int
+WIDTHS = {"vit_tiny_patch16_224": 192, "vit_small_patch16_224": 384, "vit_base_patch16_224": 768}
+MODELS = {"cpu": "vit_tiny_patch16_224", "gpu": "vit_small_patch16_224"}
+BATCHES = {"cpu": 32, "gpu": 256}  # what ``auto`` takes for the photos
 
 
-def configure(cell: Cell, arguments: argparse.Namespace) -> Pretrain:
-    """The configuration of a cell; that of ``mae`` for a baseline."""
-    scale = SCALES[arguments.scale]
-    named, changes = VARIANTS["mae" if cell.variant in BASELINES else cell.variant]
-    recipe, changes = published(named), dict(changes)
-    shrink, longer = changes.pop("shrink", 1.0), changes.pop("longer", 1.0)
-    patch = arguments.input_size // 8
-    depth, width, heads = scale["decoder"]
-    base = replace(
-        recipe,
-        data=str(Path(arguments.work) / "data" / "train"),
-        out="",
-        model="vit_tiny_patch16_224",
-        model_kwargs={"patch_size": patch, **scale["model"]},
-        input_size=(int(shrink * arguments.input_size),),
-        # four cells a patch, as FastMIM has; but of fewer than 4 x 4 pixels there is no histogram
-        hog_cell=max(4, patch // 2) if changes.get("target", recipe.target) == "hog" else recipe.hog_cell,
-        # SimMIM's squares are 1/6 of its image's side; a quarter of the grid here, one patch more
-        mask_unit=arguments.input_size // 4 if recipe.mask_unit else 0,
-        decoder_depth=recipe.decoder_depth if recipe.decoder_depth in (0, "auto") else depth,
-        decoder_width=width,
-        decoder_heads=heads,
-        epochs=round(longer * (arguments.epochs or scale["epochs"])),
-        batch_size=arguments.batch_size,
-        blr=arguments.blr or 10 * float(recipe.blr),  # a few epochs need larger steps than the 800 of the paper do
-        workers=0 if arguments.device == "cpu" else 3,
-        device=arguments.device,
-        seed=cell.seed,
-        log_every=50,
-    )
-    return replace(base, **changes)
+@dataclass(frozen=True)
+class Experiment:
+    """Recipes that are compared on one set of images."""
+
+    set: str
+    """Name of the labelled folder."""
+    recipes: tuple[str, ...]
+    common: str = ""
+    """Options of all recipes."""
+    images: tuple[int, int] = (0, 0)
+    """Labelled ones of a class to train and to test with; 0 is all."""
+    subset: bool = False
+    """Whether only the labelled images are pre-trained on."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of `leanmim compare`."""
+
+    def specs(self) -> tuple[str, ...]:
+        """The recipes with all their options."""
+        joined = [f"{recipe}{',' if ':' in recipe else ':'}{self.common}" for recipe in self.recipes]
+        return tuple(joined) if self.common else self.recipes
 
 
-def result_file(cell: Cell, arguments: argparse.Namespace) -> Path:
-    """Where a cell's result is kept: a changed configuration is another cell, a new field with its default is not."""
-    values = {key: str(getattr(arguments, key)) for key in ("scale", "input_size", "data", "images")}
-    if cell.variant in VARIANTS:
-        default = Pretrain(data="", out="").to_json()
-        own = configure(cell, arguments).to_json().items()
-        values |= {key: value for key, value in own if value != default[key] and key not in ("data", "out")}
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
-    return Path(arguments.work) / "cells" / f"{cell.variant}-{cell.seed}-{digest}.json"
+# Thumbnails: small ViTs, equal epochs, frozen features. PHOTOS: 15 minutes of one core; fine-tuning takes 95 labels a class, a
+# tenth of all that Imagenette has. What is not said is ``auto``, there a decoder of 1 x 192 and 75 % masked.
+FROZEN: dict[str, Any] = dict(measures=("knn", "linear"), seeds=3)
+CIFAR = Experiment(
+    "cifar10", (), "decoder-depth=2,decoder-width=64,decoder-heads=2,batch-size=64,blr=0.004", (1000, 500), True,
+    FROZEN | dict(input_size=(32,), model_kwargs=dict(patch_size=4, embed_dim=96, depth=6, num_heads=3), budget="8epochs"),
+)  # fmt: skip
+TINY = replace(
+    CIFAR, set="tinyimagenet28", images=(400, 500),
+    options=CIFAR.options | dict(input_size=(64,), model_kwargs=dict(patch_size=8, embed_dim=96, depth=6, num_heads=3), budget="6epochs"),
+)  # fmt: skip
+DEEP = replace(
+    CIFAR, common="decoder-width=64,decoder-heads=2,batch-size=32,blr=0.008", images=(500, 500),
+    options=CIFAR.options | dict(model_kwargs=dict(patch_size=4, embed_dim=64, depth=12, num_heads=2), depths=True),
+)  # fmt: skip
+SHORT = dict(budget="15min", seeds=1, labels_per_class=95, finetune_epochs=15)
+PHOTOS = Experiment("imagenette224", (), "", (300, 200), options=dict(input_size=(128,), eval_size=(128,), **SHORT))
+LONG = dict(budget="200epochs", seeds=1, label_share=0.1)
+
+HOG = "target=hog,hog-cell=4"
+RIVALS = {"cpu": "decoder-width=128", "gpu": "decoder-width=auto"}  # the best of photos-rival, once it is measured
+HALF, GROWING = "input-size=32", "phase-scales=1 1.25 1.5,phase-starts=0 0.5 0.8"
+DOUBLING = "input-size=32,phase-scales=1 1.5 2,phase-starts=0 0.5 0.75"
+PARTIAL = (
+    "mae",
+    *(
+        f"pr-mim:throw={throw}{how}"
+        for throw in (0.5, 0.7)
+        for how in (",fill=0,select=random", ",fill=0", ",select=random", "")
+    ),
+)
+PUBLISHED = "mask-unit=16,batch-size=64,blr=0.004"  # SimMIM's squares are a sixth of its image's side; a quarter here
+SWIN = "model=swin_tiny_patch4_window7_224,model-kwargs=patch_size 2 embed_dim 24"
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "cifar10-baselines": replace(
+        CIFAR, recipes=("mae:decoder-depth=2,decoder-width=64,decoder-heads=2", "simmim:mask-unit=8"), common="batch-size=64,blr=0.004"
+    ),
+    "cifar10-hog": replace(CIFAR, recipes=("mae", f"mae:{HOG}")),
+    "cifar10-pr-mim": replace(CIFAR, recipes=PARTIAL),
+    "cifar10-bim": replace(
+        DEEP,
+        recipes=(
+            "mae:decoder-depth=4", "bim:decoder-depth=1,mask-ratio=0.75", "bim:decoder-depth=1,mask-ratio=0.72 0.74 0.76 0.78",
+            "bim:decoder-depth=1,mask-ratio=0.6 0.7 0.8 0.9", "bim:decoder-depth=1,segments=2,mask-ratio=0.75", *(f"mae:decoder-depth=4,depth={depth}" for depth in (3, 6, 9)),
+        ),
+    ),
+    "tinyimagenet28-fastmim": replace(
+        TINY, recipes=("mae", f"mae:{HALF}", f"mae:{HOG}", f"mae:{HALF},{HOG}", f"mae:{DOUBLING},{HOG}")
+    ),
+    "tinyimagenet28-fastmim-time": replace(
+        TINY, recipes=("mae", f"mae:{HALF},{HOG}", f"mae:{DOUBLING},{HOG}"), options=TINY.options | dict(budget="5min")
+    ),
+    "tinyimagenet28-pr-mim": replace(TINY, recipes=PARTIAL),
+    "tinyimagenet28-published": replace(
+        TINY,
+        recipes=(
+            f"fastmim:{HOG},{SWIN}", f"fastmim:{HOG},{SWIN},linear-init=timm", f"fastmim:{HOG}", f"fastmim:{HOG},warmup-share=0.05",
+            "simmim", "simmim:schedule=cosine,warmup-share=0.05", "simmim:interpolation=bicubic",
+        ),
+        common=PUBLISHED,
+        options=TINY.options | dict(seeds=1),
+    ),
+    "photos-rival": replace(
+        PHOTOS,
+        recipes=(
+            "mae", "mae:mask-ratio=0.9", "mae:decoder-depth=2", "mae:blr={twice}", "mae:decoder-width=128", "mae:decoder-depth=4",
+            "mae:input-size=224",
+        ),
+    ),
+    "photos-one": replace(
+        PHOTOS,
+        recipes=(
+            "mae", "mae:target=hog", f"mae:{GROWING}", "pr-mim", "mae:segments=4", "pr-mim:throw=0.7", "pr-mim:fill=0",
+            "mae:segments=2", "pr-mim:select=random,fill=0", "pr-mim:blr={half}", "mae:segments=4,mask-ratio=0.72 0.78",
+        ),
+        common="{rival}",
+    ),
+    "photos-painted": replace(PHOTOS, recipes=("fastmim:{swin}", "simmim:{swin}", "fastmim:model=pvt_v2_b0")),
+    "photos-depths": replace(
+        PHOTOS,
+        recipes=("mae:segments=4", "mae:depth=3", "mae:depth=6", "mae:depth=9"),
+        common="{rival}",
+        options=PHOTOS.options | dict(depths=True, budget="4epochs"),
+    ),
+    **{
+        f"photos-growth-{minutes}": replace(
+            PHOTOS,
+            recipes=("mae:input-size=224", "mae:{rival}", "lean"),
+            options=PHOTOS.options | dict(budget=f"{minutes}min"),
+        )
+        for minutes in (7, 15, 30, 60)
+    },
+}  # fmt: skip
 
 
-def evaluate(config: Probe, name: str = "pretrained") -> dict[str, float]:
-    """kNN and linear-probe accuracy of the encoder or of a baseline."""
-    subject = next(s for s in subjects(config) if s.name == name)
-    train, val = (extract(subject.embed, part, subject.normalise, 256, 0) for part in (subject.train, subject.val))
-    return {"knn": knn_accuracy(train, val), "probe": fast_probe(train, val)}
-
-
-def run_cell(cell: Cell, out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train and probe one cell; the baselines need no training."""
-    config = replace(configure(cell, arguments), out=str(out))
-    if cell.variant in BASELINES:
-        config = replace(config, epochs=1, blr=0.0)
-    before = time.perf_counter()
-    leanmim.pretrain(config)
-    seconds = time.perf_counter() - before
-    probed = Probe(
-        run=config.out,
-        data=str(Path(arguments.work) / "data"),
-        device=arguments.device,
-        workers=0,
-        baselines=cell.variant == "pixels",
-        input_size=(arguments.input_size,),
-    )
-    accuracies = evaluate(probed, "pixels" if cell.variant == "pixels" else "pretrained")
-    borders = cuts(config.segments, SCALES[arguments.scale]["model"]["depth"])[:-1]
-    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    return {
-        **cell._asdict(),
-        **accuracies,
-        "depths": {depth: evaluate(replace(probed, depth=depth)) for depth in borders},
-        "seconds": seconds,
-        "flops": count(replace(config, batch_size=1))[0].train_flops_per_image,  # on average over the phases
-        "loss": [line["loss"] for line in lines if "loss" in line][-1],
-        "config": asdict(config),
+def configure(name: str, scale: str, model: str, data: Path, work: Path) -> Compare:
+    """A comparison; its labelled folder is made."""
+    own = EXPERIMENTS[name]
+    gpu = scale == "gpu"
+    data = data / own.set if (data / own.set).is_dir() else data
+    if not (data / "train").is_dir():
+        raise SystemExit(
+            f"{name}: --data {str(data)!r} holds no {own.set}, and has no folder train; unpack.py makes them"
+        )
+    images = (0, 0) if gpu else own.images
+    labelled = work / "-".join(["labelled", own.set, *map(str, images)])
+    link_subset(data, labelled, *images)
+    rate = peak_rate(BATCHES[scale], WIDTHS[model]) * 256 / BATCHES[scale]
+    given = {
+        "rival": RIVALS[scale],
+        "twice": f"{2 * rate:.3g}",
+        "half": f"{rate / 2:.3g}",
+        "swin": f"model=swin_tiny_patch4_window7_224{'' if gpu else ',model-kwargs=embed_dim 48'}",
     }
+    return Compare(
+        data=str((labelled if own.subset else data) / "train"),
+        eval=str(labelled),
+        out=str(work / f"{name}-{model}-{scale}"),
+        device="cuda" if gpu else "cpu",
+        model=model,
+        recipes=tuple(spec.format(**given) for spec in own.specs()),
+        **({key: value for key, value in own.options.items() if key not in SHORT} | LONG if gpu else own.options),
+    )
 
 
-def run_missing(cells: list[Cell], arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The results of all cells; those that are not there yet are made, each in a process of its own."""
-    # one thread each, and waiting threads must not spin: the cells share the cores
-    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if arguments.device == "cpu" else {})
-
-    def result(cell: Cell) -> dict[str, Any]:
-        file = result_file(cell, arguments)
-        if not file.exists():
-            options = ["--work", arguments.work, "--cell", cell.variant, str(cell.seed)]
-            command = [sys.executable, __file__, *sys.argv[1:], *options]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{cell} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-            found = json.loads(file.read_text())
-            accuracy = f"kNN {found['knn']:.1%}, probe {found['probe']:.1%}"
-            print(f"{cell.variant} {cell.seed}: {accuracy}, {found['seconds']:.0f} s", flush=True)
-        return json.loads(file.read_text())
-
-    with ThreadPoolExecutor(arguments.jobs or SCALES[arguments.scale]["jobs"]) as pool:
-        return list(pool.map(result, cells))
+def run(name: str, arguments: argparse.Namespace) -> bool:
+    """Compare; whether all is finished."""
+    config = configure(name, arguments.scale, arguments.model, arguments.data, arguments.work)
+    try:
+        with stoppable():
+            leanmim.compare(config)
+    except Stopped as stop:
+        write(name, config, arguments.scale)
+        print(f"{name}: {stop}; the same command continues")
+        return False
+    write(name, config, arguments.scale)
+    return True
 
 
-def link_subset(data: Path, work: Path, train: int, val: int) -> None:
-    """A labelled folder ``work``/data of links to the first images of every class; 0 is all."""
-    for part, most in (("train", train), ("val", val)):
-        for folder in sorted((data / part).iterdir()):
-            target = work / "data" / part / folder.name
-            target.mkdir(parents=True, exist_ok=True)
-            for file in list_images(folder)[: most or None]:
-                if not (target / file.name).exists():
-                    (target / file.name).symlink_to(file.resolve())
-
-
-def table(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each variant, mean and spread over its seeds; below it one for each depth where it was cut."""
-    rows = []
-    for variant in dict.fromkeys(result["variant"] for result in results):
-        own = [result for result in results if result["variant"] == variant]
-        trained = variant in VARIANTS
-        rows.append({
-            "variant": BASELINES.get(variant, variant),
-            "seeds": len(own),
-            "kNN, %": record.spread([r["knn"] for r in own]),
-            "linear probe, %": record.spread([r["probe"] for r in own]),
-            "training, s": f"{mean(r['seconds'] for r in own):.0f}" if trained else "",
-            "epochs": own[0]["config"]["epochs"] if trained else "",
-            "training MFLOP an image": f"{own[0]['flops'] / 1e6:.0f}" if trained else "",
-            "final loss": f"{mean(r['loss'] for r in own):.4f}" if trained else "",
-        })  # fmt: skip
-        for depth in own[0]["depths"]:
-            cut = [result["depths"][depth] for result in own]
-            rows.append({
-                "variant": f"{variant}, first {depth} blocks", "seeds": len(cut),
-                "kNN, %": record.spread([r["knn"] for r in cut]),
-                "linear probe, %": record.spread([r["probe"] for r in cut]),
-            })  # fmt: skip
-    return rows
-
-
-def write(results: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    """Write the result files."""
-    assert all(math.isfinite(result["loss"]) for result in results)
-    scale, name = SCALES[arguments.scale], Path(arguments.data).name
-    some = configure(Cell(arguments.variants[0], 0), arguments)
-    images = {part: len(list_images(Path(arguments.work) / "data" / part)) for part in ("train", "val")}
+def write(name: str, config: Compare, scale: str) -> None:
+    """The table of the cells that are finished, as the comparison left it in its folder."""
+    if not (file := Path(config.out) / "table.json").is_file():
+        return
+    found = json.loads(file.read_text())
+    rows = [
+        Row(**row | {"scores": {measure: Score(**score) for measure, score in row["scores"].items()}})
+        for row in found["rows"]
+        if row["seeds"]
+    ]
+    table = Table(found["title"], config.measures, parse_budget(config.budget).kind, rows, config.seeds)
+    columns = dict.fromkeys(key for row in (*table.accuracies(), *table.costs()) for key in row)
+    both = {row["recipe"]: dict.fromkeys(columns, "-") | row for row in table.accuracies()}
+    for row in table.costs():
+        both[row["recipe"]] |= row
+    own = EXPERIMENTS[name]
+    train, val = (0, 0) if scale == "gpu" else own.images
     configuration = {
-        "data": name, "images": f"{images['train']} train, {images['val']} val",
-        "model": f"{some.model} {some.model_kwargs}", "input and evaluation": f"{arguments.input_size} px", "epochs": arguments.epochs or scale["epochs"],
-        "batch": some.batch_size, "blr": some.blr, "decoder": f"{some.decoder_depth} x {some.decoder_width}",
-        "scale": arguments.scale, "cells side by side": arguments.jobs or scale["jobs"],
+        "data": Path(config.data).parent.name if not own.subset else f"{own.set}, the labelled images", "model": f"{config.model} {config.model_kwargs or ''}".strip(),
+        "common": own.common.format(rival=RIVALS[scale]) or "nothing", "budget": config.budget, "seeds": config.seeds,
+        "labelled images a class": f"{train or 'all'} to train, {val or 'all'} to test",
+        "not finished": ", ".join(row["name"] for row in found["rows"] if row["seeds"] < config.seeds and row["kind"] != "pixels") or "none",
     }  # fmt: skip
-    note = "Spread: sample standard deviation over seeds. kNN: k 20, cosine. Probe: logistic regression on frozen features."
-    raw = [{key: value for key, value in result.items() if key != "config"} for result in results]
-    record.write(arguments.name, f"Ablation on {name}", configuration, table(results), raw, note)
-
-
-def parse() -> argparse.Namespace:
-    """The command line; what was left out is filled in."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="labelled folder: train/CLASS, val/CLASS")
-    parser.add_argument("--variants", nargs="+", default=["mae", "simmim"], choices=list(VARIANTS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--scale", default="cpu", choices=list(SCALES))
-    parser.add_argument("--input-size", type=int, default=32, help="px; patches are 1/8 of it")
-    parser.add_argument("--images", type=int, default=0, help="training images per class; 0 is the scale's own")
-    parser.add_argument("--epochs", type=int, default=0, help="0 is the scale's own")
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--blr", type=float, default=0.0, help="0 is ten times the recipe's own")
-    parser.add_argument("--jobs", type=int, default=0, help="cells side by side; 0 is the scale's own")
-    parser.add_argument("--work", default="", help="folder for runs; default runs/ablate/NAME")
-    parser.add_argument("--name", default="", help="of the result; default ablate-DATA-SCALE")
-    parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    arguments.name = arguments.name or f"ablate-{Path(arguments.data).name}-{arguments.scale}"
-    arguments.work = arguments.work or f"runs/ablate/{arguments.name}"
-    arguments.device = "cuda" if arguments.scale == "gpu" and torch.cuda.is_available() else "cpu"
-    return arguments
+    if "finetune" in config.measures:
+        tuned = config.labels_per_class or f"{config.label_share:.0%}"
+        configuration["fine-tuning"] = f"with {tuned} of a class, {config.finetune_epochs} epochs"
+    record.write(
+        Path(config.out).name, f"Recipes compared: {name}", configuration, list(both.values()), found["rows"],
+        "\n".join(table.findings()),
+    )  # fmt: skip
 
 
 def main() -> None:
-    """Run what is missing, then write the table; with --cell that cell only."""
-    arguments = parse()
-    work, scale = Path(arguments.work), SCALES[arguments.scale]
-    if arguments.cell:
-        torch.set_num_threads(1 if arguments.device == "cpu" else 4)
-        cell = Cell(arguments.cell[0], int(arguments.cell[1]))
-        file = result_file(cell, arguments)
-        result = run_cell(cell, work / "runs" / file.stem, arguments)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result))
-        return
-    link_subset(Path(arguments.data), work, arguments.images or scale["images"], scale["val"])
-    seeds = [Cell(variant, seed) for seed in arguments.seeds for variant in ("random", *arguments.variants)]
-    write(run_missing([Cell("pixels", 0), *seeds], arguments), arguments)
+    """Compare, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"all, or some of: {', '.join(EXPERIMENTS)}")
+    parser.add_argument("--data", type=Path, default=Path("data"))
+    parser.add_argument("--work", type=Path, default=Path("runs/ablate"))
+    parser.add_argument("--scale", choices=list(MODELS), default="cpu")
+    parser.add_argument("--model", choices=list(WIDTHS), help="default: the scale's")
+    parser.add_argument("--minutes", type=float, default=1e6, help="stop after so long")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - EXPERIMENTS.keys():
+        parser.error(f"there is no {', '.join(sorted(unknown))}; there are: {', '.join(EXPERIMENTS)}")
+    arguments.model = arguments.model or MODELS[arguments.scale]
+    names = arguments.names or [name for name in EXPERIMENTS if arguments.scale == "cpu" or name.startswith("photos-")]
+    end = threading.Timer(60 * arguments.minutes, os.kill, (os.getpid(), signal.SIGTERM))
+    end.daemon = True
+    end.start()
+    for name in names:
+        if not run(name, arguments):
+            raise SystemExit(3)
+    end.cancel()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 
 import record
 import torch
-from ablate import link_subset
+from unpack import link_subset
 
 import leanmim
 from leanmim.classifier.recipes import small_batch, small_epochs, small_rate
@@ -184,7 +184,7 @@ def main() -> None:
         file.write_text(json.dumps(found))
         return
     names = arguments.names or ["screen", "tune", "frozen"]
-    link_subset(arguments.data, arguments.work, 0, arguments.val)
+    link_subset(arguments.data, arguments.work / "data", 0, arguments.val)
     starts = dict(pair.split("=", 1) for pair in arguments.start)
     todo = cells(names, starts, arguments.seeds, arguments.shares)
     with ThreadPoolExecutor(arguments.jobs) as pool:

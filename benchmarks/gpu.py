@@ -1,10 +1,10 @@
 """`make bench-gpu`: on a machine with a GPU, the GPU tests and every GPU benchmark, within 8 minutes.
 
-    python benchmarks/gpu.py --data data/cifar10
+    python benchmarks/gpu.py
     python benchmarks/gpu.py --photos data/imagenette224
 
 Each part is a process of its own with a share of the time; what does not finish is said, the rest still counts. With --photos: instead
-the recipes of photos.py at real scale, which go on with the next call of the same command.
+the recipes of ablate.py at real scale, which go on with the next call of the same command.
 """
 
 import argparse
@@ -22,18 +22,19 @@ MODELS = ["vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224
 
 
 def on_photos(data: str) -> dict[str, list[str]]:
-    """The comparisons of photos.py, each of which goes on where it was stopped."""
-    lists = [(name, model) for model in MODELS[1:] for name in ("rival", "one")] + [("painted", MODELS[1])]
+    """The comparisons of ablate.py, each of which goes on where it was stopped."""
+    lists = [(name, model) for model in MODELS[1:] for name in ("photos-rival", "photos-one")]
+    lists.append(("photos-painted", MODELS[1]))
     return {
         f"{name}, {model}": [
-            sys.executable, str(HERE / "photos.py"), name, "--data", data, "--scale", "gpu", "--model", model,
+            sys.executable, str(HERE / "ablate.py"), name, "--data", data, "--scale", "gpu", "--model", model,
         ]
         for name, model in lists
     }  # fmt: skip
 
 
-def without_training(data: str) -> dict[str, list[str]]:
-    """Tests, speed, memory, and one short ablation where there is data."""
+def without_training() -> dict[str, list[str]]:
+    """Tests, speed, memory."""
     parts = {
         "tests": [sys.executable, "-m", "pytest", "-q", "-m", "gpu"],
         "against transformers": [
@@ -57,24 +58,18 @@ def without_training(data: str) -> dict[str, list[str]]:
     parts["ViT-L and ViT-H"] = [
         sys.executable, str(HERE / "bim.py"), "--device", "cuda", "--parts", "huge", "--rounds", "2",
     ]  # fmt: skip
-    if Path(data).is_dir():
-        parts["ablation"] = [
-            sys.executable, str(HERE / "ablate.py"), "--data", data, "--scale", "gpu", "--seeds", "0",
-            "--epochs", "10", "--variants", "mae", "simmim",
-        ]  # fmt: skip
     return parts
 
 
 def main() -> None:
     """Run the parts, say how each ended."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="data/cifar10", help="labelled folder for the ablation; left out if missing")
     parser.add_argument("--photos", help="labelled folder of photos: compare recipes on it, 200 epochs each")
     parser.add_argument("--minutes", type=float, default=8.0)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench-gpu: torch sees no CUDA device here")
-    parts = on_photos(arguments.photos) if arguments.photos else without_training(arguments.data)
+    parts = on_photos(arguments.photos) if arguments.photos else without_training()
     end = time.monotonic() + 60 * arguments.minutes
     outcome = {}
     for name, command in parts.items():

@@ -13,7 +13,7 @@ from pathlib import Path
 import record
 import timm
 import torch
-from ablate import link_subset
+from unpack import link_subset
 
 from leanmim.data import Normalise, centre_crop, labelled_pair
 from leanmim.decoder import sincos
@@ -57,7 +57,7 @@ def main() -> None:
     arguments = parser.parse_args()
     raw: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
-        link_subset(arguments.data, Path(folder), arguments.train, arguments.val)
+        link_subset(arguments.data, Path(folder) / "data", arguments.train, arguments.val)
         for run in arguments.runs:
             own = exported(run)
             size = own.patch_embed.img_size[0]

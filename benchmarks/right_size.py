@@ -19,11 +19,14 @@ from typing import Any
 
 import record
 import torch
-from ablate import evaluate, link_subset
+from unpack import link_subset
 
 import leanmim
 from leanmim.config import Pretrain, Probe
 from leanmim.costs import count
+from leanmim.evaluators.features import extract, subjects
+from leanmim.evaluators.knn import knn_accuracy
+from leanmim.evaluators.probe import fast_probe
 
 CLASSES = 10
 HEADS = {32: 1, 48: 1, 64: 2, 96: 3, 128: 4, 192: 3, 256: 8, 384: 6, 512: 16}  # of a decoder, by width
@@ -107,6 +110,13 @@ EXPERIMENTS: dict[str, list[Trial]] = {
         replace(THOUSANDS, size=128, decoder=decoder, like=(2, 128), seen=16_000) for decoder in DECODERS
     ],
 }  # fmt: skip
+
+
+def evaluate(config: Probe, name: str = "pretrained") -> dict[str, float]:
+    """kNN and linear-probe accuracy of the encoder or of a baseline."""
+    subject = next(s for s in subjects(config) if s.name == name)
+    train, val = (extract(subject.embed, part, subject.normalise, 256, 0) for part in (subject.train, subject.val))
+    return {"knn": knn_accuracy(train, val), "probe": fast_probe(train, val)}
 
 
 def run_trial(trial: Trial, work: Path, file: Path) -> None:
@@ -198,7 +208,7 @@ def main() -> None:
     for name in arguments.names or EXPERIMENTS:
         for images in {trial.images for trial in EXPERIMENTS[name]}:
             most = 0 if images == ALL.images else images // CLASSES
-            link_subset(arguments.data, arguments.work / str(images), most, arguments.val)
+            link_subset(arguments.data, arguments.work / str(images) / "data", most, arguments.val)
         with ThreadPoolExecutor(arguments.jobs) as pool:
             found = list(pool.map(lambda trial: result(trial, arguments), EXPERIMENTS[name]))
         configuration = {"data": arguments.data.name, "test images": CLASSES * arguments.val, "seeds": "one",

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from leanmim.data import list_images
+
 
 def unpack(pack: Path, out: Path) -> None:
     """Write every image as a file."""
@@ -21,6 +23,17 @@ def unpack(pack: Path, out: Path) -> None:
     for i, (label, test) in enumerate(zip(z["label"], z["is_test"], strict=True)):
         file = out / ("val" if test else "train") / names[label] / f"{i}.jpg"
         file.write_bytes(head + data[offsets[i] : offsets[i + 1]])
+
+
+def link_subset(data: Path, out: Path, train: int, val: int) -> None:
+    """A labelled folder of links to the first images of every class; 0 is all."""
+    for part, most in (("train", train), ("val", val)):
+        for folder in sorted((data / part).iterdir()):
+            target = out / part / folder.name
+            target.mkdir(parents=True, exist_ok=True)
+            for file in list_images(folder)[: most or None]:
+                if not (target / file.name).exists():
+                    (target / file.name).symlink_to(file.resolve())
 
 
 if __name__ == "__main__":
