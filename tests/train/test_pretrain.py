@@ -173,12 +173,25 @@ def test_the_last_epoch_may_be_a_part(
     assert [line["step"] for line in lines(tiny) if "knn" in line][-1] == steps
 
 
+TRACED = """
+import functools, sys, torch
+torch.compile = functools.partial(torch.compile, backend="aot_eager")  # traced and differentiated ahead; no C++ to compile
+from leanmim.cli import main
+main(sys.argv[1:])
+print("graphs:", torch._dynamo.utils.counters["stats"]["unique_graphs"])
+"""
+
+
 def test_compiled_training_is_the_same_training(tiny: Pretrain, tmp_path: Path) -> None:
     config = replace(tiny, epochs=1, blr=0.1, segments=2, mask_ratio=(0.5, 0.7), throw=0.25)
     pretrain(config)
     compiled = replace(config, out=str(tmp_path / "compiled"), compile=True)
-    done = subprocess.run(command(compiled), env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", TRACED, *command(compiled)[3:]], env=ENVIRONMENT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
+    assert "compiled" in done.stdout
+    assert int(done.stdout.rpartition("graphs:")[2]) >= 4  # of two segments and their decoders
     assert "lru_cache" not in done.stderr  # the decoder's positions are a constant, not computed in every step
     assert weights(compiled).keys() == weights(config).keys()
     for a, b in zip(lines(config), lines(compiled), strict=True):
