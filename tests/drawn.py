@@ -30,7 +30,7 @@ class Drawn:
             return imshow(axes, picture, **options)
 
         monkeypatch.setattr(Axes, "imshow", keep)
-        for kind, name in ((Axes, "set_title"), (Axes, "set_ylabel"), (Figure, "supxlabel")):
+        for kind, name in ((Axes, "set_title"), (Axes, "set_xlabel"), (Figure, "supxlabel")):
             monkeypatch.setattr(kind, name, self.noting(getattr(kind, name)))
 
     def noting(self, method: Any) -> Any:

@@ -171,9 +171,13 @@ def test_a_file_and_a_folder(tiny: Pretrain, photos: Path, tmp_path: Path, drawn
     folder = tmp_path / "chosen"
     (folder / "deeper").mkdir(parents=True)
     shutil.copy(photos / "bee.jpg", folder / "deeper")
-    shutil.copy(photos / "crab.jpg", folder / "a very long name, longer than there is room.jpg")
+    shutil.copy(photos / "crab.jpg", folder / f"a very long name, {'longer and ' * 9}longer than there is room.jpg")
     show(Show(run=str(run_of(tiny)), images=(str(photos / "cat.jpg"), str(folder))))
-    assert names(drawn) == ["cat.jpg", "a very long...s room.jpg", "bee.jpg"]
+    assert names(drawn) == [
+        "cat.jpg",
+        "a very long name, longer and longer and long...nd longer and longer than there is room.jpg",
+        "bee.jpg",
+    ]
 
 
 def test_the_runs_own_data_evenly_spread(tiny: Pretrain, photos: Path, drawn: Drawn) -> None:
@@ -310,6 +314,6 @@ def test_of_stored_values_the_picture_says_what_is_drawn(tiny: Pretrain, tmp_pat
     images = normalise(values)
     masks = model.draw_masks(images)
     splits = [model.draw_split(mask) for mask in masks]
-    columns, remarks = make_columns(trained, model, normalise, images, masks, splits, 0)
+    columns, remarks = make_columns(trained, model, normalise, images, masks, splits, [0])
     assert [column.pictures.shape[1] for column in columns] == [3, 3, 3]
     assert remarks[0] == "channels 1 to 3 of 5, stretched from the 1st to the 99th percentile of each image"

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -34,11 +35,25 @@ def test_images_follow_each_other_along_the_rows(tiny: Pretrain, monkeypatch: py
     monkeypatch.setattr(pictures, "save_figure", lambda figure, path: figures.append(figure))
     show(Show(run=str(run_of(tiny)), count=5))
     axes = np.array(figures[0].axes).reshape(3, 6)
-    labels = [[axis.get_ylabel() for axis in row[::3]] for row in axes]
+    labels = [[axis.get_xlabel() for axis in row[::3]] for row in axes]
     assert labels == [["astronaut.jpg", "canyon.jpg"], ["citrus.jpg", "dandelion.jpg"], ["lemur.jpg", ""]]
     assert [axis.axison for axis in axes[2]] == [True] * 3 + [False] * 3  # where no sixth image is
 
 
-def test_four_columns_stay_one_image_a_row(tiny: Pretrain) -> None:
-    with Image.open(show(Show(run=str(run_of(replace(tiny, throw=0.5))), count=4))) as picture:
-        assert (picture.width, picture.height) == (1092, pytest.approx((4 * 2.0 + 0.8) * 130, abs=2))
+def test_five_columns_stay_one_image_a_row(tiny: Pretrain) -> None:
+    with Image.open(
+        show(Show(run=str(run_of(replace(tiny, segments=2, mask_ratio=0.75, throw=0.5))), count=4))
+    ) as picture:
+        assert (picture.width, picture.height) == (1365, pytest.approx((4 * 2.0 + 0.8) * 130, abs=2))
+
+
+@pytest.mark.parametrize("place", [(0, 0), (1, 2), (0, 2)])
+def test_a_line_goes_round_a_group_of_cells(place: tuple[int, int]) -> None:
+    cells = torch.zeros(2, 3, dtype=torch.bool)
+    cells[place] = True
+    y, x = (4 * side - 0.5 for side in place)
+    corners = [(x, y), (x + 4, y), (x + 4, y + 4), (x, y + 4)]
+    lines = {frozenset(map(tuple, line)) for line in pictures.outline(cells, 4, "white").get_segments()}
+    assert lines == {frozenset((corners[i - 1], corners[i])) for i in range(4)}
+    whole = pictures.outline(torch.ones(2, 3, dtype=torch.bool), 4, "white").get_segments()
+    assert len(whole) == 2 * (2 + 3)

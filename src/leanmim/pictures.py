@@ -7,15 +7,17 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Real
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn.functional import pad
 
 from leanmim.config import Pretrain, Show
 from leanmim.config.base import Stored
@@ -28,22 +30,26 @@ from leanmim.names import shortened
 from leanmim.targets import BINS, FLAT, HOG, Pixels, hog, unpatchify
 from leanmim.weights import restore
 
-ORANGE = torch.tensor([0.95, 0.6, 0.2])  # of thrown patches
+ORANGE = torch.tensor([0.95, 0.6, 0.2])  # round thrown cells
+BROWN = torch.tensor(
+    [0.66, 0.53, 0.39]
+)  # of thrown patches: as bright as the grey of masked ones, so that the photo stands out
 
 
 class Column(NamedTuple):
-    """A column of the figure: images, or HOG. ``thrown`` cells are drawn in orange."""
+    """A column of the figure: images, or HOG with a white line round visible cells, an orange one round thrown ones."""
 
     title: str
     pictures: Float[Tensor, "b k y x"]
+    visible: Bool[Tensor, "b y x"] | None = None
     thrown: Bool[Tensor, "b y x"] | None = None
 
 
 def show(config: Show) -> Path:
     """Draw rows of original, masked image and reconstruction.
 
-    Where patches are thrown (PR-MIM), they are orange in the masked image, and a further column shows them alone, as
-    they were filled in. Predictions of per-patch normalised pixels are brought back with the true patch's own mean and
+    Of a run in segments (BIM) a column for each, unless one is asked for. Where patches are thrown (PR-MIM), they are brown in the
+    masked image, and a further column shows them alone, as they were filled in. Predictions of per-patch normalised pixels are brought back with the true patch's own mean and
     deviation, and the picture says so. A target that is neither pixels nor HOG has no reconstruction. Stored values are drawn
     as `stretched` says.
 
@@ -63,15 +69,15 @@ def show(config: Show) -> Path:
         masks = model.eval().draw_masks(images)
         splits = [model.draw_split(mask) for mask in masks]
     count = len(masks)
-    segment = count - 1 if config.segment is None else config.segment
-    if not 0 <= segment < count:
-        raise UserError(f"--segment {segment}: this run has {count} segments, 0 to {count - 1}")
-    columns, remarks = make_columns(trained, model, normalise, images, masks, splits, segment)
+    if config.segment is not None and not 0 <= config.segment < count:
+        raise UserError(f"--segment {config.segment}: this run has {count} segments, 0 to {count - 1}")
+    segments = range(count) if config.segment is None else [config.segment]
+    columns, remarks = make_columns(trained, model, normalise, images, masks, splits, segments)
     note = f"{trained.recipe}, {trained.model}, step {state['step']}"
     if count > 1:
-        note += f", segment {segment} of 0 to {count - 1}"
+        note += f", {count} segments" if config.segment is None else f", segment {config.segment} of 0 to {count - 1}"
     figure = compose(columns, names, trained, "\n".join([note, *remarks]))
-    default = "reconstructions.png" if config.segment is None else f"reconstructions-segment{segment}.png"
+    default = "reconstructions.png" if config.segment is None else f"reconstructions-segment{config.segment}.png"
     path = Path(config.out) if config.out else Path(config.run) / default
     try:
         save_figure(figure, path)
@@ -140,39 +146,53 @@ def make_columns(
     images: Float[Tensor, "b c H W"],
     masks: list[Mask],
     splits: list[Split],
-    segment: int,
+    segments: Sequence[int],
 ) -> tuple[list[Column], list[str]]:
-    """The columns of the figure and the remarks below it, for one segment; masks and splits are those of all segments."""
-    stored = isinstance(trained.read_as, Stored)
+    """The columns of the figure and the remarks below it, for some segments; masks and splits are those of all. The masked image is
+    that of the last one.
+    """
+    stored, throws = isinstance(trained.read_as, Stored), bool(splits[0].thrown.numel())
     seen = stretched(images) if stored else normalise.invert
-    original, fills = seen(images), bool(trained.fill)
-    hidden = hidden_pixels(model, images, masks[segment])
-    thrown = hidden & magnify(squares(splits[segment].thrown, model.encoder.grid), trained.size)
-    masked = torch.where(hidden[:, None], 0.5, original)
-    title, throws = f"masked, {hidden.float().mean():.0%}", bool(splits[segment].thrown.numel())
+    original, remarks = seen(images), []
+    hidden = [hidden_pixels(model, images, mask) for mask in masks]
+    thrown = [
+        own & magnify(squares(s.thrown, model.encoder.grid), trained.size)
+        for own, s in zip(hidden, splits, strict=True)
+    ]
+    last = segments[-1]
+    masked, title = torch.where(hidden[last][:, None], 0.5, original), f"masked, {hidden[last].float().mean():.0%}"
     if throws:
-        masked, title = in_orange(masked, thrown), f"{title}, thrown {thrown.float().mean():.0%} (orange)"
-    columns, remarks = [Column("original", original), Column(title, masked)], []
+        masked, title = in_brown(masked, thrown[last]), f"{title}, thrown {thrown[last].float().mean():.0%} (brown)"
+    columns = [Column("original", original), Column(title, masked)]
+    names = {i: f", segment {i} ({hidden[i].float().mean():.0%})" if len(segments) > 1 else "" for i in segments}
     if stored:
         which = f"{'channels 1 to 3' if trained.channels > 2 else 'channel 1'} of {trained.channels}"
         remarks.append(f"{which}, stretched from the 1st to the 99th percentile of each image")
     if isinstance(model.target, HOG):
-        true, predicted = histograms(model, images, masks, splits, segment)
-        half, cell = model.target.cell // 2, model.target.cell
-        cells = thrown[:, half::cell, half::cell] if throws else None  # what the middle of each cell is
-        columns += [Column("HOG", true), Column("HOG, predicted where masked", predicted, cells)]
+        true = hog(images, model.target.cell)
+        columns.append(Column("HOG", true))
+        middle = slice(model.target.cell // 2, None, model.target.cell)  # stands for its cell
+        for i, name in names.items():
+            own, cells = ~hidden[i][:, middle, middle], thrown[i][:, middle, middle] if throws else None
+            columns.append(Column(f"HOG, predicted{name}", histograms(model, images, masks, splits, i)[1], own, cells))
         flat = (true.unflatten(1, (-1, BINS)).norm(dim=2) < 0.999).float().mean()
-        remark = f"visible cells are the true ones; flat cells (norm under {FLAT}): {flat:.1%}"
+        remark = f"colour: direction of the edge; inside white lines: visible cells, the true ones; flat cells (norm under {FLAT}): {flat:.1%}"
         if throws:
-            remark += "; orange: filled in" if fills else "; thrown cells are empty"
+            remark += f"; inside orange lines: thrown, {'filled in' if trained.fill else 'empty'}"
         remarks.append(remark)
     elif isinstance(model.target, Pixels):
-        painted = seen(reconstruct(model, images, masks, splits, segment)[0])
-        title = "reconstruction *" if model.target.per_patch else "reconstruction"
-        columns.append(Column(title, in_orange(painted, thrown) if throws and not fills else painted))
-        if throws and fills:
-            columns.append(Column("filled in only", torch.where(thrown[:, None], painted, 1.0)))
-        if model.target.per_patch:
+        star = " *" if model.target.per_patch else ""
+        for i, name in names.items():
+            painted = seen(reconstruct(model, images, masks, splits, i)[0])
+            columns.append(
+                Column(
+                    f"reconstruction{star}{name}",
+                    in_brown(painted, thrown[i]) if throws and not trained.fill else painted,
+                )
+            )
+        if throws and trained.fill:
+            columns.append(Column("filled in only", torch.where(thrown[last][:, None], painted, 1.0)))
+        if star:
             remarks.append("* predicted patches brought back with the true patch's own mean and deviation")
     else:
         remarks.append(f"--target {trained.target} has no reconstruction that can be drawn")
@@ -240,25 +260,27 @@ def hidden_pixels(model: MIM, images: Float[Tensor, "b c H W"], mask: Mask) -> B
     return magnify(hidden_squares(mask, model.encoder.grid), (images.shape[2], images.shape[3]))
 
 
-def in_orange(pictures: Float[Tensor, "b c H W"], thrown: Bool[Tensor, "b H W"]) -> Float[Tensor, "b 3 H W"]:
-    """Pictures with thrown pixels in orange."""
-    return torch.where(thrown[:, None], ORANGE[:, None, None], pictures.expand(-1, 3, -1, -1))
+def in_brown(pictures: Float[Tensor, "b c H W"], thrown: Bool[Tensor, "b H W"]) -> Float[Tensor, "b 3 H W"]:
+    """Pictures with thrown pixels in brown."""
+    return torch.where(thrown[:, None], BROWN[:, None, None], pictures.expand(-1, 3, -1, -1))
 
 
 def compose(columns: Sequence[Column], names: Sequence[str], trained: Pretrain, note: str) -> Figure:
-    """The figure: the columns of an image side by side, its name at their left, titles above and a note below.
+    """The figure: the columns of an image side by side, its name below the first, titles above and a note below.
 
-    From four images on, where each has three columns at most, two images share a row.
+    From four images on, where each has four columns at most, two images share a row.
     """
-    abreast = 2 if len(names) > 3 and len(columns) < 4 else 1
+    abreast = 2 if len(names) > 3 and len(columns) < 5 else 1
     rows = math.ceil(len(names) / abreast)
     height = 2.0 * trained.size[0] / trained.size[1]
     figure = Figure(figsize=(2.1 * len(columns) * abreast, rows * height + 0.8), dpi=130, layout="constrained")
     axes = figure.subplots(rows, len(columns) * abreast, squeeze=False).reshape(rows * abreast, len(columns))
     for row, name in enumerate(names):
-        for axis, (_, pictures, thrown) in zip(axes[row], columns, strict=True):
-            draw(axis, pictures[row], trained.size, None if thrown is None else thrown[row])
-        axes[row][0].set_ylabel(shortened(name, 25), fontsize=8, parse_math=False)
+        for axis, (_, pictures, *outlined) in zip(axes[row], columns, strict=True):
+            draw(axis, pictures[row], trained.size, *(None if cells is None else cells[row] for cells in outlined))
+        axes[row][0].set_xlabel(
+            shortened(name, 30 * len(columns)), loc="left", fontsize=7, labelpad=2, parse_math=False
+        )
     for axis in axes[len(names) :].flat:
         axis.set_axis_off()
     for image in axes[:abreast]:
@@ -276,9 +298,13 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def draw(
-    axis: Axes, picture: Float[Tensor, "k y x"], size: tuple[int, int], thrown: Bool[Tensor, "y x"] | None
+    axis: Axes,
+    picture: Float[Tensor, "k y x"],
+    size: tuple[int, int],
+    visible: Bool[Tensor, "y x"] | None = None,
+    thrown: Bool[Tensor, "y x"] | None = None,
 ) -> None:
-    """An image, or HOG as strokes on black, on an axis of the image's ``size`` (height, width in px)."""
+    """An image, or HOG as strokes on black with lines round cells, on an axis of the image's ``size`` (height, width in px)."""
     axis.set_xticks([])
     axis.set_yticks([])
     axis.spines[:].set_visible(False)
@@ -286,15 +312,29 @@ def draw(
         pixels = picture.permute(1, 2, 0).squeeze(-1).numpy()
         axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
     else:
+        cell = size[0] // picture.shape[1]
         axis.imshow(torch.zeros(size).numpy(), cmap="gray", vmin=0, vmax=1)
-        axis.add_collection(strokes(picture, size[0] // picture.shape[1], thrown), autolim=False)
+        axis.add_collection(strokes(picture, cell), autolim=False)
+        for cells, colour in ((visible, "white"), (thrown, ORANGE.tolist())):
+            if cells is not None:
+                axis.add_collection(outline(cells, cell, colour), autolim=False)
 
 
-def strokes(histogram: Float[Tensor, "k y x"], cell: int, thrown: Bool[Tensor, "y x"] | None = None) -> LineCollection:
-    """HOG as it is usually drawn: in each cell a stroke along every edge direction, the brighter the stronger.
+def outline(cells: Bool[Tensor, "y x"], cell: int, colour: Any) -> LineCollection:
+    """Lines round groups of cells, of ``cell`` px each."""
+    cells, lines = pad(cells, (1, 1, 1, 1)), []
+    for flip, own in ((False, cells), (True, cells.T)):
+        for row, column in (own[1:] ^ own[:-1]).nonzero().tolist():
+            y, x = row * cell - 0.5, (column - 1) * cell - 0.5  # before the first row of cells is a row of padding
+            lines.append([(y, x), (y, x + cell)] if flip else [(x, y), (x + cell, y)])
+    return LineCollection(lines, colors=[colour], linewidths=0.8)
+
+
+def strokes(histogram: Float[Tensor, "k y x"], cell: int) -> LineCollection:
+    """HOG as it is usually drawn: in each cell a stroke along every edge direction, the brighter the stronger; its hue is that of
+    the direction, without which a small picture is only texture.
 
     The gradient of bin ``i`` points along ``(sin t, cos t)`` with ``t`` the bin's middle; its edge stands across.
-    Strokes are white, those of ``thrown`` cells orange.
     """
     bins = histogram.unflatten(0, (-1, BINS)).mean(0).clamp(min=0)  # over the channels
     bins = bins / bins.max().clamp(min=1e-6)
@@ -306,8 +346,8 @@ def strokes(histogram: Float[Tensor, "k y x"], cell: int, thrown: Bool[Tensor, "
     ends = torch.stack([centre - along[:, None, None], centre + along[:, None, None]], dim=-2)  # bins y x 2 2
     strength = bins.flatten()
     order = strength.argsort()  # the strongest on top
-    colours = torch.ones(len(order), 4)
-    if thrown is not None:
-        colours[:, :3] = torch.where(thrown.expand_as(bins).flatten()[order, None], ORANGE, 1.0)
-    colours[:, 3] = strength[order]
+    hues = torch.from_numpy(hsv_to_rgb([(i / BINS, 0.6, 1.0) for i in range(BINS)])).float()
+    colours = torch.cat(
+        [hues[:, None].expand(-1, rows * columns, -1).reshape(-1, 3)[order], strength[order, None]], dim=1
+    )
     return LineCollection(list(ends.flatten(0, 2)[order].numpy()), colors=colours.numpy(), linewidths=0.8)

@@ -22,7 +22,7 @@ class Show(Config):
     out: str | None = None
     """Picture to write; None is reconstructions.png in the run folder, or reconstructions-segment0.png with --segment 0."""
     segment: int | None = None
-    """Of a run with --segments: the segment whose reconstruction is drawn, 0 is the first; None is the last."""
+    """Of a run with --segments: draw the reconstruction of this one alone, 0 is the first; None draws all."""
     seed: int = 0
     """Seed of the masks."""
 
