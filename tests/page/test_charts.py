@@ -24,6 +24,13 @@ def test_long_runs_are_thinned_without_losing_a_spike() -> None:
     assert {points[0], points[54_321], points[-1]} <= set(few)
 
 
+def test_a_pointer_is_told_the_numbers() -> None:
+    short = chart("accuracy", [Curve([(1.0, 50.0), (2.5, 60.25)], "red", "a<b")], False, "")
+    assert "<title>a&lt;b: 60.25 at epoch 2.5</title>" in short and "hidden" not in short
+    long = chart("loss", [Curve([(float(i), float(i)) for i in range(1000)], "red", "run")], False, "", "step")
+    assert 20 < long.count('class="hidden"') == long.count(" at step ") <= 60
+
+
 def test_intervals_are_drawn_inside_the_chart() -> None:
     curve = Curve([(1.0, 50.0), (2.0, 60.0)], "red", "run", intervals=[(1.0, 10.0, 90.0)])
     svg = chart("accuracy", [curve], False, "")

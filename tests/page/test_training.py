@@ -15,7 +15,7 @@ def test_charts_overlay_the_runs_and_draw_each_segment(tmp_path: Path) -> None:
     page = Page(report(Report(runs=(a, b))))
     assert {title: tags.count("polyline") for title, tags in page.charts.items()} == {
         "loss": 4, "online kNN accuracy (%)": 0, "learning rate (10⁻³)": 2, "speed (images/s)": 2,
-        "peak memory (GiB)": 2, "waiting for data (% of time)": 2,
+        "memory of process or GPU (GiB)": 2, "waiting for data (% of time)": 2,
     }  # fmt: skip
     assert "no run has --knn-data" in page.text
     heights = [{y for _, y in curve(page, f"b, segment {i}")} for i in (0, 1)]

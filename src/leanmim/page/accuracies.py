@@ -9,7 +9,7 @@ from typing import Any
 
 from leanmim.config.base import Logging, Machine
 from leanmim.page.charts import Curve, chart
-from leanmim.page.html import NOT_YET, Html, row, safe, soft, table
+from leanmim.page.html import NOT_YET, Html, bar, row, safe, soft, table
 from leanmim.page.load import Loaded, pretrained
 
 DEPTH_CHARTS = (  # key in evaluations.jsonl, label of the axis with unit, factor to that unit
@@ -61,26 +61,40 @@ def natural(text: str) -> list[str | int]:
 
 
 def accuracies(runs: Sequence[Loaded]) -> Html:
-    """The results of all evaluators, whatever they measured; a repeated evaluation replaces the earlier one."""
-    found: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+    """The results of all evaluators, whatever they measured, a row for each and a column for each run; a repeated evaluation
+    replaces the earlier one.
+    """
+    found: dict[tuple[str, ...], dict[str, dict[str, dict[str, Any]]]] = {}
     for run in runs:
         for line in run.evaluations:
-            found.setdefault((*protocol(line), run.title), {})[line["name"]] = line
+            found.setdefault(protocol(line), {}).setdefault(run.title, {})[line["name"]] = line
     if not found:
         if not pretrained(runs):
             return Html("")
         return Html(f"<p>{NOT_YET}{soft(': `leanmim evaluate` measures it')}</p>")
-    names = list(dict.fromkeys(name for lines in found.values() for name in lines))
+    measured = [run for run in runs if run.evaluations]
     rows = []
-    for (what, data, options, title), lines in sorted(found.items(), key=lambda item: list(map(natural, item[0][:3]))):
-        images = {f"{line['images']:,}": None for line in lines.values() if "images" in line}
-        cells = [percent(lines[name]) if name in lines else "-" for name in names]
-        rows.append(row(title, [what, *cells, " or ".join(images) or "-", data, options]))
-    head = ["run", "measure", *(f"{name} (%)" for name in names), "validation images", "data", "options"]
-    notes = [INTERVAL]
-    if any("deviation" in line for lines in found.values() for line in lines.values()):
+    for (what, data, options), of_runs in sorted(found.items(), key=lambda item: list(map(natural, item[0]))):
+        images = {
+            f"{line['images']:,}": None for lines in of_runs.values() for line in lines.values() if "images" in line
+        }
+        cells = [measure(of_runs.get(run.title, {}), run.colour) for run in measured]
+        rows.append(row(what, [*cells, " or ".join(images) or "-", data, options]))
+    head = ["measure (%)", *(run.title for run in measured), "validation images", "data", "options"]
+    notes = ["Below each accuracy: that of what is not pre-trained.", INTERVAL]
+    if any("deviation" in line for run in measured for line in run.evaluations):
         notes.append("After ±: the standard deviation over repeated draws of training images.")
     return Html(f"{table(head, rows, 'short notes')}<p>{soft(' '.join(notes))}</p>")
+
+
+def measure(lines: dict[str, dict[str, Any]], colour: str) -> Html:
+    """An accuracy of a run with a bar, and below it those of baselines; by the names that its evaluator gave them."""
+    if not lines:
+        return Html("-")
+    own = lines.get("pretrained")
+    first = f"{bar(own['value'], colour)}{percent(own)}" if own else ""
+    others = [soft(f"{name} {percent(line)}") for name, line in lines.items() if name != "pretrained"]
+    return Html("<br>".join([first, *others] if own else others))
 
 
 Evaluated = tuple[str, int | None, str, str, Html]  # title of the run, step, and `protocol` without the depth

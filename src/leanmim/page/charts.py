@@ -9,6 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#2f7fd1", "#e07b00", "#1a9e6f", "#c2559d", "#8a6fd1", "#a08a00")  # readable on white and on near black
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 256, 54, 14, 36, 40  # of a chart and its margins, SVG units
+DOTS = 60  # of a curve, each with its numbers for a pointer; of longer curves they are not drawn
 MIDDLE = (LEFT + WIDTH - RIGHT) / 2
 
 Point = tuple[float, float]
@@ -74,7 +75,11 @@ def plot(curves: Sequence[Curve], zero: bool, across: str) -> list[str]:
     for curve in curves:
         places = [place(*point) for point in thin(curve.points)]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>' for x, y in places if len(places) <= 50)
+        step, style = (1, 'r="2.6"') if len(places) <= DOTS else (-(-len(places) // DOTS), 'class="hidden" r="5"')
+        dots = "".join(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" {style}><title>{escape(curve.label)}: {value[1]:.5g} at {across} {value[0]:.4g}</title></circle>'
+            for (x, y), value in zip(places[::step], thin(curve.points)[::step], strict=True)
+        )
         ends = [(*place(x, low), *place(x, high)) for x, low, high in curve.intervals]
         bars = "".join('<polyline points="{:.1f},{:.1f} {:.1f},{:.1f}"/>'.format(*end) for end in ends)
         parts.append(

@@ -1,9 +1,13 @@
 """Pieces of HTML: escaped values, tables, remarks, pictures."""
 
 import base64
+import io
+import re
 from collections.abc import Iterable
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
+
+from PIL import Image
 
 
 class Html(str):
@@ -23,17 +27,36 @@ def safe(value: Any) -> Html:
     return Html(text or "-")
 
 
-def table(titles: Iterable[Any], rows: Iterable[Html], style: str = "") -> Html:
-    """A table that scrolls sideways where it is too wide."""
-    header = "".join(f'<th scope="col">{safe(cell)}</th>' for cell in titles)
-    body = f"<thead><tr>{header}</tr></thead>\n<tbody>" + "\n".join(rows) + "</tbody>"
-    return Html(f'<div class="card {style}"><table>{body}</table></div>')
-
-
-def row(head: Any, cells: Iterable[Any], style: str = "", span: int = 1) -> Html:
+class Row(NamedTuple):
     """A row of a table; each cell after the head takes ``span`` columns."""
-    body = "".join(f'<td colspan="{span}">{safe(cell)}</td>' for cell in cells)
-    return Html(f'<tr class="{style}"><th scope="row">{safe(head)}</th>{body}</tr>')
+
+    head: Any
+    cells: list[Any]
+    style: str = ""
+    span: int = 1
+
+
+def row(head: Any, cells: Iterable[Any], style: str = "", span: int = 1) -> Row:
+    """A `Row` of any cells."""
+    return Row(head, list(cells), style, span)
+
+
+def table(titles: Iterable[Any], rows: Iterable[Row], style: str = "") -> Html:
+    """A table that scrolls sideways where it is too wide. Each cell knows its title: on a phone the rows of short cells become
+    cards.
+    """
+    names = list(map(safe, titles))
+    header = "".join(f'<th scope="col">{name}</th>' for name in names)
+    labels = [escape(re.sub("<[^>]*>", "", name), quote=True) for name in names[1:]]
+    lines = []
+    for head, cells, of_row, span in rows:
+        body = "".join(
+            f'<td colspan="{span}" data-label="{label}">{safe(cell)}</td>'
+            for cell, label in zip(cells, labels, strict=False)
+        )
+        lines.append(f'<tr class="{of_row}"><th scope="row">{safe(head)}</th>{body}</tr>')
+    body = f"<thead><tr>{header}</tr></thead>\n<tbody>" + "\n".join(lines) + "</tbody>"
+    return Html(f'<div class="card {style}"><table>{body}</table></div>')
 
 
 def soft(text: str) -> Html:
@@ -42,9 +65,18 @@ def soft(text: str) -> Html:
 
 
 def picture(png: bytes, alt: str) -> Html:
-    """A PNG picture, embedded in the page."""
-    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    """A PNG picture, embedded in the page; as WebP where that is smaller, as of photos it is by far."""
+    webp = io.BytesIO()
+    with Image.open(io.BytesIO(png)) as own:
+        own.convert("RGB").save(webp, "WEBP", quality=85)
+    kind, data = min(("webp", webp.getvalue()), ("png", png), key=lambda pair: len(pair[1]))
+    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return Html(f'<img alt="{escape(alt)}" src="{source}">')
+
+
+def bar(share: float, colour: str) -> Html:
+    """A share of 1 as a bar."""
+    return Html(f'<span class="bar"><span style="width:{100 * share:.1f}%;background:{colour}"></span></span>')
 
 
 NOT_YET = soft("not yet")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from leanmim.page.accuracies import INTERVAL, percent
-from leanmim.page.html import NOT_YET, Html, picture, row, soft, table
+from leanmim.page.html import NOT_YET, Html, Row, bar, picture, row, soft, table
 from leanmim.page.load import Finetuned, Loaded, finetuned
 
 WORST = 15  # classes that are shown at once
@@ -68,13 +68,14 @@ def classes(found: dict[str, Any], colour: str) -> Html:
     return Html(f"{first}\n<details><summary>The other {len(rows) - WORST} classes</summary>\n{rest}</details>")
 
 
-def class_row(found: dict[str, Any], i: int, colour: str) -> Html:
+def class_row(found: dict[str, Any], i: int, colour: str) -> Row:
     """A class: its accuracy as number and bar, its images, the class that most of them were wrongly taken for."""
     share, count = found["per_class"][i], found["counts"][i]
     if not count:
         return row(found["classes"][i], ["-", 0, "-"])
-    filled = f'<span style="width:{100 * share:.1f}%;background:{colour}"></span>'
-    bar = Html(f'<span class="bar">{filled}</span>{100 * share:.1f}')
+    right = Html(f"{bar(share, colour)}{100 * share:.1f}")
     wrong = {j: taken for j, taken in enumerate(found["confusion"][i]) if taken and j != i}
     most = max(wrong, key=lambda j: wrong[j], default=None)
-    return row(found["classes"][i], [bar, count, "-" if most is None else f"{found['classes'][most]} ({wrong[most]})"])
+    return row(
+        found["classes"][i], [right, count, "-" if most is None else f"{found['classes'][most]} ({wrong[most]})"]
+    )

@@ -38,7 +38,10 @@ def costs(runs: Sequence[Loaded]) -> Html:
             f"{measured['images_per_second']:,.0f}" if measured else NOT_YET,
             f"{measured['flops_per_second'] / 1e9:,.0f}" if measured else NOT_YET,
         ]))  # fmt: skip
-    note = "Measured on a GPU: its allocator's peak. Elsewhere: what the process grew by, with readers and libraries."
+    note = (
+        "Measured on a GPU: its allocator's peak. Elsewhere: what the process grew by since it had no model; the whole process, with "
+        "Python and libraries, is in the summary."
+    )
     return Html(f"{table(head, rows, 'short')}<p>{soft(note)}</p>" if rows else "")
 
 

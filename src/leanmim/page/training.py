@@ -7,13 +7,13 @@ from typing import Any
 
 from leanmim.page.accuracies import percent
 from leanmim.page.charts import Curve, chart
-from leanmim.page.html import NOT_YET, Html, row, soft, table
+from leanmim.page.html import NOT_YET, Html, row, safe, soft, table
 from leanmim.page.load import Finetuned, Loaded, Pretrained, by_kind, finetuned, pretrained
 
 MACHINE_CHARTS = (  # key in metrics.jsonl, title with unit, factor to that unit, whether the axis includes 0
     ("lr", "learning rate (10⁻³)", 1e3, True),
     ("images_per_second", "speed (images/s)", 1, True),
-    ("memory_bytes", "peak memory (GiB)", 2**-30, True),
+    ("memory_bytes", "memory of process or GPU (GiB)", 2**-30, True),
     ("data_wait", "waiting for data (% of time)", 100, True),
 )
 PRETRAIN_CHARTS = (("loss", "loss", 1, False), ("knn", "online kNN accuracy (%)", 100, False), *MACHINE_CHARTS)
@@ -28,7 +28,7 @@ LOSS_DEPENDS_ON = (
 )  # fmt: skip
 FINETUNE_LOSS_DEPENDS_ON = ("class_weights", "mixup", "cutmix", "smoothing", "randaugment", "erase", "crop_scale")
 MACHINE_TITLES = (
-    "images/s, median", "waiting for data (%)", "peak memory (GiB)", "training time (h:min:s)", "device",
+    "images/s, median", "waiting for data (%)", "memory of process or GPU (GiB)", "training time (h:min:s)", "device",
 )  # fmt: skip
 
 
@@ -50,19 +50,30 @@ def pretrain_summary(runs: Sequence[Pretrained]) -> Html:
     head = ("run", "recipe", "model", "input (px)", "epochs", "images seen", "loss", "kNN (%)", *MACHINE_TITLES)
     rows = []
     for run in runs:
-        lines, knn = run.lines("loss"), run.lines("knn")
-        cells: list[Any] = [run.config.recipe, run.config.model, " x ".join(map(str, run.config.input_size))]
+        lines, arguments = run.lines("loss"), run.config.model_kwargs
+        more = f'<br><span class="soft">{safe(arguments)}</span>' if arguments else ""
+        model = Html(f"{safe(run.config.model)}{more}")
+        cells: list[Any] = [run.config.recipe, model, " x ".join(map(str, run.config.input_size))]
         if lines:
             cells += [
                 f"{lines[-1]['epoch']:.4g} / {run.config.epochs}",
                 f"{sum(line['images_per_second'] * line['seconds'] for line in lines):,.0f}",
                 f"{lines[-1]['loss']:.4f}",
-                percent(knn[-1], "knn") if knn else NOT_YET if run.config.knn_data else "-",
+                knn(run),
             ]
         else:
             cells += [NOT_YET] * 4
         rows.append(row(run.title, cells + machine_cells(run)))
     return table(head, rows, "short") if rows else Html("")
+
+
+def knn(run: Pretrained) -> str:
+    """The accuracy that was measured last, while training or by `leanmim knn`."""
+    if later := [line for line in run.evaluations if (line["what"], line["name"]) == ("knn", "pretrained")]:
+        return percent(later[-1])
+    if online := run.lines("knn"):
+        return percent(online[-1], "knn")
+    return NOT_YET if run.config.knn_data else "-"
 
 
 def finetune_summary(runs: Sequence[Finetuned]) -> Html:
