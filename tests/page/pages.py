@@ -10,7 +10,7 @@ from typing import Any
 from leanmim.config import Finetune, Pretrain
 from leanmim.recipes import MAE
 
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "input"}
 
 
 PIXEL = base64.b64decode(

@@ -1,11 +1,15 @@
 """How training went: the summary and the charts."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from leanmim.config import Report
 from leanmim.page import report
+from leanmim.page.load import AXES, load
 from tests.page.pages import FINETUNE, Page, full, lines, make, metric, tuned, validation
 
 
@@ -13,7 +17,7 @@ def test_charts_overlay_the_runs_and_draw_each_segment(tmp_path: Path) -> None:
     a = make(tmp_path / "a", metrics=lines(metric(5), metric(10)))
     b = make(tmp_path / "b", metrics=lines(*(metric(s, loss_0=3, loss_1=1) for s in (5, 10))))
     page = Page(report(Report(runs=(a, b))))
-    assert {title: tags.count("polyline") for title, tags in page.charts.items()} == {
+    assert {title: tags.count("polyline") for title, tags in page.charts.items() if "against" not in title} == {
         "loss": 4, "online kNN accuracy (%)": 0, "learning rate (10⁻³)": 2, "speed (images/s)": 2,
         "memory of process or GPU (GiB)": 2, "waiting for data (% of time)": 2,
     }  # fmt: skip
@@ -22,9 +26,26 @@ def test_charts_overlay_the_runs_and_draw_each_segment(tmp_path: Path) -> None:
     assert max(heights[0]) < min(heights[1]) and len(heights[0]) == len(heights[1]) == 1  # 3 stands above 1
 
 
+def test_the_horizontal_axis_can_be_chosen(tmp_path: Path) -> None:
+    """Of 5 steps of 8 images: 40 images in 4 s at 1 GFLOP each, then as many in 1 s."""
+    predicted = {f"{kind}_bytes": 2**30 for kind in ("peak", "weight", "gradient", "optimizer", "saved", "transient")}
+    cost = json.dumps({"predicted": {**predicted, "train_flops_per_image": 10**9}})
+    fast, slow = (metric(step, seconds=seconds, images_per_second=40 / seconds) for step, seconds in ((10, 1), (5, 4)))
+    run = make(tmp_path / "run", metrics=lines(slow, fast, {"step": 10, "knn": 0.5}))
+    (Path(run) / "cost.json").write_text(cost)
+    found = load(Path(run), "run", "red")
+    assert [x for x, _ in found.values("loss")] == [1, 2]
+    assert [x for x, _ in found.values("loss", "million images")] == pytest.approx([40e-6, 80e-6])
+    assert [x for x, _ in found.values("loss", "minutes")] == pytest.approx([4 / 60, 5 / 60])
+    assert found.values("knn", "PFLOP") == [(pytest.approx(80e9 / 1e15), 0.5)]
+    page = Page(report(Report(runs=(run,))))
+    assert {f"loss against {axis}" for axis in AXES[1:]} < page.charts.keys()
+    assert page.source.count('type="radio"') == 4 and "speed (images/s) against minutes" not in page.charts
+
+
 def curve(page: Page, label: str) -> list[tuple[float, float]]:
-    """The only line of that name, px from the chart's upper left corner."""
-    (points,) = re.findall(rf'<title>{label}</title><polyline points="([^"]+)"', page.source)
+    """The first line of that name, px from the chart's upper left corner."""
+    points, *_ = re.findall(rf'<title>{label}</title><polyline points="([^"]+)"', page.source)  # against epochs
     return [(float(x), float(y)) for x, y in (point.split(",") for point in points.split())]
 
 

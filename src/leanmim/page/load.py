@@ -6,8 +6,11 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from leanmim.config import Pretrain
 from leanmim.config.base import Config
@@ -15,6 +18,8 @@ from leanmim.config.finetune import Finetune
 from leanmim.errors import UserError
 from leanmim.page.html import Html
 from leanmim.run import Run
+
+AXES = ("epoch", "million images", "minutes", "PFLOP")
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,26 @@ class Loaded:
         """The lines of metrics.jsonl that have a metric."""
         return [line for line in self.metrics if line.get(key) is not None]
 
-    def values(self, key: str) -> list[tuple[float, float]]:
-        """(epoch, value) pairs of a metric."""
-        per_epoch = next((line["step"] / line["epoch"] for line in self.metrics if line.get("epoch")), math.inf)
-        pairs = [(line["step"] / per_epoch, float(line[key])) for line in self.lines(key)]
-        return [pair for pair in pairs if per_epoch < math.inf and math.isfinite(pair[1])]
+    def values(self, key: str, axis: str = "epoch") -> list[tuple[float, float]]:
+        """(x, value) pairs of a metric; x is one of `AXES`. None where that is not known."""
+        steps, xs = self.spent(axis)
+        pairs = [(float(np.interp(line["step"], steps, xs)), float(line[key])) for line in self.lines(key) if steps]
+        return [pair for pair in pairs if math.isfinite(pair[1])]
+
+    def spent(self, axis: str) -> tuple[list[int], list[float]]:
+        """Steps, and what had been spent after each of them: epochs, million images, minutes, or training PFLOP."""
+        lines = self.lines("seconds") if axis != "epoch" else [line for line in self.metrics if line.get("epoch")]
+        steps = [0, *(line["step"] for line in lines)]
+        if axis == "epoch":
+            return (steps, [0.0, *(line["epoch"] for line in lines)]) if lines else ([], [])
+        minutes = accumulate((line["seconds"] / 60 for line in lines), initial=0.0)
+        images = accumulate((line["images_per_second"] * line["seconds"] / 1e6 for line in lines), initial=0.0)
+        flops = self.cost.get("predicted", {}).get("train_flops_per_image")
+        if not lines or (axis == "PFLOP" and not flops):
+            return [], []
+        return steps, list(minutes) if axis == "minutes" else [
+            x * (flops / 1e9 if axis == "PFLOP" else 1.0) for x in images
+        ]
 
 
 @dataclass(frozen=True)

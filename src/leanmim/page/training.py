@@ -1,4 +1,4 @@
-"""How the training of runs went: a table, and curves against epochs."""
+"""How the training of runs went: a table, and curves."""
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -8,7 +8,7 @@ from typing import Any
 from leanmim.page.accuracies import percent
 from leanmim.page.charts import Curve, chart
 from leanmim.page.html import NOT_YET, Html, row, safe, soft, table
-from leanmim.page.load import Finetuned, Loaded, Pretrained, by_kind, finetuned, pretrained
+from leanmim.page.load import AXES, Finetuned, Loaded, Pretrained, by_kind, finetuned, pretrained
 
 MACHINE_CHARTS = (  # key in metrics.jsonl, title with unit, factor to that unit, whether the axis includes 0
     ("lr", "learning rate (10⁻³)", 1e3, True),
@@ -126,7 +126,7 @@ def machine_cells(run: Loaded) -> list[Any]:
 
 
 def training(runs: Sequence[Loaded]) -> Html:
-    """Metrics against epochs: a chart for each metric with all runs of a kind in it, under one legend."""
+    """Metrics against epochs, and accuracy and loss against images, time and FLOPs: a chart for each metric with all runs of a kind in it, under one legend."""
     return each_kind(runs, curves)
 
 
@@ -134,28 +134,48 @@ def curves(runs: Sequence[Loaded]) -> Html:
     """The charts of runs of one kind."""
     if not any(run.metrics for run in runs):
         return Html(f"<p>{NOT_YET}</p>")
-    fine, drawn, notes = bool(finetuned(runs)), [], []
+    fine, drawn, notes, shown = bool(finetuned(runs)), [], [], set[str]()
     empty = "not yet" if any(run.config.knn_data for run in pretrained(runs)) else "no run has --knn-data"
-    for key, title, factor, zero in FINETUNE_CHARTS if fine else PRETRAIN_CHARTS:
-        lines = [line for run in runs for line in segment_losses(run)] if key == "loss" else []
-        if lines:
-            notes.append("Thin lines: the loss of each segment, the deeper the stronger.")
-        lines += [Curve([(x, y * factor) for x, y in run.values(key)], run.colour, run.name) for run in runs]
-        svg = chart(title, [line for line in lines if line.points], zero, empty if key == "knn" else "not yet")
-        drawn.append(f'<figure class="card">{svg}</figure>')
+    if any(segment_losses(run) for run in runs):
+        notes.append("Thin lines: the loss of each segment, the deeper the stronger.")
+    charts = FINETUNE_CHARTS if fine else PRETRAIN_CHARTS
+    for key, title, factor, zero in charts:
+        for axis in AXES if (key, title, factor, zero) not in MACHINE_CHARTS else AXES[:1]:
+            lines = [line for run in runs for line in segment_losses(run, axis)] if key == "loss" else []
+            lines += [Curve([(x, y * factor) for x, y in run.values(key, axis)], run.colour, run.name) for run in runs]
+            lines = [line for line in lines if line.points]
+            if lines or axis == AXES[0]:
+                heading = title if axis == AXES[0] else f"{title} against {axis}"
+                svg = chart(heading, lines, zero, empty if key == "knn" else "not yet", axis)
+                drawn.append(f'<figure class="card x{AXES.index(axis)}">{svg}</figure>')
+                shown.add(axis)
     depends_on = FINETUNE_LOSS_DEPENDS_ON if fine else LOSS_DEPENDS_ON
     if differing := [key for key in depends_on if len({str(getattr(run.config, key)) for run in runs}) > 1]:
         losses = "training losses" if fine else "losses"
         notes.append(f"The runs differ in {', '.join(differing)}: compare their accuracies, not their {losses}.")
     legend = "".join(f"<span>{run.title}</span>" for run in runs)
     remarks = "".join(f"<p>{soft(note)}</p>" for note in notes)
-    return Html(f'<div class="legend">{legend}</div>{remarks}<div class="grid">{"".join(drawn)}</div>')
+    choice = axis_choice("finetuning" if fine else "pretraining", [axis for axis in AXES if axis in shown])
+    return Html(
+        f'<div class="legend">{legend}</div>{remarks}<div>{choice}<div class="grid charts">{"".join(drawn)}</div></div>'
+    )
 
 
-def segment_losses(run: Loaded) -> list[Curve]:
-    """The loss of each segment against epochs; empty where the run has one segment."""
+def axis_choice(name: str, axes: Sequence[str]) -> str:
+    """Buttons for the horizontal axis; the style sheet shows the charts of the one that is chosen."""
+    if len(axes) < 2:
+        return ""
+    return "".join(
+        f'<input type="radio" class="x{(i := AXES.index(axis))}" name="{name}" id="{name}{i}"{" checked" if i == 0 else ""}>'
+        f'<label for="{name}{i}">{axis}</label>'
+        for axis in axes
+    )
+
+
+def segment_losses(run: Loaded, axis: str = AXES[0]) -> list[Curve]:
+    """The loss of each segment; empty where the run has one segment."""
     count = len({name for line in run.metrics for name in line if name.startswith("loss_")})
     return [
-        Curve(run.values(f"loss_{i}"), run.colour, f"{run.name}, segment {i}", 1.0, 0.8 * (i + 1) / count)
+        Curve(run.values(f"loss_{i}", axis), run.colour, f"{run.name}, segment {i}", 1.0, 0.8 * (i + 1) / count)
         for i in range(count)
     ]
