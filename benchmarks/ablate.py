@@ -125,6 +125,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "mae:input-size=224",
         ),
     ),
+    "photos-confirmed": replace(PHOTOS, recipes=("mae", "mae:{rival}"), options=PHOTOS.options | dict(seeds=3)),
     "photos-one": replace(
         PHOTOS,
         recipes=(
