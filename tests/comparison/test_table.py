@@ -101,6 +101,11 @@ def test_hopeless_is_whose_interval_does_not_reach_the_best() -> None:
     assert promising(scores) == ["a", "b", "d"]
 
 
+def test_a_notebook_shows_it_as_it_is_printed() -> None:
+    own = table(row("mae", 0.5))
+    assert own._repr_markdown_() == str(own) and "| mae" in str(own)
+
+
 def test_markdown_has_columns_below_each_other() -> None:
     assert markdown([{"a": "1", "b": "x|y"}, {"a": "22", "b": "z"}]) == (
         "| a  | b    |\n| -- | ---- |\n| 1  | x\\|y |\n| 22 | z    |"

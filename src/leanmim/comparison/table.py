@@ -147,6 +147,10 @@ class Table:
     def __str__(self) -> str:
         return "\n\n".join([self.title, *self.findings(), markdown(self.accuracies()), markdown(self.costs())])
 
+    def _repr_markdown_(self) -> str:
+        """What a notebook shows."""
+        return str(self)
+
     def best(self, measure: Measure, *kinds: Kind) -> tuple[Row, Score] | None:
         """The row of some kinds with the highest accuracy; None if there is none yet."""
         found = [(row, row.scores[measure]) for row in self.rows if row.kind in kinds and measure in row.scores]
