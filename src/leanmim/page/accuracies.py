@@ -34,12 +34,16 @@ OF_OTHER_SOLVERS = {
 DASHES = {"solid": "", "dashed": "7 4", "dotted": "2 4"}  # CSS's names and SVG's stroke-dasharray
 
 
-def protocol(line: dict[str, Any], *left_out: str) -> tuple[str, str, Html]:
-    """How an evaluation was made: its measure, its data, and the options on which the result depends."""
+def relevant(line: dict[str, Any], *left_out: str) -> dict[str, Any]:
+    """The options of an evaluation on which its result depends."""
     others = OF_OTHER_SOLVERS.get(line["options"].get("solver"), ())
     irrelevant = {*IRRELEVANT, *IRRELEVANT_TO.get(line["what"], ()), *others, *left_out}
-    options = {k: v for k, v in line["options"].items() if k not in irrelevant and v not in (None, [])}
-    return line["what"], line["data"], safe(options)
+    return {k: v for k, v in line["options"].items() if k not in irrelevant and v not in (None, [])}
+
+
+def protocol(line: dict[str, Any], *left_out: str) -> tuple[str, str, Html]:
+    """How an evaluation was made: its measure, its data, and the options on which the result depends."""
+    return line["what"], line["data"], safe(relevant(line, *left_out))
 
 
 def interval(line: dict[str, Any], key: str = "value") -> tuple[float, float] | None:
