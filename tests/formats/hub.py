@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any, ClassVar
 
+import yaml
+
 TOKEN = "hf_of_me"
 
 
@@ -48,6 +50,9 @@ class Hub:
                 return 403, {"error": "You don't have the rights to create a model under this namespace"}
             self.private[repo] = asked.get("visibility") == "private" or bool(asked.get("private"))
             return 200, url
+        if path == "/api/validate-yaml":
+            front = yaml.safe_load(json.loads(body)["content"].split("---\n")[1])
+            return 200, {"errors": [] if isinstance(front, dict) else [{"message": "no front matter"}], "warnings": []}
         if parts[-3:] == ["lfs", "objects", "batch"]:
             objects = [
                 {**one, "actions": {"upload": {"href": f"{self.url}/store/{one['oid']}"}}}

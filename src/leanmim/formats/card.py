@@ -18,11 +18,12 @@ from leanmim.errors import UserError
 from leanmim.files import readable_lines, readable_object
 from leanmim.formats.timm_format import timm_lines
 from leanmim.names import one_line
-from leanmim.page.accuracies import INTERVAL, MEASURES, percent, relevant
+from leanmim.page.accuracies import DEVIATION, INTERVAL, MEASURES, percent, relevant
 from leanmim.run import Run
 from leanmim.version import __version__
 
-OURS, BASELINES = "pretrained", {"random": "random initialisation", "pixels": "raw pixels"}
+OURS = "pretrained"  # what evaluators call the encoder that they are given
+NAMES = {OURS: "this model", "random": "random initialisation", "pixels": "raw pixels"}
 SHOWN = 20  # names of classes
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
@@ -59,7 +60,7 @@ class Card:
             *("## Cost", self.cost()),
             *("## Accuracy", "\n\n".join(self.accuracies()) or "No accuracy of these weights was measured."),
             *("## Load it", self.load()),
-            *("## Licence", self.license or "Not chosen yet: without one nobody may use the weights."),
+            *("## License", self.license or "Not chosen yet."),
         )
         return "\n\n".join(parts) + "\n"
 
@@ -112,7 +113,7 @@ class Card:
         if self.depth != self.whole:
             rows["depth"] = f"the first {self.depth} of {self.whole} blocks or stages"
         if fresh := self.description["leanmim"].get("not_pretrained"):
-            rows["not pre-trained"] = f"{len(fresh)} tensors of later layers (`not_pretrained` in `config.json`)"
+            rows["not pre-trained"] = f"later layers, {len(fresh)} tensors (`not_pretrained` in `config.json`)"
         return table(["", ""], [[name, str(value)] for name, value in rows.items()])
 
     def origin(self) -> str:
@@ -159,8 +160,8 @@ class Card:
             )
         rows = self.evaluated()
         if rows:
-            names = {OURS: "this model"} | {name: "" for row in rows for name in row if is_known(name)}
-            head = ["measure", *(f"{BASELINES.get(name) or title or name} (%)" for name, title in names.items())]
+            names = dict.fromkeys([OURS, *(name for row in rows for name in row if is_known(name))])
+            head = ["measure", *(f"{NAMES.get(name, name)} (%)" for name in names)]
             cells_of = [[percent(row[name]) if name in row else "-" for name in names] for row in rows]
             lines = [next(iter(row.values())) for row in rows]
             yield table(
@@ -170,8 +171,11 @@ class Card:
                     for line, cells in zip(lines, cells_of, strict=True)
                 ],
             )
+            yield "Measured on frozen features."
+            if any("deviation" in line for line in lines):
+                yield DEVIATION
         if own or rows:
-            yield f"Of frozen features, unless it is fine-tuned. {INTERVAL}" if rows else INTERVAL
+            yield INTERVAL
 
     def evaluated(self) -> list[dict[str, dict[str, Any]]]:
         """What evaluators found of these weights: for each measure, data and options a line for each encoder by its name."""
@@ -217,7 +221,7 @@ def is_public(name: str) -> bool:
 
 def is_known(name: str) -> bool:
     """Whether an evaluated encoder may be named: it is no run of the user's."""
-    return name in (OURS, *BASELINES) or is_public(name)
+    return name in NAMES or is_public(name)
 
 
 def options(line: dict[str, Any]) -> str:

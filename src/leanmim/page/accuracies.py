@@ -20,6 +20,7 @@ DEPTH_CHARTS = (  # key in evaluations.jsonl, label of the axis with unit, facto
 INTERVAL = (
     "In brackets: Wilson's 95 % interval, for the choice of validation images; seeds and training images add to it."
 )
+DEVIATION = "After ±: the standard deviation over repeated draws of training images."
 MEASURES = {"knn": "kNN", "probe": "linear probe", "attentive": "attentive probe"}
 IRRELEVANT = {  # options of an evaluation on which its result does not depend, or that have a column of their own
     *(field.name for base in (Machine, Logging) for field in fields(base)), "run", "data", "baselines", "batch_size",
@@ -83,7 +84,7 @@ def accuracies(runs: Sequence[Loaded]) -> Html:
     head = ["run", "measure", *(f"{name} (%)" for name in names), "validation images", "data", "options"]
     notes = [INTERVAL]
     if any("deviation" in line for lines in found.values() for line in lines.values()):
-        notes.append("After ±: the standard deviation over repeated draws of training images.")
+        notes.append(DEVIATION)
     return Html(f"{table(head, rows, 'short notes')}<p>{soft(' '.join(notes))}</p>")
 
 
