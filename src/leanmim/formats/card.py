@@ -160,9 +160,9 @@ class Card:
             )
         rows = self.evaluated()
         if rows:
-            names = dict.fromkeys([OURS, *(name for row in rows for name in row if is_known(name))])
-            head = ["measure", *(f"{NAMES.get(name, name)} (%)" for name in names)]
-            cells_of = [[percent(row[name]) if name in row else "-" for name in names] for row in rows]
+            encoders = dict.fromkeys([OURS, *(name for row in rows for name in row if is_known(name))])
+            head = ["measure", *(f"{NAMES.get(name, name)} (%)" for name in encoders)]
+            cells_of = [[percent(row[name]) if name in row else "-" for name in encoders] for row in rows]
             lines = [next(iter(row.values())) for row in rows]
             yield table(
                 [*head, "validation images", "options"],
