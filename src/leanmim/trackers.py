@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
 from threading import Thread
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from leanmim.config import Logging
 from leanmim.errors import UserError
@@ -22,6 +22,7 @@ PROJECT = "leanmim"
 Line = Mapping[str, int | float]
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """A run in a tracker.
 

@@ -38,7 +38,8 @@ def test_the_card_of_a_run(tiny: Pretrain, tmp_path: Path, monkeypatch: pytest.M
         "pipeline_tag": "image-feature-extraction",
         "tags": ["timm", "image-feature-extraction", "masked-image-modeling", "leanmim"],
     }
-    assert "# license: choose one, for example by --license apache-2.0" in before.content
+    written = (run / "export" / "timm" / "README.md").read_text()
+    assert "\n# license: choose one, for example by --license apache-2.0\n---\n" in written
     assert "Not chosen yet" in before.text
 
     data = str(labelled(tmp_path / "secret"))
@@ -49,7 +50,7 @@ def test_the_card_of_a_run(tiny: Pretrain, tmp_path: Path, monkeypatch: pytest.M
     assert f"| {100 * found['pretrained']:.1f} (" in row and "| 6 |" in row and "k=2" in row
     assert "| measure | this model (%) | random initialisation (%) | validation images | options |" in card.text
     cost = json.loads((run / "cost.json").read_text())
-    assert f"| training FLOPs an image | {cost['predicted']['train_flops_per_image'] / 1e9:.2f} G | - |" in card.text
+    assert f"| training FLOPs an image | {cost['predicted']['train_flops_per_image'] / 1e9:,.3f} G | - |" in card.text
     assert f"| images a second | - | {cost['measured']['images_per_second']:.0f} |" in card.text
     photos = len(json.loads((run / "names.json").read_text())["names"])
     assert f"| images | {photos} without labels |" in card.text

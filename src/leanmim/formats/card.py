@@ -15,7 +15,7 @@ from huggingface_hub import ModelCardData
 
 from leanmim.config.base import flag
 from leanmim.errors import UserError
-from leanmim.files import readable_lines, readable_object
+from leanmim.files import megabytes, readable_lines, readable_object
 from leanmim.formats.timm_format import timm_lines
 from leanmim.names import one_line
 from leanmim.page.accuracies import DEVIATION, INTERVAL, MEASURES, percent, relevant
@@ -137,8 +137,8 @@ class Card:
         peaks = [cost.get("peak_bytes") for cost in (predicted, measured)]
         speed = measured.get("images_per_second")
         rows = [
-            ["peak memory of training", *(f"{peak / 2**30:.2f} GiB" if peak else "-" for peak in peaks)],
-            ["training FLOPs an image", f"{flops / 1e9:.2f} G" if flops else "-", "-"],
+            ["peak memory of training", *(megabytes(peak) if peak else "-" for peak in peaks)],
+            ["training FLOPs an image", f"{flops / 1e9:,.3f} G" if flops else "-", "-"],
             ["images a second", "-", f"{speed:.0f}" if speed else "-"],
         ]
         return table(["", "predicted", "measured"], rows) if found else "Not known."
