@@ -15,6 +15,9 @@ from tests.helpers import fake_run, in_segments
 from tests.runs import Refused, contents
 
 
+@pytest.mark.filterwarnings(
+    "ignore:Use 'content=:DeprecationWarning"
+)  # huggingface_hub's own, of its upload of a large file
 @pytest.mark.parametrize("large", [False, True])
 def test_what_is_published_is_what_is_exported(
     hub: Hub, tiny: Pretrain, large: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
