@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+from huggingface_hub import constants
 
 os.environ |= {
     "OMP_NUM_THREADS": "1",
@@ -27,6 +28,7 @@ from leanmim.costs.flops import Flops
 from leanmim.recipes import MAE, SIMMIM
 from leanmim.train import pretrain as pretraining
 from leanmim.train import right_size
+from tests.formats.hub import TOKEN, Hub, serving
 from tests.helpers import PHOTOS, PLAIN
 from tests.runs import Refused
 
@@ -113,6 +115,16 @@ def tiny_simmim(tiny: Pretrain) -> Pretrain:
         input_size=(64,),
         mask_unit=16,
     )
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """In place of huggingface.co, with a login."""
+    with serving(Hub()) as own:
+        monkeypatch.setattr(constants, "ENDPOINT", own.url)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield own
 
 
 @pytest.fixture

@@ -108,7 +108,7 @@ def test_help_of_a_command_names_and_explains_every_field(
     assert not err
     kind = COMMANDS[line[0]].config
     for name, text in docstrings(kind).items():
-        positional = name in ("run", "runs", "recipes", "start", "images")
+        positional = name in ("run", "runs", "recipes", "repo", "start", "images")
         assert positional or re.search(rf"--(no-)?{name.replace('_', '-')}\b", out), name
         assert words(text) in words(out), name
     assert out.count("(default:") >= len(fields(kind)) - out.count("(required)") - 1  # an empty default may go unsaid

@@ -1,4 +1,4 @@
-"""No command opens a connection, or writes outside its output, the cache folder and the system's folder for temporary files."""
+"""No command but `publish` opens a connection, unless it is told to (--track, URLs), or writes outside its output, the cache folder and the system's folder for temporary files."""
 
 import json
 import os

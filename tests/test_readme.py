@@ -14,6 +14,7 @@ import pytest
 from leanmim.cli import main
 from leanmim.comparison import processes
 from tests.comparison.fakes import here
+from tests.formats.hub import Hub
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -46,7 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_readmes_commands_and_python_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readmes_commands_and_python_run(place: Path, monkeypatch: pytest.MonkeyPatch, hub: Hub) -> None:
     """In the README's own order; models shrunk, every option of the README kept."""
     monkeypatch.chdir(place)
     monkeypatch.setattr(processes, "launch", here)  # trainings of a comparison
@@ -69,7 +70,7 @@ def test_the_readmes_commands_and_python_run(place: Path, monkeypatch: pytest.Mo
             line = f"{line} {SMALL}"
             if "torchrun" in line or "torch.distributed" in line:
                 line = line.replace("--out run", "--out run2")
-        line = line.replace("--depth 6", "--depth 2")
+        line = line.replace("--depth 6", "--depth 2").replace("OWNER", "me")
         if line.startswith("leanmim compare"):
             shrink = "--input-size 32 --model-kwargs patch_size 8 embed_dim 32 depth 2 num_heads 2 --measures knn"
             line = f"{re.sub('--budget [^ ]+', '--budget 1epoch', line)} {shrink} --seeds 1 --device cpu"
@@ -83,6 +84,7 @@ def test_the_readmes_commands_and_python_run(place: Path, monkeypatch: pytest.Mo
             assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         ran += 1
     assert ran >= 8
+    assert hub.private == {"me/NAME": False, "me/OTHER": True}
 
     for code in blocks("python"):
         code = code.replace("img_size=256", "img_size=64").replace(

@@ -34,6 +34,7 @@ START = {  # of each command a line that is right, as far as it is read before t
     "stats": "stats --data photos --out new.json",
     "show": "show run --out new.png",
     "export": "export run --out new",
+    "publish": "publish run me/new",
     "report": "report run --out new.html",
 }
 GIANT = "9" * 23

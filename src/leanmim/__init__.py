@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # for type checkers and editors; when run, a name is imported
         Predict,
         Pretrain,
         Probe,
+        Publish,
         Report,
         Show,
         Stats,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:  # for type checkers and editors; when run, a name is imported
     from leanmim.evaluators.probe import probe as _probe
     from leanmim.factory import build
     from leanmim.formats import export as _export
+    from leanmim.formats.publish import publish as _publish
     from leanmim.mim import MIM
     from leanmim.page import report as _report
     from leanmim.pictures import show as _show
@@ -73,6 +75,7 @@ if TYPE_CHECKING:  # for type checkers and editors; when run, a name is imported
     predict = by_name(_predict)
     pretrain = by_name(_pretrain)
     probe = by_name(_probe)
+    publish = by_name(_publish)
     report = by_name(_report)
     show = by_name(_show)
     stats = by_name(_stats)
@@ -81,7 +84,7 @@ _NAMES = {
     "classifier.finetune": "finetune",
     "classifier.predict": "predict",
     "comparison": "compare",
-    "config": "Compare Cost Embed Evaluate Export Finetune Knn Pack Plan Predict Pretrain Probe Report Show Stats",
+    "config": "Compare Cost Embed Evaluate Export Finetune Knn Pack Plan Predict Pretrain Probe Publish Report Show Stats",
     "costs": "cost",
     "data": "SOURCES",
     "data.pack": "pack",
@@ -94,6 +97,7 @@ _NAMES = {
     "evaluators.probe": "probe",
     "factory": "build",
     "formats": "export",
+    "formats.publish": "publish",
     "mim": "MIM",
     "page": "report",
     "pictures": "show",
@@ -104,15 +108,15 @@ _NAMES = {
     "weights": "load_backbone restore",
 }
 _COMMANDS = {
-    "compare", "cost", "embed", "evaluate", "export", "finetune", "knn", "pack", "plan", "predict", "pretrain", "probe", "report", "show",
-    "stats",
+    "compare", "cost", "embed", "evaluate", "export", "finetune", "knn", "pack", "plan", "predict", "pretrain", "probe", "publish", "report",
+    "show", "stats",
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = [
     "BIM", "FASTMIM", "FASTMIM_P", "LEAN", "LEAN_MEMORY", "MAE", "MASKINGS", "MIM", "PR_MIM", "RECIPES", "SIMMIM", "SOURCES", "TARGETS", "Compare", "Cost",
-    "Embed", "Evaluate", "Export", "Finetune", "Knn", "Pack", "Plan", "Predict", "Pretrain", "Probe", "Report", "Show", "Stats", "UserError",
+    "Embed", "Evaluate", "Export", "Finetune", "Knn", "Pack", "Plan", "Predict", "Pretrain", "Probe", "Publish", "Report", "Show", "Stats", "UserError",
     "__version__", "build", "compare", "cost", "embed", "evaluate", "export", "finetune", "knn", "load_backbone", "pack", "plan", "predict",
-    "pretrain", "probe", "report", "restore", "show", "stats",
+    "pretrain", "probe", "publish", "report", "restore", "show", "stats",
 ]  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from leanmim.config import (
     Predict,
     Pretrain,
     Probe,
+    Publish,
     Report,
     Show,
     Stats,
@@ -75,6 +76,7 @@ COMMANDS = {
     "probe": Command("linear-probe accuracy of a run on labelled images", Probe, "evaluators.probe.probe"),
     "show": Command("draw original, masked image, reconstruction", Show, "pictures.show"),
     "export": Command("write a run's weights for timm, transformers or ONNX", Export, "formats.export"),
+    "publish": Command("export for timm, and push to the Hugging Face hub", Publish, "formats.publish.publish"),
     "report": Command("one HTML page about one or several runs", Report, "page.report"),
 }
 NARROWEST = 40  # columns; help of one column is never done

@@ -1,4 +1,4 @@
-"""The one resumable loop: clock, progress, log, TensorBoard, checkpoints, signals, agreement among processes.
+"""The one resumable loop: clock, progress, log, TensorBoard, trackers, checkpoints, signals, agreement among processes.
 
 It never knows what a step is.
 """
@@ -27,6 +27,7 @@ from leanmim.processes import Process
 from leanmim.progress import progress_bar, time_left
 from leanmim.run import Run
 from leanmim.signals import Stopped, heeded
+from leanmim.trackers import Sender, track
 
 T = TypeVar("T")
 IDLE = 0.1  # share of the time, from which on waiting for images is worth a word
@@ -82,6 +83,8 @@ class Loop:
     at the end of the run, or where a signal asked for a checkpoint, the fault is an error. No checkpoint is newer than the
     log, so that a line is never missing.
 
+    Trackers (--track) that cannot be reached do not end training either: see `leanmim.trackers`.
+
     Args:
         run: where the log and the checkpoints go; the first process writes them.
         config: how often, and how many checkpoints are kept.
@@ -126,6 +129,7 @@ class Loop:
         self.early = state is None  # the first checkpoint does not wait for the clock
         self.written = -1  # step of the newest checkpoint of this call
         self.faults: set[str] = set()  # of the disk, that were told
+        self.trackers: list[Sender] = []
         self.waited, self.images, self.fresh = 0.0, 0, True
         self.spent, self.trained, self.idle = (
             0.0,
@@ -140,15 +144,18 @@ class Loop:
             self.log, self.bad = Log(self.run), Growing(self.run.bad_steps)
             self.described = {path: path.read_bytes() for path in self.run.described if path.exists()}
             self.flush()
+            self.trackers = track(self.run, self.config, self.console.print)
         self.handlers = {number: signal.signal(number, self.heard) for number in heeded()}
         self.progress.start()
         self.began = self.since = self.saved = time.perf_counter()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Listen no longer."""
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Listen no longer, close the trackers."""
         self.progress.stop()
         self.unlisten()
+        for tracker in self.trackers:
+            tracker.close(kind is None)
 
     def heard(self, number: int, _: FrameType | None) -> None:
         """Remember the first signal; from then on they do what they did before."""
@@ -304,10 +311,13 @@ class Loop:
         self.console.print(f"step {self.done}/{self.steps}  {text}")
 
     def write(self, **values: int | float) -> None:
-        """One line of metrics.jsonl, and a TensorBoard event of its values."""
+        """One line of metrics.jsonl, of its values a TensorBoard event, and a line of each tracker."""
         if self.process.first:
-            self.log.add({"step": self.done, **values})
+            line = {"step": self.done, **values}
+            self.log.add(line)
             self.flush()
+            for tracker in self.trackers:
+                tracker.add(line)
 
     def flush(self) -> None:
         """Write what was logged; what cannot be written waits."""

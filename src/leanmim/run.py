@@ -94,6 +94,11 @@ class Run:
         return self.folder / "cost.json"
 
     @property
+    def trackers(self) -> Path:
+        """The ids of its runs in the trackers of --track, by their names."""
+        return self.folder / "trackers.json"
+
+    @property
     def names(self) -> Path:
         """The images that the run goes on with: see `leanmim.train.data_list`."""
         return self.folder / "names.json"
@@ -337,6 +342,7 @@ class Run:
                 self.names,
                 self.changes,
                 self.bad_steps,
+                self.trackers,
             ):
                 path.unlink(missing_ok=True)
         write_atomically(self.config, lambda file: file.write_bytes(text_of(config)))

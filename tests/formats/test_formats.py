@@ -35,7 +35,7 @@ def test_the_files_have_the_usual_mode_and_a_killed_export_leaves_no_trace(tiny:
     out.mkdir()
     (out / "model.safetensors.part").write_bytes(b"half of it")
     export(Export(run=run.out, out=str(out)))
-    assert sorted(file.name for file in out.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     (tmp_path / "usual").touch()
     assert (out / "model.safetensors").stat().st_mode == (tmp_path / "usual").stat().st_mode
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -32,6 +33,10 @@ OTHERS = {  # what a backbone calls its pooling, and where it keeps it, differs 
 }  # fmt: skip
 
 
+def described(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
 @pytest.fixture(params=[*VITS, "swin", *OTHERS])
 def run(request: pytest.FixtureRequest, tiny: Pretrain) -> Pretrain:
     out = Path(tiny.out)
@@ -47,14 +52,14 @@ def run(request: pytest.FixtureRequest, tiny: Pretrain) -> Pretrain:
 
 def test_timm_loads_the_export_strictly_and_computes_the_same(run: Pretrain) -> None:
     folder = export(Export(run=run.out))
-    config, ours, _ = restore(run.out)
+    _, ours, _ = restore(run.out)
     images = torch.randn(2, run.channels, *run.size)
     expected = ours.eval().encoder.backbone(images)
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "leanmim_digest": digest(load_file(folder / "model.safetensors"))}
 
     scope: dict = {}
-    exec(timm_lines(folder, config, ours), scope)  # the three lines the demo prints
+    exec(timm_lines(folder / "model.safetensors", described(folder)), scope)
     assert torch.equal(scope["model"](images), expected)
     assert torch.equal(scope["model"].forward_features(images), ours.encoder.backbone.forward_features(images))
 
@@ -84,13 +89,13 @@ def test_timm_adapts_head_size_and_channels(tiny: Pretrain, channels: int) -> No
 def test_layers_left_out_of_pretraining_are_fresh_and_named(tiny: Pretrain) -> None:
     run = fake_run(replace(tiny, depth=2), Path(tiny.out))  # of 4 blocks
     folder = export(Export(run=run.out))
-    description = json.loads((folder / "config.json").read_text())
+    description = described(folder)
     named = description["leanmim"]["not_pretrained"]
     assert description["leanmim"]["depth"] == 2
     assert named and all(name.startswith(("blocks.2.", "blocks.3.")) for name in named)
-    config, ours, _ = restore(run.out)
+    _, ours, _ = restore(run.out)
     scope: dict = {}
-    exec(timm_lines(folder, config, ours), scope)
+    exec(timm_lines(folder / "model.safetensors", description), scope)
     loaded = scope["model"].state_dict()
     own = ours.encoder.backbone.state_dict()
     assert loaded.keys() - own.keys() == set(named)

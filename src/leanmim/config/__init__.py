@@ -8,13 +8,28 @@ from leanmim.config.explained import explain
 from leanmim.config.finetune import Finetune
 from leanmim.config.predict import Predict
 from leanmim.config.pretrain import Pretrain
-from leanmim.config.tools import Cost, Export, Pack, Plan, Report, Show, Stats
+from leanmim.config.tools import Cost, Export, Pack, Plan, Publish, Report, Show, Stats
 
 __all__ = [
     "Compare", "Config", "Cost", "Embed", "Evaluate", "Evaluator", "Export", "Finetune", "Knn", "Logging", "Machine", "Model",
-    "Optimisation", "Pack", "Plan", "Predict", "Pretrain", "Probe", "Report", "Show", "Stats", "parse_budget", "parse_bytes",
+    "Optimisation", "Pack", "Plan", "Predict", "Pretrain", "Probe", "Publish", "Report", "Show", "Stats", "parse_budget", "parse_bytes",
 ]  # fmt: skip
 
 explain(
-    Compare, Cost, Embed, Evaluate, Export, Finetune, Knn, Pack, Plan, Predict, Pretrain, Probe, Report, Show, Stats
+    Compare,
+    Cost,
+    Embed,
+    Evaluate,
+    Export,
+    Finetune,
+    Knn,
+    Pack,
+    Plan,
+    Predict,
+    Pretrain,
+    Probe,
+    Publish,
+    Report,
+    Show,
+    Stats,
 )

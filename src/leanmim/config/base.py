@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -32,7 +33,7 @@ Segments = int | tuple[int, ...]  # so many equal ones, or the block or stage af
 FREE_IN_TRAINING = frozenset({
     "data", "out", "workers", "overwrite", "checkpoint_minutes", "log_every", "memory", "effective_batch", "hours",
     "keep", "max_bad_share", "max_bad_steps", "data_changed", "data_patience", "process_timeout", "threads", "channels_last",
-    "compile",
+    "compile", "track",
 })  # fmt: skip
 """Fields of a training that may differ when it is continued: none of them changes a weight, but by rounding the last three."""
 
@@ -421,6 +422,16 @@ class Logging(Config):
     overwrite: bool = False
     """Start afresh in a run folder that already holds another run. A job that torchrun or Slurm starts again continues what
     it has begun itself."""
+    track: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """Trackers that get each line of metrics.jsonl, beside TensorBoard: wandb (Weights & Biases), mlflow. They are told where to log by
+    their own variables, as WANDB_PROJECT, WANDB_MODE, MLFLOW_TRACKING_URI. A continued run goes on in the tracker's own."""
+
+    def check(self) -> None:
+        """Raise UserError for an impossible value, and a tracker that is not installed."""
+        super().check()
+        for name in self.track:
+            if find_spec(name) is None:
+                raise UserError(f"--track {name} needs the package {name}: pip install {name}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ class Export(Config):
     run: Positional[str]
     """Run folder of `leanmim pretrain` or `leanmim finetune`; or one of its checkpoints, as RUN/checkpoints/best.pt."""
     format: Literal["timm", "onnx", "transformers"] = "timm"
-    """timm: the backbone; of a fine-tuned run the classifier, with the names of its classes. onnx: the same as a graph, from
+    """timm: the backbone; of a fine-tuned run the classifier, with the names of its classes; and a model card, README.md. onnx: the same as a graph, from
     normalised images to features (their mean) and tokens, or to logits. transformers: ViTMAEForPreTraining, decoder
     included (MAE only)."""
     depth: int | None = None
@@ -47,6 +47,27 @@ class Export(Config):
     """Folder to write; None is export/FORMAT in the run folder, or export/timm-depth3 for a --depth of 3."""
     overwrite: bool = False
     """Replace files that are already in --out."""
+    license: str | None = None
+    """Of the weights, for the model card, as the hub spells it: apache-2.0, mit, cc-by-4.0, other. None leaves it to be chosen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publish(Config):
+    """Export a run for timm, with a model card, and push it to the Hugging Face hub.
+
+    It logs in as huggingface_hub does: `hf auth login`, or the variable HF_TOKEN.
+    """
+
+    run: Positional[str]
+    """Run folder of `leanmim pretrain` or `leanmim finetune`; or one of its checkpoints, as RUN/checkpoints/best.pt."""
+    repo: Positional[str]
+    """OWNER/NAME on the hub; made if it is not there."""
+    private: bool = False
+    """Make it for its owner's eyes only; a repository that is public already is then refused."""
+    license: str | None = None
+    """Of the weights, for the model card, as the hub spells it: apache-2.0, mit, cc-by-4.0, other. None leaves it to be chosen."""
+    depth: int | None = None
+    """Of a run with --segments: the first blocks or stages only, as for `leanmim export`."""
 
 
 @dataclass(frozen=True, kw_only=True)

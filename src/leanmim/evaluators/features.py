@@ -274,6 +274,7 @@ def record(config: Evaluator, what: str, subject: Subject, accuracy: Accuracy, *
         "images": accuracy.images,
         "data": config.data,
         "options": asdict(config) | {"pool": subject.pool},
+        "step": subject.step,
     }
     if (left_out := len(subject.val) - accuracy.images) > 0:  # of several draws there are more than images
         line["left_out"] = left_out

@@ -1,4 +1,6 @@
-"""A run's weights for other libraries: ``timm`` is the model alone, ``onnx`` its graph, ``transformers`` encoder and decoder."""
+"""A run's weights for other libraries: ``timm`` is the model alone, with a model card, ``onnx`` its graph, ``transformers`` encoder
+and decoder.
+"""
 
 import sys
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from torch import nn
 from leanmim.classifier.model import build_classifier
 from leanmim.config import Export, Pretrain
 from leanmim.errors import CannotWrite, UserError
+from leanmim.formats.card import Card, check_license
 from leanmim.formats.onnx_format import onnx_classifier, onnx_encoder
 from leanmim.formats.timm_format import timm_classifier, timm_files, timm_lines
 from leanmim.formats.vitmae import vitmae_files
@@ -22,7 +25,7 @@ from leanmim.weights import digest, rebuild
 
 __all__ = ["FORMATS", "Format", "export", "timm_files", "timm_lines", "vitmae_files"]
 
-Files = dict[str, Any]  # tensors by their names for NAME.safetensors, bytes for NAME.onnx, JSON values for NAME.json
+Files = dict[str, Any]  # tensors by their names for NAME.safetensors, bytes for others, JSON values for NAME.json
 
 
 class Format(NamedTuple):
@@ -33,18 +36,23 @@ class Format(NamedTuple):
     ]  # of a configuration, model, checkpoint, depth
     classifier: Callable[[Start, nn.Module, dict[str, Any]], Files] | None  # of a fine-tuned run and its checkpoint
     shallow: bool  # whether it can hold the first blocks or stages of a model
+    card: bool = False  # whether a model card belongs to it
 
 
 FORMATS = {
-    "timm": Format(timm_files, timm_classifier, True),
+    "timm": Format(timm_files, timm_classifier, True, card=True),
     "onnx": Format(onnx_encoder, onnx_classifier, True),
     "transformers": Format(vitmae_files, None, False),
 }
 """By the name that --format gives."""
 
 
-def export(config: Export) -> Path:
-    """Write a run's weights in another library's format.
+def export(config: Export, repo: str | None = None) -> Path:
+    """Write a run's weights in another library's format; for timm also a model card.
+
+    Args:
+        config: of the command.
+        repo: OWNER/NAME on the Hugging Face hub, for the card; None is not known yet.
 
     Returns:
         The folder; with ``all_depths`` the one that holds a folder for each depth.
@@ -56,13 +64,18 @@ def export(config: Export) -> Path:
     config.check()
     if config.all_depths and config.depth is not None:
         raise UserError("--depth and --all-depths: give one of them")
+    check_license(config.license)
+    if config.license and not FORMATS[config.format].card:
+        raise UserError(
+            f"--license is for the model card, which --format {config.format} has none of; use --format timm"
+        )
     path = Path(config.run)
     found = checkpoint_of(path)
     state = load(found) if found else Run(path).read()
-    return export_classifier(config, state) if "classes" in state else export_encoder(config, state)
+    return export_classifier(config, state, repo) if "classes" in state else export_encoder(config, state, repo)
 
 
-def export_classifier(config: Export, state: dict[str, Any]) -> Path:
+def export_classifier(config: Export, state: dict[str, Any], repo: str | None) -> Path:
     """Write the classifier of a fine-tuned run. As `export`."""
     make = FORMATS[config.format].classifier
     if make is None:
@@ -73,11 +86,12 @@ def export_classifier(config: Export, state: dict[str, Any]) -> Path:
         raise UserError(f"{option}: a fine-tuned run is written as a whole; give --depth to `leanmim finetune`")
     folder = folder_of(config, None)
     start = open_start(config.run)
-    write(folder, make(start, build_classifier(start), state))
+    files = make(start, build_classifier(start), state)
+    write(folder, files | card(config, state, files, repo))
     return folder
 
 
-def export_encoder(config: Export, state: dict[str, Any]) -> Path:
+def export_encoder(config: Export, state: dict[str, Any], repo: str | None) -> Path:
     """Write the encoder of a pre-training run. As `export`."""
     trained, model = rebuild(state, config.run)
     target, whole = FORMATS[config.format], model.encoder.depths[-1]
@@ -94,18 +108,32 @@ def export_encoder(config: Export, state: dict[str, Any]) -> Path:
                 f"{short}: {folder} holds the whole model, its later layers untrained (not_pretrained in config.json)",
                 file=sys.stderr,
             )
-        write(folder, files)
+        write(folder, files | card(config, state, files, repo, depth=depth or whole, whole=whole))
     if not config.all_depths:
         return folders[0]
     return Path(config.out) if config.out else home(config)
 
 
-def home(config: Export) -> Path:
-    """The folder of a run's exports."""
+def card(config: Export, state: dict[str, Any], files: Files, repo: str | None, **depths: int) -> Files:
+    """The model card of these files, where the format has one."""
+    if not FORMATS[config.format].card:
+        return {}
+    parameters = sum(tensor.numel() for tensor in files["model.safetensors"].values())
+    own = Card(run_of(config), state, files["config.json"], parameters, config.license, repo, **depths)
+    return {"README.md": str(own).encode()}
+
+
+def run_of(config: Export) -> Run:
+    """The run folder, also of one of its checkpoints."""
     path = Path(config.run)
     if path.is_file():
         path = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    return path / "export"
+    return Run(path)
+
+
+def home(config: Export) -> Path:
+    """The folder of a run's exports."""
+    return run_of(config).folder / "export"
 
 
 def folder_of(config: Export, depth: int | None) -> Path:

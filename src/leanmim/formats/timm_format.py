@@ -119,13 +119,19 @@ def timm_arguments(own: Model, backbone: Backbone) -> dict[str, Any]:
     return arguments
 
 
-def timm_lines(folder: Path, config: Pretrain, model: MIM) -> str:
-    """Three lines of Python that load the exported encoder in timm."""
-    known = timm_arguments(config, model.encoder.backbone)
-    arguments = "".join(f", {key}={value!r}" for key, value in known.items())
+def timm_lines(file: Path, description: dict[str, Any]) -> str:
+    """Three lines of Python that load an exported model in timm.
+
+    Args:
+        file: the weights.
+        description: what is written beside them.
+    """
+    known = {"num_classes": description["num_classes"], **description["model_args"], "checkpoint_path": str(file)}
+    arguments = ", ".join(f"{key}={value!r}" for key, value in known.items())
+    channels, height, width = description["pretrained_cfg"]["input_size"]
+    result = "logits" if description["num_classes"] else "features"
     return (
         "import timm, torch\n"
-        f'model = timm.create_model("{config.model}", num_classes=0{arguments}, '
-        f'checkpoint_path="{folder / "model.safetensors"}").eval()\n'
-        f"features = model(torch.randn(1, {config.channels}, {config.size[0]}, {config.size[1]}))"
+        f'model = timm.create_model("{description["architecture"]}", {arguments}).eval()\n'
+        f"{result} = model(torch.randn(1, {channels}, {height}, {width}))"
     )

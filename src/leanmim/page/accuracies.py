@@ -20,6 +20,7 @@ DEPTH_CHARTS = (  # key in evaluations.jsonl, label of the axis with unit, facto
 INTERVAL = (
     "In brackets: Wilson's 95 % interval, for the choice of validation images; seeds and training images add to it."
 )
+DEVIATION = "After ±: the standard deviation over repeated draws of training images."
 MEASURES = {"knn": "kNN", "probe": "linear probe", "attentive": "attentive probe"}
 IRRELEVANT = {  # options of an evaluation on which its result does not depend, or that have a column of their own
     *(field.name for base in (Machine, Logging) for field in fields(base)), "run", "data", "baselines", "batch_size",
@@ -34,12 +35,16 @@ OF_OTHER_SOLVERS = {
 DASHES = {"solid": "", "dashed": "7 4", "dotted": "2 4"}  # CSS's names and SVG's stroke-dasharray
 
 
-def protocol(line: dict[str, Any], *left_out: str) -> tuple[str, str, Html]:
-    """How an evaluation was made: its measure, its data, and the options on which the result depends."""
+def relevant(line: dict[str, Any], *left_out: str) -> dict[str, Any]:
+    """The options of an evaluation on which its result depends."""
     others = OF_OTHER_SOLVERS.get(line["options"].get("solver"), ())
     irrelevant = {*IRRELEVANT, *IRRELEVANT_TO.get(line["what"], ()), *others, *left_out}
-    options = {k: v for k, v in line["options"].items() if k not in irrelevant and v not in (None, [])}
-    return line["what"], line["data"], safe(options)
+    return {k: v for k, v in line["options"].items() if k not in irrelevant and v not in (None, [])}
+
+
+def protocol(line: dict[str, Any], *left_out: str) -> tuple[str, str, Html]:
+    """How an evaluation was made: its measure, its data, and the options on which the result depends."""
+    return line["what"], line["data"], safe(relevant(line, *left_out))
 
 
 def interval(line: dict[str, Any], key: str = "value") -> tuple[float, float] | None:
@@ -83,7 +88,7 @@ def accuracies(runs: Sequence[Loaded]) -> Html:
     head = ["measure (%)", *(run.title for run in measured), "validation images", "data", "options"]
     notes = ["Below each accuracy: that of what is not pre-trained.", INTERVAL]
     if any("deviation" in line for run in measured for line in run.evaluations):
-        notes.append("After ±: the standard deviation over repeated draws of training images.")
+        notes.append(DEVIATION)
     return Html(f"{table(head, rows, 'short notes')}<p>{soft(' '.join(notes))}</p>")
 
 
