@@ -96,9 +96,9 @@ def test_speeds_are_measured_in_turns_by_as_many_processes_as_will_train(
     config = tiny_comparison(tmp_path, recipes=("mae", "mae:mask-ratio=0.9"), budget="10s")
     before = [Entry(title, recipe, 24, 1) for title, recipe in recipes_of(config)]
     found = measured(config, before, [{}, {}])
-    assert [entry.speeds for entry in found] == [(75.0,) * 4, (90.0,) * 4]
+    assert [entry.speeds for entry in found] == [(75.0,) * 6, (90.0,) * 6]
     assert [entry.config.channels_last for entry in found] == [True, True]
-    assert asked == [0.75, 0.9, 0.75, 0.9, 0.9, 0.75, 0.9, 0.75]
+    assert asked == [0.75, 0.9] * 3 + [0.9, 0.75] * 3
     source = open_source(config.data, 3)
     entries = planned(config, source, torch.device("cpu"), [{}, {}])
     assert [own.config.epochs for own in entries] == [31.2, 37.5]
