@@ -208,7 +208,7 @@ def test_from_photos_to_report(tiny: Pretrain, tmp_path: Path, capsys: pytest.Ca
         picture.load()
     out = tmp_path / "exported"
     assert say("export", *here, "--out", str(out)) == [str(out)]
-    assert {path.name for path in out.iterdir()} == {"model.safetensors", "config.json"}
+    assert {path.name for path in out.iterdir()} == {"README.md", "model.safetensors", "config.json"}
     assert say("report", str(run)) == [str(run / "report.html")]
     page = (run / "report.html").read_text()
     assert "100.0" in page  # of the pixels

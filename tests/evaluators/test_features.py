@@ -135,7 +135,7 @@ def test_results_are_written_down(options: dict[str, object]) -> None:
         expected = json.loads(json.dumps(asdict(config))) | {"pool": "avg"}
         assert line == {
             "what": what, "name": name, "value": value, "interval": list(value.interval), "images": 24,
-            "data": options["data"], "options": expected,
+            "data": options["data"], "options": expected, "step": 0,
         }  # fmt: skip
 
 
