@@ -94,6 +94,7 @@ def pixels_of_patches(images: Float[Tensor, "b c H W"], grid: Grid) -> Float[Ten
     return patchify(small, side).unflatten(1, grid)
 
 
+@torch.inference_mode()
 def patch_features(
     subject: Subject, images: Float[Tensor, "b c H W"], layers: Sequence[int], grid: Grid
 ) -> list[Float[Tensor, "b h w d"]]:
@@ -127,10 +128,8 @@ class Dense:
         self.config, self.subject, self.layers, self.grid = config, subject, layers, grid
         self.device = subject.normalise.device
         image = torch.zeros(1, subject.train.source.channels, *subject.size, device=self.device)
-        with torch.inference_mode():
-            self.grids: list[Grid] = [(x.shape[1], x.shape[2]) for x in patch_features(subject, image, layers, grid)]
+        self.grids: list[Grid] = [(x.shape[1], x.shape[2]) for x in patch_features(subject, image, layers, grid)]
 
-    @torch.inference_mode()
     def read(self, data: Masked) -> Iterator[tuple[list[int], list[Float[Tensor, "b h w d"]], list[np.ndarray]]]:
         """The places of a batch, its features of each layer, and its masks.
 

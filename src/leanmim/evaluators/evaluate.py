@@ -49,9 +49,11 @@ class Evaluation:
         for first in range(0, len(names), COLUMNS):
             console.print()
             console.print(table(self.results, names[first : first + COLUMNS]))
-        console.print("In %; in brackets Wilson's 95 % interval, for the choice of validation images.")
-        if any(isinstance(result.accuracy, Resampled) for result in self.results):
-            console.print(f"mIoU, and pixels classified right: of a bootstrap, {DRAWS:,} draws of these images.")
+        kinds = {isinstance(result.accuracy, Resampled) for result in self.results}
+        if False in kinds:
+            console.print("In %; in brackets Wilson's 95 % interval, for the choice of validation images.")
+        if True in kinds:
+            console.print(f"mIoU and share of pixels, in %; in brackets 95 % of {DRAWS:,} bootstrap draws.")
         lines = "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines())
         return lines.encode("utf-8", "backslashreplace").decode()  # the name of a folder need not be text
 
