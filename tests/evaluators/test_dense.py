@@ -125,7 +125,7 @@ def test_squares_of_a_colour_each_are_found(own: Evaluate) -> None:
 
 def test_random_masks_are_found_by_chance(tiny: Pretrain, own: Evaluate, tmp_path: Path) -> None:
     """Of three classes, all as frequent, a third of the pixels: IoU is a third of a third by five ninths of all."""
-    masks = masked_squares(tmp_path / "random", (60, 40), random=True)
+    masks = masked_squares(tmp_path / "random", (40, 40), random=True)
     values = found(replace(own, masks=str(masks), k=(20,), layers=(0,), baselines=("pixels",)))
     for name in ("pretrained", "pixels"):
         assert values[name, "pixels, kNN, k = 20"] == pytest.approx(1 / 3, abs=0.06)

@@ -176,7 +176,8 @@ def cut_centre(image: Picture, size: tuple[int, int], crop: float) -> Real[Tenso
 
 def centre_of_values(values: Real[np.ndarray, "h w c"], size: tuple[int, int], crop: float) -> Float[Tensor, "c H W"]:
     """`cut_centre` of stored values: cut first, to whole pixels, then resized."""
-    box = centre_box(*values.shape[:2], size, crop)
+    height, width = values.shape[:2]
+    box = centre_box(height, width, size, crop)
     return resized(cut_whole(values, lambda *_: box), size, "bicubic")
 
 

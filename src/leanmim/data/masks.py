@@ -45,7 +45,7 @@ class Masks(Files):
         with (
             self.reached(index) as path, bounded(path), opened(path) as file, Image.open(file, formats=["PNG"]) as stored,
         ):  # fmt: skip
-            factor = SPREAD.get(stored.tile[0][3], 1)
+            factor = SPREAD.get(str(stored.tile[0][3]), 1)
             return np.array(stored) // factor
 
 
