@@ -15,6 +15,7 @@ from leanmim.cli import main
 from leanmim.comparison import processes
 from tests.comparison.fakes import here
 from tests.formats.hub import Hub
+from tests.masked import masked_squares
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -44,6 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in ("cat", "sheep", "macaw"):
             (folder / "labelled" / part / name).mkdir(parents=True)
             shutil.copy(ROOT / "demo" / "photos" / f"{name}.jpg", folder / "labelled" / part / name)
+    masked_squares(folder / "segmented", (3, 2))
     return folder
 
 

@@ -179,6 +179,12 @@ evaluate run --data empty
 evaluate run --data labelled --layers 9
 evaluate run --data labelled --k 0 1 2
 evaluate run --data labelled --shots 0
+evaluate run
+evaluate run --data ''
+evaluate run --masks ''
+evaluate run --masks nowhere
+evaluate run --masks photos
+evaluate run --masks labelled
 show nowhere
 show ''
 show text.txt

@@ -62,6 +62,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "phase_blrs": (0, MANY), "finetune_epochs": (1, MANY),
     # measures
     "k": (1, MANY), "temperature": (1e-4, MANY), "c": (1e-9, 10**9), "probe_batch_size": (2, MANY), "queries": (1, MANY),
+    "void": (0, 65535), "patches": (1, MANY),
     "layer": (1, 1000), "layers": (0, 1000), "top": (1, MANY), "count": (1, MANY), "segment": (0, 1000),
     "knn_every": (1, MANY), "eval_every": (1, MANY), "images_per_second": (1e-6, 10**9),
     # the machine, faults, the log

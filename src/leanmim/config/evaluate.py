@@ -7,6 +7,7 @@ from tyro.conf import Positional
 from tyro.constructors import PrimitiveConstructorSpec
 
 from leanmim.config.base import Auto, Images, Logging, Machine, Number, Pool, check_model, check_size
+from leanmim.errors import UserError
 
 TRIVIAL = ("random", "pixels")
 Baselines = Annotated[
@@ -107,10 +108,23 @@ class Probe(Logging, Evaluator):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Evaluator):
-    """All measures of a frozen encoder in one table: kNN, linear probe at several layers, attentive probe, few-shot."""
+    """All measures of a frozen encoder in one table: kNN, linear probe at several layers, attentive probe, few-shot; with
+    --masks, kNN and linear probe of patches."""
 
+    LEFT_EMPTY: ClassVar[frozenset[str]] = frozenset({"data"})
+
+    data: str = ""
+    """Labelled folder, or tar file of one, with train/CLASS and val/CLASS, or a labelled dataset of Hugging Face. Without val the
+    images are held out that `leanmim finetune` holds out by its default --seed and --val-share. Empty is none: --masks only."""
+    masks: str | None = None
+    """Folder of images with segmentation masks: train/images, train/masks, val/images, val/masks. A mask has its image's name and
+    size; it is a grey PNG, or one with a palette, whose values are classes."""
+    void: tuple[int, ...] = (255,)
+    """Masks: values that are no class; their pixels do not count."""
+    patches: int = 50_000
+    """Masks: patches of the training images that vote and are fitted, at most; of more so many are drawn."""
     k: tuple[int, ...] = (1, 5, 10, 20, 50, 200)
-    """kNN: neighbours, as far as there are images."""
+    """kNN: neighbours, as far as there are images, or patches."""
     temperature: float = 0.07
     """kNN: of the votes' weights, exp(cosine similarity / temperature)."""
     c: float | Auto = 1.0
@@ -130,3 +144,9 @@ class Evaluate(Evaluator):
     """Few-shot: how often they are drawn."""
     seed: int = 0
     """Of the draws, the attentive probe's layers, order and held-out images."""
+
+    def check(self) -> None:
+        """Raise UserError for an impossible value, or nothing to measure on."""
+        super().check()
+        if not self.data and self.masks is None:
+            raise UserError("give --data, a labelled folder, or --masks, a folder of images with masks, or both")

@@ -177,10 +177,16 @@ def cut_centre(image: Picture, size: tuple[int, int], crop: float) -> Real[Tenso
 def centre_of_values(values: Real[np.ndarray, "h w c"], size: tuple[int, int], crop: float) -> Float[Tensor, "c H W"]:
     """`cut_centre` of stored values: cut first, to whole pixels, then resized."""
     height, width = values.shape[:2]
+    box = centre_box(height, width, size, crop)
+    return resized(cut_whole(values, lambda *_: box), size, "bicubic")
+
+
+def centre_box(height: int, width: int, size: tuple[int, int], crop: float) -> tuple[int, int, int, int]:
+    """What `cut_centre` keeps of an image of so many pixels, to whole ones: left, top, right, bottom."""
     scale = crop * min(height / size[0], width / size[1])
     h, w = (max(1, round(scale * side)) for side in size)
     top, left = (height - h) // 2, (width - w) // 2
-    return resized(cut_whole(values, lambda *_: (left, top, left + w, top + h)), size, "bicubic")
+    return left, top, left + w, top + h
 
 
 def centre_crop(size: tuple[int, int], crop: float | None = None) -> Callable:
@@ -190,5 +196,10 @@ def centre_crop(size: tuple[int, int], crop: float | None = None) -> Callable:
         size: height and width, px.
         crop: share of the resized side that is kept; None is 0.875 from 128 px on, and 1 for thumbnails.
     """
-    crop = (0.875 if min(size) >= 128 else 1.0) if crop is None else crop
-    return partial(cut_centre, size=size, crop=crop)  # not a closure: workers that do not fork need to pickle it
+    # not a closure: workers that do not fork need to pickle it
+    return partial(cut_centre, size=size, crop=kept_share(size, crop))
+
+
+def kept_share(size: tuple[int, int], crop: float | None) -> float:
+    """Share of the resized side that `centre_crop` keeps."""
+    return (0.875 if min(size) >= 128 else 1.0) if crop is None else crop

@@ -39,3 +39,29 @@ class Accuracy(float):
     def __str__(self) -> str:
         low, high = self.interval
         return f"{100 * self:.1f} % (95 % interval {100 * low:.1f} to {100 * high:.1f}, {self.images:,} images)"
+
+
+class Resampled(Accuracy):
+    """A measure whose interval is that of a bootstrap over images.
+
+    Args:
+        value: of all images, 0 to 1.
+        interval: its ends.
+        images: how many.
+    """
+
+    def __new__(cls, value: float, interval: tuple[float, float], images: int) -> "Resampled":  # type: ignore[override]
+        """The value and its interval, which are known."""
+        self = float.__new__(cls, value)
+        self._interval, self.images = interval, images
+        return self
+
+    _interval: tuple[float, float]
+
+    def __reduce__(self) -> tuple[type["Resampled"], tuple[float, tuple[float, float], int]]:  # type: ignore[override]
+        return type(self), (float(self), self._interval, self.images)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """That of the bootstrap."""
+        return self._interval

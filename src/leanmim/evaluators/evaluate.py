@@ -13,8 +13,9 @@ from rich.table import Table
 
 from leanmim.config import Evaluate, Evaluator, Knn, Probe
 from leanmim.errors import UserError
-from leanmim.evaluators.accuracy import Accuracy
+from leanmim.evaluators.accuracy import Accuracy, Resampled
 from leanmim.evaluators.cache import TOKENS, Store, layer_name, storage
+from leanmim.evaluators.dense import DRAWS, Dense, Drawn, masked_sets
 from leanmim.evaluators.features import Subject, layer_count, record, subjects
 from leanmim.evaluators.few_shot import Draws, few_shot
 from leanmim.evaluators.knn import knn_accuracy
@@ -48,7 +49,11 @@ class Evaluation:
         for first in range(0, len(names), COLUMNS):
             console.print()
             console.print(table(self.results, names[first : first + COLUMNS]))
-        console.print("In %; in brackets Wilson's 95 % interval, for the choice of validation images.")
+        kinds = {isinstance(result.accuracy, Resampled) for result in self.results}
+        if False in kinds:
+            console.print("In %; in brackets Wilson's 95 % interval, for the choice of validation images.")
+        if True in kinds:
+            console.print(f"mIoU and share of pixels, in %; in brackets 95 % of {DRAWS:,} bootstrap draws.")
         lines = "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines())
         return lines.encode("utf-8", "backslashreplace").decode()  # the name of a folder need not be text
 
@@ -80,20 +85,54 @@ def cell(accuracy: Accuracy | None) -> str:
 
 
 def evaluate(config: Evaluate) -> Evaluation:
-    """kNN over several k, linear probe at several layers, attentive probe and few-shot accuracy of an encoder and baselines.
+    """kNN over several k, linear probe at several layers, attentive probe and few-shot accuracy of an encoder and baselines;
+    with masks, mIoU and pixel accuracy of kNN and linear probe of patches.
 
     Raises:
-        UserError: an encoder or the labelled folder cannot be read, or an option does not go with them.
+        UserError: an encoder or the images cannot be read, or an option does not go with them.
     """
+    config.check()
     results: list[Result] = []
-    title = ""
-    with storage(config) as store:
-        for subject in subjects(config):
-            if not title:
-                count = f"{len(subject.train):,} training and {len(subject.val):,} validation images"
-                title = f"{config.run} on {config.data}: {count}, {' x '.join(map(str, subject.size))} px"
-            results += measures(config, subject, store)
-    return Evaluation(title, results)
+    titles: list[str] = []
+    if config.data:
+        with storage(config) as store:
+            for number, subject in enumerate(subjects(config)):
+                titles += [] if number else [title_of(config, config.data, subject)]
+                results += measures(config, subject, store)
+    if config.masks is not None:
+        grid = (1, 1)
+        for number, subject in enumerate(subjects(config, masked_sets)):
+            dense = Dense(config, subject, chosen_layers(config.layers, subject), grid)
+            drawn = dense.drawn()
+            if not number:
+                grid, last = dense.grids[-1], drawn[-1]
+                patches = (
+                    f"{len(last.features.y):,} of the {last.total:,} training patches, drawn with seed {config.seed}"
+                )
+                titles.append(f"{title_of(config, config.masks, subject)}; {patches}")
+            results += dense_measures(config, dense, drawn)
+    return Evaluation("\n".join(titles), results)
+
+
+def title_of(config: Evaluate, data: str, subject: Subject) -> str:
+    """What is measured on which images."""
+    count = f"{len(subject.train):,} training and {len(subject.val):,} validation images"
+    return f"{config.run} on {data}: {count}, {' x '.join(map(str, subject.size))} px"
+
+
+def dense_measures(config: Evaluate, dense: Dense, drawn: Sequence[Drawn]) -> Iterator[Result]:
+    """mIoU and pixel accuracy of one encoder or baseline, each written down."""
+    subject = dense.subject
+    shared = {name: asdict(config)[name] for name in ("depth", "input_size", "crop", "void", "seed")}
+    found = list(dense.judged(list(dense.measures(drawn))))
+    for kind, (name, title) in enumerate((("mIoU", "mIoU"), ("pixel accuracy", "pixels"))):
+        for own in found:
+            measure = own.measure
+            options = shared | measure.options | {"patches": len(drawn[measure.layer].features.y)}
+            more = {"data": config.masks, "options": options} | ({} if kind else {"ious": own.ious})
+            value = (own.miou, own.accuracy)[kind]
+            stored = record(config, f"{name} {measure.what}", subject, value, **more)
+            yield Result((5 + 3 * kind + measure.order[0], measure.order[1]), f"{title}, {measure.title}", *stored)
 
 
 def measures(config: Evaluate, subject: Subject, store: Store) -> Iterator[Result]:

@@ -33,6 +33,8 @@ from leanmim.start import Start, images_of, open_start, start_of
 from leanmim.weights import truncated
 
 Embed = Callable[[Float[Tensor, "b c H W"]], Float[Tensor, "b d"]]
+OpenSets = Callable[[Any, Start], tuple[Labelled, Labelled]]
+"""From an evaluator's configuration and an encoder to the images to train with and to validate."""
 
 
 class Features(NamedTuple):
@@ -169,11 +171,23 @@ class Subject(NamedTuple):
     crop: float | None = None
 
 
-def subjects(config: Evaluator) -> Iterator[Subject]:
+def labelled_sets(config: Evaluator, start: Start) -> tuple[Labelled, Labelled]:
+    """The images that --data names, to train with and to validate, as an encoder takes them."""
+    train, val = labelled_pair(config.data, start.model.read_as, centre_crop(start.model.size, config.crop))
+    if val.held_out:
+        Console(stderr=True, markup=False).print(f"no val folder in {config.data}: {len(val)} images are held out")
+    return train, val
+
+
+def subjects(config: Evaluator, sets: OpenSets = labelled_sets) -> Iterator[Subject]:
     """The encoder, then the baselines.
 
+    Args:
+        config: which, and how they are measured.
+        sets: opens the images to train with and to validate.
+
     Raises:
-        UserError: an encoder or the labelled folder cannot be read, or an option does not go with them.
+        UserError: an encoder or the images cannot be read, or an option does not go with them.
     """
     config = config.with_stats()
     start = start_of(config.run, config)
@@ -184,26 +198,26 @@ def subjects(config: Evaluator) -> Iterator[Subject]:
         if word not in TRIVIAL
     }
     device = resolve_device(config.device)
-    first = subject_of("pretrained", start, start.encoder().to(device), config)
+    first = subject_of("pretrained", start, start.encoder().to(device), config, sets)
     yield first._replace(step=start.step, facts=facts_of(start, first, config.depth))
     for word in config.baselines:
         if word == "pixels":
             yield first._replace(name=word, embed=raw_pixels, backbone=None)
         elif word == "random":
-            yield subject_of(word, start, random_start(start).to(device), config)
+            yield subject_of(word, start, random_start(start).to(device), config, sets)
         else:
             other = others[word]
-            yield subject_of(word, other, other.encoder().to(device), config)._replace(step=other.step)
+            yield subject_of(word, other, other.encoder().to(device), config, sets)._replace(step=other.step)
 
 
-def subject_of(name: str, start: Start, backbone: Backbone, config: Evaluator) -> Subject:
+def subject_of(
+    name: str, start: Start, backbone: Backbone, config: Evaluator, sets: OpenSets = labelled_sets
+) -> Subject:
     """An encoder with the images that it is evaluated on."""
     size, pool = start.model.size, config.pool
     if pool == "auto":
         pool = "token" if getattr(config, "solver", "") == "lars" and has_class_token(backbone) else "avg"
-    train, val = labelled_pair(config.data, start.model.read_as, centre_crop(size, config.crop))
-    if val.held_out:
-        Console(stderr=True, markup=False).print(f"no val folder in {config.data}: {len(val)} images are held out")
+    train, val = sets(config, start)
     normalise = Normalise(start.mean, start.std, resolve_device(config.device))
     embed = embedding(backbone, pool)
     return Subject(

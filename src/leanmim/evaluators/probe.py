@@ -51,15 +51,20 @@ def fast_probe(train: Features, val: Features, c: float | str = 1.0) -> Accuracy
         val: features to classify.
         c: inverse strength of the L2 penalty; ``auto`` chooses by stratified cross-validation on the training features.
     """
+    model = logistic_regression(train, c)
+    right = model.predict(val.x.cpu().numpy()) == val.y.cpu().numpy()
+    return Accuracy(int(np.sum(right)), len(right))
+
+
+def logistic_regression(train: Features, c: float | str) -> Any:
+    """scikit-learn's, fitted to standardised features; arguments as for `fast_probe`."""
     model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0 if c == "auto" else float(c), max_iter=5000))
     x, y = train.x.cpu().numpy(), train.y.cpu().numpy()
     folds = min(FOLDS, int(np.unique(y, return_counts=True)[1].min()))
     if c == "auto" and folds > 1:  # with one image of a class there is nothing to hold out: 1.0 it is
         cut = StratifiedKFold(folds, shuffle=True, random_state=0)
         model = GridSearchCV(model, {"logisticregression__C": STRENGTHS}, cv=cut)
-    model.fit(x, y)
-    right = model.predict(val.x.cpu().numpy()) == val.y.cpu().numpy()
-    return Accuracy(int(np.sum(right)), len(right))
+    return model.fit(x, y)
 
 
 def attentive(subject: Subject, store: Store, queries: int, epochs: int, warmup_epochs: int, seed: int) -> Accuracy:

@@ -18,7 +18,8 @@ DEPTH_CHARTS = (  # key in evaluations.jsonl, label of the axis with unit, facto
     ("latency_ms", "latency, ms an image", 1.0),
 )
 INTERVAL = (
-    "In brackets: Wilson's 95 % interval, for the choice of validation images; seeds and training images add to it."
+    "In brackets: Wilson's 95 % interval, of mIoU and pixel accuracy that of a bootstrap, for the choice of validation images; seeds "
+    "and training images add to it."
 )
 DEVIATION = "After ±: the standard deviation over repeated draws of training images."
 MEASURES = {"knn": "kNN", "probe": "linear probe", "attentive": "attentive probe"}
