@@ -2,7 +2,7 @@
 
     python benchmarks/ablate.py photos-rival --data data
     python benchmarks/ablate.py photos-rival --data data --scale gpu --model vit_base_patch16_224 --minutes 8
-    python benchmarks/ablate.py --data data                 # all that are meant for this scale
+    python benchmarks/ablate.py --data data                 # all: on a CPU of thumbnails, on a GPU of photos
 
 --data holds the labelled folders that experiments name (unpack.py makes them), or is such a folder. A finished cell is kept: the same
 command continues where it was stopped, or where --minutes were over (exit code 3). Results: results/NAME-MODEL-SCALE.json, also of
@@ -241,7 +241,9 @@ def main() -> None:
     if unknown := set(arguments.names) - EXPERIMENTS.keys():
         parser.error(f"there is no {', '.join(sorted(unknown))}; there are: {', '.join(EXPERIMENTS)}")
     arguments.model = arguments.model or MODELS[arguments.scale]
-    names = arguments.names or [name for name in EXPERIMENTS if arguments.scale == "cpu" or name.startswith("photos-")]
+    names = arguments.names or [
+        name for name in EXPERIMENTS if name.startswith("photos-") == (arguments.scale == "gpu")
+    ]
     end = threading.Timer(60 * arguments.minutes, os.kill, (os.getpid(), signal.SIGTERM))
     end.daemon = True
     end.start()

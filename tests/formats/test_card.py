@@ -68,17 +68,22 @@ def test_the_card_of_a_run(tiny: Pretrain, tmp_path: Path, monkeypatch: pytest.M
     assert torch.equal(scope["model"](images), local(images))
 
 
+def measured(what: str, value: float, interval: list[float], images: int, **more: Any) -> dict[str, Any]:
+    """A line of evaluations.jsonl."""
+    return {
+        "what": what,
+        "name": "pretrained",
+        "value": value,
+        "interval": interval,
+        "images": images,
+        "data": "d",
+        **more,
+    }
+
+
 def test_accuracies_of_other_weights_are_not_the_cards(tiny: Pretrain) -> None:
     run = fake_run(tiny, Path(tiny.out))  # after step 7
-    line = {
-        "what": "knn",
-        "name": "pretrained",
-        "value": 0.5,
-        "interval": [0.4, 0.6],
-        "images": 9,
-        "data": "d",
-        "options": {"k": 1},
-    }
+    line = measured("knn", 0.5, [0.4, 0.6], 9, options={"k": 1})
     file = Path(run.out) / "evaluations.jsonl"
     file.write_text(json.dumps(line | {"step": 3}) + "\n")
     assert "No accuracy" in card_of(export(Export(run=run.out))).text
@@ -99,15 +104,7 @@ def test_the_kind_of_start_is_told_and_no_path(tiny: Pretrain, tmp_path: Path) -
 
 def test_the_cards_of_several_depths(tmp_path: Path) -> None:
     config = fake_run(in_segments(segments=2, mask_ratio=0.5), tmp_path / "run")
-    line = {
-        "what": "probe",
-        "name": "pretrained",
-        "value": 0.25,
-        "interval": [0.2, 0.3],
-        "images": 8,
-        "data": "d",
-        "step": 7,
-    }
+    line = measured("probe", 0.25, [0.2, 0.3], 8, step=7)
     lines = [line | {"options": {"depth": 2}}, line | {"options": {"depth": None}, "value": 0.75}]
     (tmp_path / "run" / "evaluations.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
     folder = export(Export(run=config.out, all_depths=True, license="mit"))

@@ -1,13 +1,16 @@
 """Escaping."""
 
+import base64
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from leanmim.config import Report
 from leanmim.page import report
 from leanmim.recipes import MAE
-from tests.page.pages import FINETUNE, Page, lines, make, metric, results, tuned
+from tests.page.pages import FINETUNE, PIXEL, Page, lines, make, metric, results, tuned
 
 
 def test_texts_of_others_are_escaped(tmp_path: Path) -> None:
@@ -47,3 +50,9 @@ def test_names_that_are_no_text_are_written_as_escapes(tmp_path: Path) -> None:
     )
     page = Page(report(Report(runs=(run,))))
     assert page.text.count("a\\udcff") >= 2 and page.text.count("x\\udcfe.png") == 2
+
+
+@pytest.mark.parametrize("png", [b"", b"none", PIXEL[:40]])
+def test_a_damaged_picture_does_not_keep_the_page_from_being_written(tmp_path: Path, png: bytes) -> None:
+    page = Page(report(Report(runs=(make(tmp_path / "run", reconstructions=png),))))
+    assert page.links == ([f"data:image/png;base64,{base64.b64encode(png).decode()}"] if png else [])

@@ -16,20 +16,5 @@ __all__ = [
 ]  # fmt: skip
 
 explain(
-    Compare,
-    Cost,
-    Embed,
-    Evaluate,
-    Export,
-    Finetune,
-    Knn,
-    Pack,
-    Plan,
-    Predict,
-    Pretrain,
-    Probe,
-    Publish,
-    Report,
-    Show,
-    Stats,
-)
+    Compare, Cost, Embed, Evaluate, Export, Finetune, Knn, Pack, Plan, Predict, Pretrain, Probe, Publish, Report, Show, Stats,
+)  # fmt: skip

@@ -4,6 +4,7 @@ import base64
 import io
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from html import escape
 from typing import Any, NamedTuple
 
@@ -65,11 +66,12 @@ def soft(text: str) -> Html:
 
 
 def picture(png: bytes, alt: str) -> Html:
-    """A PNG picture, embedded in the page; as WebP where that is smaller, as of photos it is by far."""
-    webp = io.BytesIO()
-    with Image.open(io.BytesIO(png)) as own:
+    """A PNG picture, embedded in the page; as WebP where that is smaller, as of photos it is by far. One that is damaged stays as it is."""
+    kind, data = "png", png
+    with suppress(OSError), Image.open(io.BytesIO(png)) as own:
+        webp = io.BytesIO()
         own.convert("RGB").save(webp, "WEBP", quality=85)
-    kind, data = min(("webp", webp.getvalue()), ("png", png), key=lambda pair: len(pair[1]))
+        kind, data = min(("webp", webp.getvalue()), ("png", png), key=lambda pair: len(pair[1]))
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return Html(f'<img alt="{escape(alt)}" src="{source}">')
 
