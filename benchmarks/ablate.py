@@ -48,6 +48,8 @@ class Experiment:
     """Whether only the labelled images are pre-trained on."""
     options: dict[str, Any] = field(default_factory=dict)
     """Of `leanmim compare`."""
+    gpu: bool = False
+    """Whether it is meant for a GPU's scale too: there the epochs are given, not the time."""
 
     def specs(self) -> tuple[str, ...]:
         """The recipes with all their options."""
@@ -71,7 +73,9 @@ DEEP = replace(
     options=CIFAR.options | dict(model_kwargs=dict(patch_size=4, embed_dim=64, depth=12, num_heads=2), depths=True),
 )  # fmt: skip
 SHORT = dict(budget="15min", seeds=1, labels_per_class=95, finetune_epochs=15)
-PHOTOS = Experiment("imagenette224", (), "", (300, 200), options=dict(input_size=(128,), eval_size=(128,), **SHORT))
+PHOTOS = Experiment(
+    "imagenette224", (), "", (300, 200), options=dict(input_size=(128,), eval_size=(128,), **SHORT), gpu=True
+)
 LONG = dict(budget="200epochs", seeds=1, label_share=0.1)
 
 HOG = "target=hog,hog-cell=4"
@@ -125,7 +129,9 @@ EXPERIMENTS: dict[str, Experiment] = {
             "mae:input-size=224",
         ),
     ),
-    "photos-confirmed": replace(PHOTOS, recipes=("mae", "mae:{rival}"), options=PHOTOS.options | dict(seeds=3)),
+    "photos-confirmed": replace(
+        PHOTOS, recipes=("mae", "mae:{rival}"), options=PHOTOS.options | dict(seeds=3), gpu=False
+    ),
     "photos-one": replace(
         PHOTOS,
         recipes=(
@@ -146,6 +152,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             PHOTOS,
             recipes=("mae:input-size=224", "mae:{rival}", "lean"),
             options=PHOTOS.options | dict(budget=f"{minutes}min"),
+            gpu=False,
         )
         for minutes in (7, 15, 30, 60)
     },
@@ -241,9 +248,12 @@ def main() -> None:
     if unknown := set(arguments.names) - EXPERIMENTS.keys():
         parser.error(f"there is no {', '.join(sorted(unknown))}; there are: {', '.join(EXPERIMENTS)}")
     arguments.model = arguments.model or MODELS[arguments.scale]
+    gpu = arguments.scale == "gpu"
     names = arguments.names or [
-        name for name in EXPERIMENTS if name.startswith("photos-") == (arguments.scale == "gpu")
+        name for name, own in EXPERIMENTS.items() if (own.gpu if gpu else own.set != PHOTOS.set)
     ]
+    if gpu and (short := [name for name in names if not EXPERIMENTS[name].gpu]):
+        parser.error(f"{', '.join(short)}: not meant for a GPU's scale")
     end = threading.Timer(60 * arguments.minutes, os.kill, (os.getpid(), signal.SIGTERM))
     end.daemon = True
     end.start()
