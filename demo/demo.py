@@ -6,6 +6,7 @@ it comes from.
 """
 
 import argparse
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,8 +93,8 @@ def main() -> None:
             print(f"  {measure:12}  {names[name]:20}{accuracy}")
     page = leanmim.report(runs=(str(out),))
     print(f"\nSee {out / 'reconstructions.png'} and {page}. The encoder loads in timm:\n")
-    trained, model, _ = leanmim.restore(out)
-    lines = timm_lines(out / "export" / "timm", trained, model)
+    export = out / "export" / "timm"
+    lines = timm_lines(export / "model.safetensors", json.loads((export / "config.json").read_text()))
     print(lines)
     with torch.inference_mode():
         exec(lines, {})  # what is printed must run

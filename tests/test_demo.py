@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 import leanmim
-from tests.helpers import PHOTOS
+from leanmim.config import Pretrain
+from tests.helpers import PHOTOS, fake_run
 
 DEMO = PHOTOS.parent / "demo.py"
 
@@ -40,29 +41,27 @@ def test_every_photo_is_cut_and_the_photos_shown_are_there(demo: dict[str, Any],
     assert len(set(demo["SHOWN"])) == 8 and set(demo["SHOWN"]) <= names
 
 
-class Written(Exception):
-    """The demo has come to where it loads the encoder."""
-
-
-def test_the_report_is_written_after_picture_knn_and_probe(
-    demo: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_report_is_written_after_picture_knn_and_probe_and_the_export_is_loaded(
+    demo: dict[str, Any],
+    tiny: Pretrain,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     done: list[str] = []
+    leanmim.export(run=fake_run(tiny, tmp_path / "run").out)
 
     def accuracies(name: str) -> Iterator[tuple[str, float]]:
         yield "pretrained", 0.5
         done.append(name)
 
-    def restore(run: Path) -> None:
-        raise Written
-
     for name in ("pretrain", "show", "report"):
         monkeypatch.setattr(leanmim, name, lambda *given, name=name, **fields: done.append(name), raising=False)
     for name in ("knn", "probe"):
         monkeypatch.setattr(leanmim, name, lambda name=name, **fields: accuracies(name), raising=False)
-    monkeypatch.setattr(leanmim, "restore", restore, raising=False)
     monkeypatch.setitem(demo["main"].__globals__, "cut", lambda *folders: None)
     monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path / "run")])
-    with pytest.raises(Written):
-        demo["main"]()
+    capsys.readouterr()
+    demo["main"]()  # which runs the lines that it prints
     assert done == ["pretrain", "show", "knn", "probe", "report"]
+    assert "timm.create_model" in capsys.readouterr().out
