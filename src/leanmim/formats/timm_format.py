@@ -129,3 +129,15 @@ def timm_lines(folder: Path, config: Pretrain, model: MIM) -> str:
         f'checkpoint_path="{folder / "model.safetensors"}").eval()\n'
         f"features = model(torch.randn(1, {config.channels}, {config.size[0]}, {config.size[1]}))"
     )
+
+
+def timm_loading(folder: Path, classifier: bool) -> str:
+    """Python that loads an export: the model, its maps, a pyramid of them."""
+    there = repr(f"local-dir:{folder}")
+    head = "" if classifier else ", num_classes=0"
+    return (
+        "  import leanmim, timm\n"
+        f"  model = timm.create_model({there}, pretrained=True{head})\n"
+        f"  maps = timm.create_model({there}, pretrained=True, features_only=True)  # of every stage or block\n"
+        f"  pyramid = leanmim.pyramid({str(folder)!r})  # maps of strides 4, 8, 16, 32, for detection and segmentation"
+    )
