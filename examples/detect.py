@@ -52,7 +52,11 @@ def annotations(data: Path, part: str) -> dict[str, Any]:
             boxes.append(
                 {"id": len(boxes) + 1, "image_id": i, "category_id": kind, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
             )  # fmt: skip
-    return {"images": images, "annotations": boxes, "categories": [{"id": i, "name": n} for i, n in enumerate(names, 1)]}
+    return {
+        "images": images,
+        "annotations": boxes,
+        "categories": [{"id": i, "name": n} for i, n in enumerate(names, 1)],
+    }
 
 
 class Boxes(Dataset):
@@ -91,7 +95,9 @@ def evaluate(model: FasterRCNN, boxes: Boxes, device: str) -> tuple[float, float
             (result,) = model([image.to(device)])
             corners = result["boxes"].cpu()
             corners[:, 2:] -= corners[:, :2]
-            for box, label, score in zip(corners.tolist(), result["labels"].tolist(), result["scores"].tolist(), strict=True):
+            for box, label, score in zip(
+                corners.tolist(), result["labels"].tolist(), result["scores"].tolist(), strict=True
+            ):
                 kind = boxes.kinds[label - 1]
                 found.append({"image_id": target["image_id"], "category_id": kind, "bbox": box, "score": score})
     if not found:
@@ -107,7 +113,9 @@ def evaluate(model: FasterRCNN, boxes: Boxes, device: str) -> tuple[float, float
 def main(arguments: list[str] | None = None) -> float:
     """Train and measure; the mean average precision."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--start", required=True, help="run or export folder, timm's name of published weights, or scratch")
+    parser.add_argument(
+        "--start", required=True, help="run or export folder, timm's name of published weights, or scratch"
+    )
     parser.add_argument("--model", help="timm's name of the architecture, for scratch")
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--out", required=True, type=Path)
@@ -131,7 +139,11 @@ def main(arguments: list[str] | None = None) -> float:
     ).to(given.device)  # fmt: skip
     drawn = RandomSampler(train, num_samples=given.steps * given.batch_size)
     feed = DataLoader(
-        train, given.batch_size, sampler=drawn, num_workers=given.workers, collate_fn=lambda batch: tuple(zip(*batch, strict=True))
+        train,
+        given.batch_size,
+        sampler=drawn,
+        num_workers=given.workers,
+        collate_fn=lambda batch: tuple(zip(*batch, strict=True)),
     )
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=given.lr, weight_decay=0.05)

@@ -104,7 +104,9 @@ def draw(model: Segmenter, scenes: Scenes, file: Path, device: str) -> None:
 def main(arguments: list[str] | None = None) -> float:
     """Train, measure, draw; the mean of the classes' intersections over unions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--start", required=True, help="run or export folder, timm's name of published weights, or scratch")
+    parser.add_argument(
+        "--start", required=True, help="run or export folder, timm's name of published weights, or scratch"
+    )
     parser.add_argument("--model", help="timm's name of the architecture, for scratch")
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--out", required=True, type=Path)

@@ -130,7 +130,9 @@ def test_layers_without_pretraining_are_fresh(tmp_path: Path) -> None:
 
 def test_what_has_no_pyramid(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has maps of stride 14; .* choose another backbone, or patches of 16 px"):
-        leanmim.pyramid("scratch", model="vit_tiny_patch16_224", model_kwargs=PATCHES | {"patch_size": 14}, input_size=56)
+        leanmim.pyramid(
+            "scratch", model="vit_tiny_patch16_224", model_kwargs=PATCHES | {"patch_size": 14}, input_size=56
+        )
     hiera = leanmim.pyramid(
         "scratch", model="hiera_tiny_224", input_size=64,
         model_kwargs={"embed_dim": 32, "stages": [1, 1, 1, 1], "num_heads": 1},
@@ -144,9 +146,7 @@ def test_what_has_no_pyramid(tmp_path: Path) -> None:
 @pytest.mark.parametrize("detector", [FasterRCNN, MaskRCNN])
 def test_torchvisions_detectors_train_and_detect(name: str, detector: Any, tmp_path: Path) -> None:
     pyramid = leanmim.pyramid(run_of(name, tmp_path / "run").out, out_channels=16, pool=True)
-    model = detector(
-        pyramid, num_classes=3, min_size=96, max_size=160, image_mean=pyramid.mean, image_std=pyramid.std
-    )
+    model = detector(pyramid, num_classes=3, min_size=96, max_size=160, image_mean=pyramid.mean, image_std=pyramid.std)
     images = [torch.rand(3, 80, 100), torch.rand(3, 120, 64)]
     target = {"boxes": torch.tensor([[10.0, 10.0, 50.0, 60.0]]), "labels": torch.tensor([1])}
     targets = [target | {"masks": torch.ones(1, *image.shape[1:], dtype=torch.uint8)} for image in images]

@@ -25,7 +25,11 @@ def main_of(name: str) -> Callable[[list[str]], float]:
 def scene(seed: int) -> tuple[Image.Image, Image.Image, tuple[int, int, int, int]]:
     """A bright square on grey: the image, the mask (1 in the square, 11 at its left edge), the square."""
     left, top = np.random.default_rng(seed).integers(8, 40, 2).tolist()
-    image, mask, box = Image.new("RGB", (96, 72), (90, 90, 90)), Image.new("L", (96, 72)), (left, top, left + 24, top + 24)
+    image, mask, box = (
+        Image.new("RGB", (96, 72), (90, 90, 90)),
+        Image.new("L", (96, 72)),
+        (left, top, left + 24, top + 24),
+    )
     ImageDraw.Draw(image).rectangle(box, (250, 200, 40))
     ImageDraw.Draw(mask).rectangle(box, 1)
     ImageDraw.Draw(mask).line((left, top, left, top + 24), 11)
@@ -41,7 +45,19 @@ def test_segmentation(tiny: Pretrain, tmp_path: Path, capsys: pytest.CaptureFixt
             image, mask, _ = scene(i)
             image.save(data / "images" / part / f"{i}.jpg")
             mask.save(data / "masks" / part / f"{i}.png")
-    line = ["--start", run.out, "--data", str(data), "--out", str(tmp_path / "out"), "--classes", "2", "--crop", "64", "64"]
+    line = [
+        "--start",
+        run.out,
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path / "out"),
+        "--classes",
+        "2",
+        "--crop",
+        "64",
+        "64",
+    ]
     mean = main_of("segment")([*line, *QUICK])
     assert 0 <= mean <= 1
     assert f"mIoU {100 * mean:.2f} % of 2 images" in capsys.readouterr().out
