@@ -133,6 +133,8 @@ class Pyramid(nn.Module):
             )
         last = {stride: i for i, stride in enumerate(strides)}
         self.backbone = FeatureGetterNet(whole, [last[stride] for stride in (strides[:1] if plain else STRIDES)])
+        if hasattr(whole, "head"):  # of a ConvNeXt it still holds a norm, which would never have a gradient
+            whole.head = nn.Identity()
         channels = cast(list[int], self.backbone.feature_info.channels())
         self.neck: nn.Module = (
             SimplePyramid(channels[0], strides[0], out_channels)
