@@ -75,7 +75,7 @@ def test_a_pyramid_of_any_family_and_size(name: str, tmp_path: Path) -> None:
         pyramid = leanmim.pyramid(start, out_channels=12, pool=True)
         assert pyramid.training and pyramid.out_channels == 12
         assert pyramid.mean == [0.4] * 3 and pyramid.std == [0.2] * 3
-        inner = pyramid.backbone.model.state_dict()
+        inner = pyramid.backbone.state_dict()
         own = load_backbone(run.out)[0].state_dict()
         assert inner and all(torch.equal(value, own[key]) for key, value in inner.items())
         assert all(key.startswith(("norm.", "fc_norm.", "head.")) for key in own.keys() - inner.keys())
@@ -124,13 +124,13 @@ def test_a_pyramid_of_nothing_and_of_a_classifier(tmp_path: Path) -> None:
     scratch = leanmim.pyramid("scratch", model="resnet18", model_kwargs=FAMILIES["resnet"][1])
     assert list(scratch(torch.randn(1, 3, 64, 64))) == ["0", "1", "2", "3"]
     tuned = finetuned("pvt", tmp_path / "run").state_dict()
-    found = leanmim.pyramid(tmp_path / "run").backbone.model.state_dict()
+    found = leanmim.pyramid(tmp_path / "run").backbone.state_dict()
     assert found and all(torch.equal(value, tuned[key]) for key, value in found.items())
 
 
 def test_layers_without_pretraining_are_fresh(tmp_path: Path) -> None:
     run = run_of("convnext", tmp_path / "run", depth=2)
-    found = leanmim.pyramid(run.out).backbone.model.state_dict()
+    found = leanmim.pyramid(run.out).backbone.state_dict()
     own = load_backbone(run.out)[0].backbone.state_dict()
     assert all(torch.equal(value, found[key]) for key, value in own.items() if key in found)
     assert any(key.startswith("stages.3.") for key in found.keys() - own.keys())

@@ -62,7 +62,7 @@ def test_segmentation(tiny: Pretrain, tmp_path: Path, capsys: pytest.CaptureFixt
     assert 0 <= mean <= 1
     assert f"mIoU {100 * mean:.2f} % of 2 images" in capsys.readouterr().out
     weights = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
-    assert any(name.startswith("pyramid.backbone.model.blocks") for name in weights)
+    assert any(name.startswith("pyramid.backbone.blocks") for name in weights)
     assert Image.open(tmp_path / "out" / "predictions.png").width > 100
     (data / "masks" / "val" / "0.png").unlink()
     with pytest.raises(SystemExit, match="masks/val lacks the PNG file"):
@@ -110,7 +110,7 @@ def test_detection(
     assert 0 <= mean <= 1
     assert f"mAP {100 * mean:.2f} %" in capsys.readouterr().out
     weights = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
-    assert any(name.startswith("backbone.backbone.model.blocks") for name in weights)
+    assert any(name.startswith("backbone.backbone.blocks") for name in weights)
 
 
 def test_the_truth_is_found_right(tmp_path: Path) -> None:

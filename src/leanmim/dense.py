@@ -8,12 +8,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from timm.layers import LayerNorm2d
-from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, pad
 from torchvision.ops import FeaturePyramidNetwork
@@ -113,7 +112,7 @@ class Pyramid(nn.Module):
         UserError: the backbone has no maps of these strides.
 
     Attributes:
-        backbone: timm's, without head and last norm; ``backbone.model`` has timm's names of the weights.
+        backbone: timm's, with its own names of the weights, without head and last norm.
         neck: what makes the maps of the backbone's.
         out_channels: of each map, as torchvision's detectors ask.
         mean: of the images that the backbone knows, in the units of `leanmim stats`.
@@ -124,6 +123,8 @@ class Pyramid(nn.Module):
         super().__init__()
         whole, self.fixed = at_any_size(start)
         self.out_channels, self.pool, self.mean, self.std = out_channels, pool, start.mean, start.std
+        if not hasattr(whole, "forward_intermediates"):
+            raise UserError(f"{start.origin}: timm gives no maps of {start.model.model}; choose another backbone")
         strides = [info["reduction"] for info in whole.feature_info]
         plain = len({*strides}) == 1
         if not (plain and strides[0] in STRIDES) and not {*strides} >= {*STRIDES}:
@@ -132,10 +133,10 @@ class Pyramid(nn.Module):
                 "takes those of 4, 8, 16 and 32 px, or one of these: choose another backbone, or patches of 16 px"
             )
         last = {stride: i for i, stride in enumerate(strides)}
-        self.backbone = FeatureGetterNet(whole, [last[stride] for stride in (strides[:1] if plain else STRIDES)])
-        if hasattr(whole, "head"):  # of a ConvNeXt it still holds a norm, which would never have a gradient
-            whole.head = nn.Identity()
-        channels = cast(list[int], self.backbone.feature_info.channels())
+        self.taken = [last[stride] for stride in (strides[:1] if plain else STRIDES)]
+        channels = [whole.feature_info[i]["num_chs"] for i in self.taken]
+        whole.prune_intermediate_layers(self.taken, prune_norm=True)  # what comes after them would never have a gradient
+        self.backbone = whole
         self.neck: nn.Module = (
             SimplePyramid(channels[0], strides[0], out_channels)
             if plain
@@ -158,7 +159,8 @@ class Pyramid(nn.Module):
                 f"give leanmim.pyramid input_size=({height}, {width})"
             )
         images = pad(images, (0, -width % STRIDES[-1], 0, -height % STRIDES[-1]))
-        maps = self.neck(OrderedDict((str(i), x) for i, x in enumerate(self.backbone(images))))
+        own = self.backbone.forward_intermediates(images, indices=self.taken, intermediates_only=True)
+        maps = self.neck(OrderedDict((str(i), x) for i, x in enumerate(own)))
         if self.pool:  # every second place, as torchvision's LastLevelMaxPool has it
             maps["pool"] = max_pool2d(maps["3"], kernel_size=1, stride=2)
         return maps
