@@ -53,7 +53,9 @@ def run_of(name: str, folder: Path, **changes: Any) -> Pretrain:
 
 
 def own_maps(run: str, images: Tensor) -> list[Tensor]:
-    return load_backbone(run)[0].forward_intermediates(images, intermediates_only=True)
+    backbone = load_backbone(run)[0]
+    with torch.inference_mode():
+        return backbone.forward_intermediates(images, intermediates_only=True)
 
 
 def assert_loaded(module: nn.Module, run: str) -> None:
@@ -99,9 +101,9 @@ def test_timm_gives_the_maps_of_an_export(name: str, tmp_path: Path) -> None:
     assert_loaded(features, run.out)
     with torch.inference_mode():
         found = features(images)  # of a ViT the last blocks only
-        for x, expected in zip(found, own_maps(run.out, images)[-len(found) :], strict=True):
-            x = x.permute(0, 3, 1, 2) if getattr(features, "output_fmt", None) == "NHWC" else x
-            assert torch.equal(x, expected)
+    for x, expected in zip(found, own_maps(run.out, images)[-len(found) :], strict=True):
+        x = x.permute(0, 3, 1, 2) if getattr(features, "output_fmt", None) == "NHWC" else x
+        assert torch.equal(x, expected)
 
 
 def test_layers_of_the_simple_pyramid(tmp_path: Path) -> None:
