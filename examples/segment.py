@@ -89,9 +89,9 @@ def draw(model: Segmenter, scenes: Scenes, file: Path, device: str) -> None:
         image, mask = scenes[index]
         with torch.inference_mode():
             found = model(image[None].to(device))[0].argmax(0).cpu()
-        row[0].imshow((image * std + mean).clamp(0, 1).permute(1, 2, 0))
+        row[0].imshow((image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
         for axis, values in ((row[1], mask), (row[2], found)):
-            axis.imshow(values, cmap="tab20", vmin=0, vmax=scenes.classes, interpolation="nearest")
+            axis.imshow(values.numpy(), cmap="tab20", vmin=0, vmax=scenes.classes, interpolation="nearest")
     for axis, title in zip(axes[0], ("image", "mask", "prediction"), strict=True):
         axis.set_title(title)
     for axis in axes.flat:

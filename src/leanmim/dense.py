@@ -135,7 +135,9 @@ class Pyramid(nn.Module):
         last = {stride: i for i, stride in enumerate(strides)}
         self.taken = [last[stride] for stride in (strides[:1] if plain else STRIDES)]
         channels = [whole.feature_info[i]["num_chs"] for i in self.taken]
-        whole.prune_intermediate_layers(self.taken, prune_norm=True)  # what comes after them would never have a gradient
+        whole.prune_intermediate_layers(
+            self.taken, prune_norm=True
+        )  # what comes after them would never have a gradient
         self.backbone = whole
         self.neck: nn.Module = (
             SimplePyramid(channels[0], strides[0], out_channels)
