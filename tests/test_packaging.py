@@ -31,7 +31,7 @@ def test_the_sdist_holds_what_its_tests_and_its_demo_need(dist: Path) -> None:
     (path,) = dist.glob("*.tar.gz")
     with tarfile.open(path) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
-    for folder in ("src", "tests", "demo", "docs", "benchmarks"):
+    for folder in ("src", "tests", "demo", "docs", "benchmarks", "examples"):
         there = {p.relative_to(ROOT).as_posix() for p in (ROOT / folder).rglob("*") if p.is_file()}
         there = {name for name in there if "__pycache__" not in name and ".egg-info" not in name}
         assert there and there <= names, there - names

@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # for type checkers and editors; when run, a name is imported
     from leanmim.data import SOURCES
     from leanmim.data.pack import pack as _pack
     from leanmim.data.stats import stats as _stats
+    from leanmim.dense import pyramid
     from leanmim.encoders import MASKINGS
     from leanmim.errors import UserError
     from leanmim.evaluators.embed import embed as _embed
@@ -89,6 +90,7 @@ _NAMES = {
     "data": "SOURCES",
     "data.pack": "pack",
     "data.stats": "stats",
+    "dense": "pyramid",
     "encoders": "MASKINGS",
     "errors": "UserError",
     "evaluators.embed": "embed",
@@ -116,7 +118,7 @@ __all__ = [
     "BIM", "FASTMIM", "FASTMIM_P", "LEAN", "LEAN_MEMORY", "MAE", "MASKINGS", "MIM", "PR_MIM", "RECIPES", "SIMMIM", "SOURCES", "TARGETS", "Compare", "Cost",
     "Embed", "Evaluate", "Export", "Finetune", "Knn", "Pack", "Plan", "Predict", "Pretrain", "Probe", "Publish", "Report", "Show", "Stats", "UserError",
     "__version__", "build", "compare", "cost", "embed", "evaluate", "export", "finetune", "knn", "load_backbone", "pack", "plan", "predict",
-    "pretrain", "probe", "publish", "report", "restore", "show", "stats",
+    "pretrain", "probe", "publish", "pyramid", "report", "restore", "show", "stats",
 ]  # fmt: skip
 
 

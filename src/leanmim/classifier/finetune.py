@@ -24,7 +24,7 @@ from leanmim.data.labels import Labels, choose_labels
 from leanmim.device import forget_peak
 from leanmim.environment import environment
 from leanmim.errors import Damaged, UserError
-from leanmim.formats import export
+from leanmim.formats import write_export
 from leanmim.loop import Loop
 from leanmim.page import report
 from leanmim.processes import Process, processes
@@ -285,6 +285,6 @@ class Judge:
         if bad.seen:
             say(f"{len(bad.seen)} unreadable files were skipped; they are listed in {self.run.skipped}")
         say(f"accuracy after epoch {best['epoch']:.4g}, the best: {top_accuracy(found)}; after the last: {last}")
-        folder = export(Export(run=self.config.out, overwrite=True))
+        (folder,), _ = write_export(Export(run=self.config.out, overwrite=True))
         page = report(Report(runs=(self.config.out,)))
         say(f"done: classifier in {folder}, predictions in {self.run.folder / 'predictions.csv'}, report in {page}")

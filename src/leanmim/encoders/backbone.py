@@ -30,7 +30,7 @@ def backbone_of(config: Model, keep: int | None = None, /, **arguments: Any) -> 
     return create_backbone(config.model, config.size, config.channels, keep, **{**config.model_kwargs, **arguments})
 
 
-def _arguments(name: str, input_size: tuple[int, int], channels: int, **kwargs: Any) -> dict[str, Any]:
+def _arguments(name: str, input_size: tuple[int, int], channels: int, /, **kwargs: Any) -> dict[str, Any]:
     """Arguments that a model may take or not."""
     arguments: dict[str, Any] = dict(num_classes=0, in_chans=channels, img_size=input_size, drop_path_rate=0.0)
     if name.startswith("swin_") and not name.startswith("swin_s3"):  # whose windows differ from stage to stage

@@ -15,15 +15,15 @@ from leanmim.classifier.model import build_classifier
 from leanmim.config import Export, Pretrain
 from leanmim.errors import CannotWrite, UserError
 from leanmim.formats.card import Card, check_license
-from leanmim.formats.onnx_format import onnx_classifier, onnx_encoder
-from leanmim.formats.timm_format import timm_classifier, timm_files, timm_lines
-from leanmim.formats.vitmae import vitmae_files
+from leanmim.formats.onnx_format import onnx_classifier, onnx_encoder, onnx_loading
+from leanmim.formats.timm_format import timm_classifier, timm_files, timm_lines, timm_loading
+from leanmim.formats.vitmae import vitmae_files, vitmae_loading
 from leanmim.mim import MIM
 from leanmim.run import Run, load, write_atomically, write_json
 from leanmim.start import Start, checkpoint_of, open_start
 from leanmim.weights import digest, rebuild
 
-__all__ = ["FORMATS", "Format", "export", "timm_files", "timm_lines", "vitmae_files"]
+__all__ = ["FORMATS", "Format", "export", "timm_files", "timm_lines", "vitmae_files", "write_export"]
 
 Files = dict[str, Any]  # tensors by their names for NAME.safetensors, bytes for others, JSON values for NAME.json
 
@@ -36,18 +36,35 @@ class Format(NamedTuple):
     ]  # of a configuration, model, checkpoint, depth
     classifier: Callable[[Start, nn.Module, dict[str, Any]], Files] | None  # of a fine-tuned run and its checkpoint
     shallow: bool  # whether it can hold the first blocks or stages of a model
+    loading: Callable[[Path, bool], str]  # of a folder, and whether it holds a classifier: Python that loads it
     card: bool = False  # whether a model card belongs to it
 
 
 FORMATS = {
-    "timm": Format(timm_files, timm_classifier, True, card=True),
-    "onnx": Format(onnx_encoder, onnx_classifier, True),
-    "transformers": Format(vitmae_files, None, False),
+    "timm": Format(timm_files, timm_classifier, True, timm_loading, card=True),
+    "onnx": Format(onnx_encoder, onnx_classifier, True, onnx_loading),
+    "transformers": Format(vitmae_files, None, False, vitmae_loading),
 }
 """By the name that --format gives."""
 
 
-def export(config: Export, repo: str | None = None) -> Path:
+def export(config: Export) -> Path:
+    """Write a run's weights in another library's format, and say on the standard error how they are loaded.
+
+    Returns:
+        The folder; with ``all_depths`` the one that holds a folder for each depth.
+
+    Raises:
+        UserError: as for `write_export`.
+    """
+    folders, classifier = write_export(config)
+    print(f"To load it in Python:\n{FORMATS[config.format].loading(folders[-1], classifier)}", file=sys.stderr)
+    if not config.all_depths:
+        return folders[0]
+    return Path(config.out) if config.out else home(config)
+
+
+def write_export(config: Export, repo: str | None = None) -> tuple[list[Path], bool]:
     """Write a run's weights in another library's format; for timm also a model card.
 
     Args:
@@ -55,7 +72,7 @@ def export(config: Export, repo: str | None = None) -> Path:
         repo: OWNER/NAME on the Hugging Face hub, for the card; None is not known yet.
 
     Returns:
-        The folder; with ``all_depths`` the one that holds a folder for each depth.
+        The folder of each depth, and whether they hold a classifier.
 
     Raises:
         UserError: the run cannot be read, the format cannot hold this model, no segment ends at the depth, or files
@@ -72,11 +89,13 @@ def export(config: Export, repo: str | None = None) -> Path:
     path = Path(config.run)
     found = checkpoint_of(path)
     state = load(found) if found else Run(path).read()
-    return export_classifier(config, state, repo) if "classes" in state else export_encoder(config, state, repo)
+    if "classes" in state:
+        return [export_classifier(config, state, repo)], True
+    return export_encoder(config, state, repo), False
 
 
 def export_classifier(config: Export, state: dict[str, Any], repo: str | None) -> Path:
-    """Write the classifier of a fine-tuned run. As `export`."""
+    """Write the classifier of a fine-tuned run. As `write_export`."""
     make = FORMATS[config.format].classifier
     if make is None:
         able = " or ".join(name for name, row in FORMATS.items() if row.classifier)
@@ -91,8 +110,8 @@ def export_classifier(config: Export, state: dict[str, Any], repo: str | None) -
     return folder
 
 
-def export_encoder(config: Export, state: dict[str, Any], repo: str | None) -> Path:
-    """Write the encoder of a pre-training run. As `export`."""
+def export_encoder(config: Export, state: dict[str, Any], repo: str | None) -> list[Path]:
+    """Write the encoder of a pre-training run. As `write_export`."""
     trained, model = rebuild(state, config.run)
     target, whole = FORMATS[config.format], model.encoder.depths[-1]
     depths = model.encoder.depths if config.all_depths else (config.depth,)
@@ -109,9 +128,7 @@ def export_encoder(config: Export, state: dict[str, Any], repo: str | None) -> P
                 file=sys.stderr,
             )
         write(folder, files | card(config, state, files, repo, depth=depth or whole, whole=whole))
-    if not config.all_depths:
-        return folders[0]
-    return Path(config.out) if config.out else home(config)
+    return folders
 
 
 def card(config: Export, state: dict[str, Any], files: Files, repo: str | None, **depths: int) -> Files:

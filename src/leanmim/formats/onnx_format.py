@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,16 @@ def onnx_files(module: nn.Module, own: Model, outputs: list[str], facts: dict[st
                     "torch and onnxruntime, or --format timm"
                 )
     return {"model.onnx": content, "config.json": described}
+
+
+def onnx_loading(folder: Path, classifier: bool) -> str:
+    """Python that runs an export."""
+    outputs = "(logits,)" if classifier else "features, tokens"
+    return (
+        "  import onnxruntime\n"
+        f"  session = onnxruntime.InferenceSession({str(folder / 'model.onnx')!r})\n"
+        f'  {outputs} = session.run(None, {{"images": images}})  # normalised, float32, batch x channels x height x width'
+    )
 
 
 def as_tuple(outputs: Any) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ from huggingface_hub import HfApi, get_token
 
 from leanmim.config import Export, Publish
 from leanmim.errors import UserError
-from leanmim.formats import export
+from leanmim.formats import write_export
 
 REPO = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 PUSHED = ["README.md", "config.json", "model.safetensors"]  # and nothing else that may lie in the folder
@@ -36,7 +36,7 @@ def publish(config: Publish) -> str:
             "nobody is logged in to the Hugging Face hub; `hf auth login`, or set HF_TOKEN, then publish again"
         )
     own = Export(run=config.run, depth=config.depth, license=config.license)
-    folder = export(own, repo=config.repo)
+    (folder,), _ = write_export(own, repo=config.repo)
     if config.license is None:
         print("the model card names no licence; --license apache-2.0, for example, puts one there", file=sys.stderr)
     try:

@@ -135,3 +135,15 @@ def timm_lines(file: Path, description: dict[str, Any]) -> str:
         f'model = timm.create_model("{description["architecture"]}", {arguments}).eval()\n'
         f"{result} = model(torch.randn(1, {channels}, {height}, {width}))"
     )
+
+
+def timm_loading(folder: Path, classifier: bool) -> str:
+    """Python that loads an export: the model, its maps, a pyramid of them."""
+    there = repr(f"local-dir:{folder}")
+    head = "" if classifier else ", num_classes=0"
+    return (
+        "  import leanmim, timm\n"
+        f"  model = timm.create_model({there}, pretrained=True{head})\n"
+        f"  maps = timm.create_model({there}, pretrained=True, features_only=True)  # of every stage or block\n"
+        f"  pyramid = leanmim.pyramid({str(folder)!r})  # maps of strides 4, 8, 16, 32, for detection and segmentation"
+    )

@@ -1,5 +1,6 @@
 """transformers: a folder for ViTMAEForPreTraining, encoder and decoder."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -141,3 +142,11 @@ def vitmae_weights(model: MIM) -> dict[str, Tensor]:
                 for ours, theirs in names.items():
                     weights[f"{start}.{i}.{theirs}.{end}"] = getattr(block.get_submodule(ours), end)
     return weights
+
+
+def vitmae_loading(folder: Path, classifier: bool) -> str:
+    """Python that loads an export; there are none of classifiers."""
+    return (
+        "  from transformers import ViTMAEForPreTraining\n"
+        f"  model = ViTMAEForPreTraining.from_pretrained({str(folder)!r})"
+    )

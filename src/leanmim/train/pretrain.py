@@ -17,7 +17,7 @@ from leanmim.data import Labelled, absolute, batches, centre_crop, labelled_pair
 from leanmim.device import forget_peak, peak_memory
 from leanmim.environment import environment
 from leanmim.errors import UserError
-from leanmim.formats import export
+from leanmim.formats import write_export
 from leanmim.loop import Loop
 from leanmim.page import report
 from leanmim.pictures import show
@@ -143,7 +143,7 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
     if process.first:
         if bad.seen:
             loop.console.print(f"{len(bad.seen)} unreadable files were skipped; they are listed in {run.skipped}")
-        folder = export(Export(run=config.out, overwrite=True))
+        (folder,), _ = write_export(Export(run=config.out, overwrite=True))
         picture = show(Show(run=config.out))
         page = report(Report(runs=(config.out,)))
         loop.console.print(f"done: encoder in {folder}, reconstructions in {picture}, report in {page}")

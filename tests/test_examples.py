@@ -1,0 +1,130 @@
+"""The examples train on a handful of drawn images, for two steps, and report."""
+
+import json
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from leanmim.config import Pretrain
+from tests.helpers import fake_run
+
+ROOT = Path(__file__).parent.parent
+QUICK = ["--steps", "2", "--batch-size", "2", "--workers", "0", "--device", "cpu"]
+
+
+def main_of(name: str) -> Callable[[list[str]], float]:
+    return runpy.run_path(str(ROOT / "examples" / f"{name}.py"))["main"]
+
+
+def scene(seed: int) -> tuple[Image.Image, Image.Image, tuple[int, int, int, int]]:
+    """A bright square on grey: the image, the mask (1 in the square, 11 at its left edge), the square."""
+    left, top = np.random.default_rng(seed).integers(8, 40, 2).tolist()
+    image, mask, box = (
+        Image.new("RGB", (96, 72), (90, 90, 90)),
+        Image.new("L", (96, 72)),
+        (left, top, left + 24, top + 24),
+    )
+    ImageDraw.Draw(image).rectangle(box, (250, 200, 40))
+    ImageDraw.Draw(mask).rectangle(box, 1)
+    ImageDraw.Draw(mask).line((left, top, left, top + 24), 11)
+    return image, mask, box
+
+
+def test_segmentation(tiny: Pretrain, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, data = fake_run(tiny, Path(tiny.out)), tmp_path / "data"
+    for part, count in (("train", 3), ("val", 2)):
+        for kind in ("images", "masks"):
+            (data / kind / part).mkdir(parents=True)
+        for i in range(count):
+            image, mask, _ = scene(i)
+            image.save(data / "images" / part / f"{i}.jpg")
+            mask.save(data / "masks" / part / f"{i}.png")
+    line = [
+        "--start",
+        run.out,
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path / "out"),
+        "--classes",
+        "2",
+        "--crop",
+        "64",
+        "64",
+    ]
+    mean = main_of("segment")([*line, *QUICK])
+    assert 0 <= mean <= 1
+    assert f"mIoU {100 * mean:.2f} % of 2 images" in capsys.readouterr().out
+    weights = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
+    assert any(name.startswith("pyramid.backbone.blocks") for name in weights)
+    assert Image.open(tmp_path / "out" / "predictions.png").width > 100
+    (data / "masks" / "val" / "0.png").unlink()
+    with pytest.raises(SystemExit, match="masks/val lacks the PNG file"):
+        main_of("segment")([*line, *QUICK])
+
+
+def coco(data: Path) -> None:
+    """As COCO has it; categories need not be numbered from 1 on."""
+    (data / "images").mkdir(parents=True)
+    for part, count in (("train", 3), ("val", 2)):
+        known: dict[str, Any] = {"images": [], "annotations": [], "categories": [{"id": 7, "name": "square"}]}
+        for i in range(count):
+            image, _, (left, top, right, bottom) = scene(i)
+            image.save(data / "images" / f"{part}{i}.jpg")
+            known["images"].append({"id": i, "file_name": f"{part}{i}.jpg", "height": 72, "width": 96})
+            box = {"bbox": [left, top, right - left, bottom - top], "area": 576, "iscrowd": 0, "category_id": 7}
+            known["annotations"].append({"id": i + 1, "image_id": i, **box})
+        (data / f"{part}.json").write_text(json.dumps(known))
+
+
+def voc(data: Path) -> None:
+    """As Pascal VOC has it."""
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (data / folder).mkdir(parents=True)
+    for part, count in (("train", 3), ("val", 2)):
+        for i in range(count):
+            image, _, box = scene(i)
+            image.save(data / "JPEGImages" / f"{part}{i}.jpg")
+            sides = "".join(f"<{n}>{v}</{n}>" for n, v in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
+            (data / "Annotations" / f"{part}{i}.xml").write_text(
+                "<annotation><size><width>96</width><height>72</height></size>"
+                f"<object><name>square</name><bndbox>{sides}</bndbox></object></annotation>"
+            )
+        (data / "ImageSets" / "Main" / f"{part}.txt").write_text("".join(f"{part}{i}\n" for i in range(count)))
+
+
+@pytest.mark.parametrize("layout", [coco, voc])
+def test_detection(
+    layout: Callable[[Path], None], tiny: Pretrain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, data = fake_run(tiny, Path(tiny.out)), tmp_path / "data"
+    layout(data)
+    line = ["--start", run.out, "--data", str(data), "--out", str(tmp_path / "out"), "--size", "64", *QUICK]
+    mean = main_of("detect")(line)
+    assert 0 <= mean <= 1
+    assert f"mAP {100 * mean:.2f} %" in capsys.readouterr().out
+    weights = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
+    assert any(name.startswith("backbone.backbone.blocks") for name in weights)
+
+
+def test_the_truth_is_found_right(tmp_path: Path) -> None:
+    """The mean average precision of the boxes themselves is 1."""
+    voc(tmp_path)
+    module = runpy.run_path(str(ROOT / "examples" / "detect.py"))
+    boxes = module["Boxes"](tmp_path, "val", lambda image, target: (image, target))
+
+    class Oracle(torch.nn.Module):
+        seen = 0
+
+        def forward(self, images: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+            _, target = boxes[self.seen]
+            self.seen += 1
+            return [{"boxes": target["boxes"].clone(), "labels": target["labels"], "scores": torch.ones(1)}]
+
+    assert module["evaluate"](Oracle(), boxes, "cpu") == pytest.approx((1.0, 1.0))
