@@ -27,7 +27,11 @@ from leanmim.targets import TARGETS, hog, unpatchify
 
 HERE = Path(__file__).parent
 GREY, BLUE, ORANGE = "#808080", (0.22, 0.46, 0.75), (0.93, 0.55, 0.14)
-STYLE = {"text.color": GREY, "font.size": 9, "axes.titlesize": 9, "axes.titlecolor": GREY, "savefig.transparent": True}
+STYLE = {
+    "text.color": GREY, "font.size": 9, "axes.titlesize": 9, "axes.titlecolor": GREY,
+    "savefig.transparent": True,
+    "savefig.bbox": "tight", "savefig.pad_inches": 0.05,
+}  # fmt: skip
 NORMALISE = Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), torch.device("cpu"))  # ImageNet's
 
 
@@ -96,19 +100,22 @@ def maskings() -> Figure:
 
 def targets() -> Figure:
     """What is predicted, of the whole photo."""
-    figure, axes = panels("the photo", "raw-pixels", "pixels: each patch by its\nown mean and deviation", "hog")
+    figure, axes = panels(
+        "raw-pixels: the photo",
+        "pixels: each patch less its mean,\nby its own deviation",
+        "hog: directions of edges\nin cells of 8 px",
+    )
     image = photo("macaw", 128)
     paint(axes[0], image)
-    paint(axes[1], image)
     values = unpatchify(TARGETS["pixels"](16, 3, 8)(image), 16, Grid(8, 8))
-    axes[2].imshow((values[0] / 4 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy())
-    draw(axes[3], hog(image)[0], (128, 128))
+    axes[1].imshow((values[0] / 4 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy())
+    draw(axes[2], hog(image)[0], (128, 128))
     return figure
 
 
 def thrown() -> Figure:
     """PR-MIM: which masked patches are decoded, chosen at random and furthest from each other."""
-    figure, axes = panels("visible, masked", "--select random", "--select furthest", height=3.0)
+    figure, axes = panels("visible, masked", "--select random", "--select furthest", height=2.8)
     image = photo("lemur", 224)
     for axis, select in zip(axes[1:], ("random", "furthest"), strict=True):
         model = small(replace(PR_MIM, select=select))
@@ -128,7 +135,7 @@ def segments() -> Figure:
     model, image = small(BIM), photo("kingfisher", 224)
     masks = model.draw_masks(image)
     ratios = [f"segment {i + 1}\n{ratio:.0%} masked" for i, ratio in enumerate(model.mask_ratios)]
-    figure, axes = panels(*ratios, height=3.0)
+    figure, axes = panels(*ratios, height=2.8)
     for i, (axis, mask) in enumerate(zip(axes, masks, strict=True)):
         paint(axis, image, ~hidden_pixels(model, image, mask))
         if i:
@@ -146,7 +153,10 @@ def growing() -> Figure:
     """FastMIM-P: the input of each phase, in true proportion, cut into patches of 32 px."""
     table = phases(replace(FASTMIM_P, epochs=100))
     sizes = [phase.config.size[0] for phase in table]
-    titles = [f"{side} px, {phase.start:.0f} to {phase.stop:.0f} %" for side, phase in zip(sizes, table, strict=True)]
+    titles = [
+        f"{side} px,\n{phase.start:.0f} to {phase.stop:.0f} % of the epochs"
+        for side, phase in zip(sizes, table, strict=True)
+    ]
     figure, axes = panels(*titles, widths=sizes, height=3.1)
     for axis, side in zip(axes, sizes, strict=True):
         paint(axis, photo("castle", side))
