@@ -27,6 +27,17 @@ EVIDENCE = {  # sections of benchmarks/README.md
     "lean": "Recipes on photos",
     "lean-memory": "Recipes on photos",
 }
+AS_WORDS = {  # types of Python, on a command line
+    "a string or (a string, ...)": "one or more words",
+    "(a string, ...)": "words",
+    "(a whole number, ...)": "whole numbers",
+    "(a number, ...)": "numbers",
+    "(a number, a number)": "two numbers",
+    "a string": "a word",
+    "a dict": "pairs of a name and a value",
+    " or None": "",
+    "'": "`",
+}
 UNSEARCHED = "---\nsearch:\n  exclude: true\n---\n"
 
 
@@ -68,12 +79,18 @@ def recipe(name: str) -> str:
     said = re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", str(text.value.value))
     said = re.sub(r"\(?(benchmarks/[\w./-]+\.md)\)?", r"([file](../\1))", said)
     shared = (ast.get_docstring(tree) or "").split("\n\n", 1)[1].replace("``", "`")
-    differ = [field.name for field in fields(Pretrain) if getattr(RECIPES[name], field.name) != getattr(MAE, field.name)]
-    rows = [f"| `--{hyphens(own)}` | {value(getattr(MAE, own))} | {value(getattr(RECIPES[name], own))} |" for own in differ if own != "recipe"]
+    differ = [
+        field.name for field in fields(Pretrain) if getattr(RECIPES[name], field.name) != getattr(MAE, field.name)
+    ]
+    rows = [
+        f"| `--{hyphens(own)}` | {value(getattr(MAE, own))} | {value(getattr(RECIPES[name], own))} |"
+        for own in differ
+        if own != "recipe"
+    ]
     options = ["## What differs from `mae`", "", "| option | `mae` | here |", "|---|---|---|", *rows] if rows else []
     return "\n".join([
         f"# `{name}`", "", said, *options, "",
-        f"All options: [`leanmim pretrain`](../commands.md#leanmim-pretrain).", "",
+        "All options: [`leanmim pretrain`](../commands.md#leanmim-pretrain).", "",
         "## How its numbers were measured", "", re.sub(r"\(?(benchmarks/README\.md)\)?", r"([file](../\1))", shared), "",
         *evidence(EVIDENCE.get(name)),
     ])  # fmt: skip
@@ -90,7 +107,10 @@ def evidence(title: str | None) -> list[str]:
     if title is None:
         return ["Nothing is measured yet."]
     body = text.split(f"\n## {title}\n")[1].split("\n## ")[0]
-    return [f"## Evidence: {title}", re.sub(r"\]\((?!http)(#?)", lambda found: f"](../benchmarks/{found[1] and 'README.md#'}", body)]
+    return [
+        f"## Evidence: {title}",
+        re.sub(r"\]\((?!http)(#?)", lambda found: f"](../benchmarks/{found[1] and 'README.md#'}", body),
+    ]
 
 
 # commands
@@ -135,7 +155,9 @@ def heading(name: str, kind: Any, default: Any) -> str:
     if get_origin(kind) is Literal:
         takes = ", ".join(f"`{possible}`" for possible in get_args(kind))
     else:
-        takes = "" if kind is bool else plain(described(kind).replace("'", ""))
+        takes = "" if kind is bool else described(kind)
+        for before, after in AS_WORDS.items():
+            takes = takes.replace(before, after)
     if default is MISSING:
         return " · ".join(filter(None, [shown, takes, "" if positional else "required"]))
     return " · ".join(filter(None, [shown, takes, "" if default in ((), {}, "") else f"default {value(default)}"]))
@@ -178,7 +200,10 @@ def api() -> str:
         "Names that a configuration may use; [add to them](CONTRIBUTING.md#add-to-it).",
         *(directive(name) for name in tables),
         "## Parts",
-        *(f"::: leanmim.{module}\n    options:\n      show_root_heading: true\n      heading_level: 3" for module in PARTS),
+        *(
+            f"::: leanmim.{module}\n    options:\n      show_root_heading: true\n      heading_level: 3"
+            for module in PARTS
+        ),
     ]
     return "\n\n".join(parts) + "\n"
 
