@@ -78,7 +78,7 @@ def recipe(name: str) -> str:
     assert isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
     said = re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", str(text.value.value))
     said = re.sub(r"\(?(benchmarks/[\w./-]+\.md)\)?", r"([file](../\1))", said)
-    shared = (ast.get_docstring(tree) or "").split("\n\n", 1)[1].replace("``", "`")
+    shared = (ast.get_docstring(tree) or "").split("\n\n")[-1]
     differ = [
         field.name for field in fields(Pretrain) if getattr(RECIPES[name], field.name) != getattr(MAE, field.name)
     ]
