@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs/demo
 
-.PHONY: demo test test-oldest check format bench fuzz trust audit bench-gpu loss-compare clean
+.PHONY: demo test test-oldest check format docs bench fuzz trust audit bench-gpu loss-compare clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python demo/demo.py --out $(RUN)
@@ -20,6 +20,10 @@ check: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The site, into site/; any warning ends it.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The suite with the oldest supported versions, in an environment of its own.
 PYTHON_OLDEST ?= python3.10
@@ -76,5 +80,9 @@ $(VENV)/.dev: pyproject.toml $(PIP_CONSTRAINT) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $@ $(VENV)/.demo
 
+$(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	touch $@ $(VENV)/.demo
+
 clean:
-	rm -rf $(VENV) .venv-oldest runs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-oldest runs site .pytest_cache .ruff_cache .mypy_cache

@@ -1,4 +1,4 @@
-"""Every command and every piece of Python in the README runs."""
+"""Every command and every piece of Python in the README and on the pages of the site runs."""
 
 import os
 import re
@@ -36,10 +36,46 @@ def shell() -> list[str]:
     return lines + re.findall(r"`((?:leanmim|torchrun) [^`]+)`", README)
 
 
+def shrunk(line: str) -> str:
+    """A command with a tiny model and few steps; the options that it has stay."""
+    if "finetune" in line:
+        scratch = "--input-size 32 --model-kwargs patch_size 8 embed_dim 32 depth 2 num_heads 2"
+        line = f"{line} {scratch if 'scratch' in line else ''} --epochs 1 --batch-size 2 --workers 0 --device cpu"
+    elif "pretrain fastmim" in line:
+        line = f"{line.replace('pvt_v2_b2', 'pvt_v2_b0')} --input-size 64 --epochs 1 --batch-size 4 --device cpu"
+    elif "pretrain bim" in line:
+        line = f"{line} {SMALL.replace('depth 2', 'depth 4', 1)}"
+    elif "pretrain" in line:
+        line = f"{line} {SMALL}"
+        if "torchrun" in line or "torch.distributed" in line:
+            line = line.replace("--out run", "--out run2")
+    line = line.replace("--depth 6", "--depth 2").replace("OWNER", "me")
+    if line.startswith("leanmim compare"):
+        shrink = "--input-size 32 --model-kwargs patch_size 8 embed_dim 32 depth 2 num_heads 2 --measures knn"
+        line = f"{re.sub('--budget [^ ]+', '--budget 1epoch', line)} {shrink} --seeds 1 --device cpu"
+    if line.startswith("leanmim plan"):
+        shrink = "--input-size 64 --model-kwargs patch_size 8 embed_dim 32 depth 2 num_heads 2 --workers 0"
+        line = f"{line} {shrink} --effective-batch 4 --device cpu"
+    return line
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the README's user stands: a folder of photos and a labelled one."""
-    folder = tmp_path_factory.mktemp("readme")
+    return prepared(tmp_path_factory.mktemp("readme"))
+
+
+@pytest.fixture(scope="module")
+def after_a_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same place after the README's first command, in the folder `run`."""
+    folder = prepared(tmp_path_factory.mktemp("pages"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        main(shlex.split(shrunk("leanmim pretrain mae --data photos --out run"))[1:])
+    return folder
+
+
+def prepared(folder: Path) -> Path:
     shutil.copytree(ROOT / "demo" / "photos", folder / "photos")
     for part in ("train", "val"):
         for name in ("cat", "sheep", "macaw"):
@@ -61,24 +97,7 @@ def test_the_readmes_commands_and_python_run(place: Path, monkeypatch: pytest.Mo
         if line.startswith(("make", "pip install")):
             continue  # tested below, and by whoever runs this
         line = line.replace("torchrun", f"{sys.executable} -m torch.distributed.run --standalone")
-        if "finetune" in line:
-            scratch = "--input-size 32 --model-kwargs patch_size 8 embed_dim 32 depth 2 num_heads 2"
-            line = f"{line} {scratch if 'scratch' in line else ''} --epochs 1 --batch-size 2 --workers 0 --device cpu"
-        elif "pretrain fastmim" in line:
-            line = f"{line.replace('pvt_v2_b2', 'pvt_v2_b0')} --input-size 64 --epochs 1 --batch-size 4 --device cpu"
-        elif "pretrain bim" in line:
-            line = f"{line} {SMALL.replace('depth 2', 'depth 4', 1)}"
-        elif "pretrain" in line:
-            line = f"{line} {SMALL}"
-            if "torchrun" in line or "torch.distributed" in line:
-                line = line.replace("--out run", "--out run2")
-        line = line.replace("--depth 6", "--depth 2").replace("OWNER", "me")
-        if line.startswith("leanmim compare"):
-            shrink = "--input-size 32 --model-kwargs patch_size 8 embed_dim 32 depth 2 num_heads 2 --measures knn"
-            line = f"{re.sub('--budget [^ ]+', '--budget 1epoch', line)} {shrink} --seeds 1 --device cpu"
-        if line.startswith("leanmim plan"):
-            shrink = "--input-size 64 --model-kwargs patch_size 8 embed_dim 32 depth 2 num_heads 2 --workers 0"
-            line = f"{line} {shrink} --effective-batch 4 --device cpu"
+        line = shrunk(line)
         if line.startswith("leanmim "):  # in this process: to start one takes seconds
             main(shlex.split(line)[1:])
         else:
@@ -98,6 +117,23 @@ def test_the_readmes_commands_and_python_run(place: Path, monkeypatch: pytest.Mo
             " epochs=1, batch_size=4, workers=0)",
         )
         exec(compile(code, "README.md", "exec"), {"__name__": "__main__", "replace": replace})
+
+
+CODE = re.compile(r"^```(sh|python)\n(.*?)^```", re.M | re.S)
+PAGES = {page.stem: page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))}
+
+
+@pytest.mark.parametrize("page", [name for name, text in PAGES.items() if CODE.search(text)])
+def test_a_pages_commands_and_python_run(page: str, after_a_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the page's order, after the README's first command."""
+    monkeypatch.chdir(after_a_run)
+    for language, code in CODE.findall(PAGES[page]):
+        if language == "python":
+            exec(compile(code, f"{page}.md", "exec"), {"__name__": "__main__"})
+            continue
+        for line in code.splitlines():
+            assert line.startswith("leanmim "), line
+            main(shlex.split(shrunk(line))[1:])
 
 
 def test_make_targets_exist() -> None:

@@ -1,7 +1,8 @@
 """Recipes are values: a published method with its published numbers, or a change of one.
 
-`data` and `out` are the user's; fill them in with ``dataclasses.replace(MAE, data="photos", out="run")``. Costs are of
-ViT-B/16 and one image; kNN and linear probe are those of a small ViT after 8 epochs on 10,000 images of CIFAR-10, mean
+`data` and `out` are the user's; fill them in with ``dataclasses.replace(MAE, data="photos", out="run")``.
+
+Costs are of ViT-B/16 and one image; kNN and linear probe are those of a small ViT after 8 epochs on 10,000 images of CIFAR-10, mean
 and spread of three seeds (benchmarks/README.md). Untrained it has 29.8 ± 1.0 and 42.1 ± 1.3 %.
 """
 
