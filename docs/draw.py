@@ -20,7 +20,8 @@ from leanmim.data import Files, Normalise, centre_crop
 from leanmim.factory import build
 from leanmim.masking import Grid, hidden_squares, magnify, squares
 from leanmim.mim import MIM
-from leanmim.pictures import draw, hidden_pixels, outline
+from leanmim.pictures.figures import draw, outline
+from leanmim.pictures.reconstructions import hidden_pixels
 from leanmim.recipes import BIM, FASTMIM, FASTMIM_P, MAE, PR_MIM, SIMMIM
 from leanmim.schedule import phases
 from leanmim.targets import TARGETS, hog, unpatchify

@@ -18,7 +18,9 @@ from leanmim.errors import UserError
 from leanmim.factory import build
 from leanmim.masking import Mask, take
 from leanmim.mim import MIM
-from leanmim.pictures import make_columns, read_images, reconstruct, show, spread_out, stretched
+from leanmim.pictures import show
+from leanmim.pictures.images import read_images, spread_out, stretched
+from leanmim.pictures.reconstructions import make_columns, reconstruct
 from leanmim.targets import TARGETS, patchify
 from leanmim.weights import restore
 from tests.data.stored import write

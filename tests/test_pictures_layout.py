@@ -11,6 +11,7 @@ from PIL import Image
 from leanmim import pictures
 from leanmim.config import Pretrain, Show
 from leanmim.pictures import show
+from leanmim.pictures.figures import outline
 from tests.drawn import Drawn, names, run_of
 
 pytestmark = pytest.mark.usefixtures("whole_pictures")
@@ -53,7 +54,7 @@ def test_a_line_goes_round_a_group_of_cells(place: tuple[int, int]) -> None:
     cells[place] = True
     y, x = (4 * side - 0.5 for side in place)
     corners = [(x, y), (x + 4, y), (x + 4, y + 4), (x, y + 4)]
-    lines = {frozenset(map(tuple, line)) for line in pictures.outline(cells, 4, "white").get_segments()}
+    lines = {frozenset(map(tuple, line)) for line in outline(cells, 4, "white").get_segments()}
     assert lines == {frozenset((corners[i - 1], corners[i])) for i in range(4)}
-    whole = pictures.outline(torch.ones(2, 3, dtype=torch.bool), 4, "white").get_segments()
+    whole = outline(torch.ones(2, 3, dtype=torch.bool), 4, "white").get_segments()
     assert len(whole) == 2 * (2 + 3)

@@ -8,7 +8,8 @@ from torch import nn
 
 from leanmim.config import Show
 from leanmim.errors import UserError
-from leanmim.pictures import predict, show
+from leanmim.pictures import show
+from leanmim.pictures.reconstructions import predict
 from tests.helpers import fake_run, images_of, in_segments, made
 
 

@@ -1,39 +1,30 @@
-"""Pictures: original, masked image, reconstruction.
+"""Original, masked image, reconstruction.
 
 b batch, c channels, H W pixels, n patches, p target width, k values of a HOG cell, y x cells.
 """
 
 import math
-import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Real
-from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
-from matplotlib.colors import hsv_to_rgb
+from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.nn.functional import pad
 
 from leanmim.config import Pretrain, Show
 from leanmim.config.base import Stored
-from leanmim.data import UNREADABLE, Files, Normalise, Source, centre_crop, list_images, open_source
-from leanmim.errors import CannotWrite, UserError
-from leanmim.files import write_atomically
+from leanmim.data import Normalise
+from leanmim.errors import UserError
 from leanmim.masking import Mask, Split, hidden_squares, magnify, squares
 from leanmim.mim import MIM
 from leanmim.names import shortened
+from leanmim.pictures.figures import draw
+from leanmim.pictures.images import read_images, stretched
 from leanmim.targets import BINS, FLAT, HOG, Pixels, hog, unpatchify
 from leanmim.weights import restore
 
-ORANGE = torch.tensor([0.95, 0.6, 0.2])  # round thrown cells
-BROWN = torch.tensor(
-    [0.66, 0.53, 0.39]
-)  # of thrown patches: as bright as the grey of masked ones, so that the photo stands out
+BROWN = torch.tensor([0.66, 0.53, 0.39])  # of thrown patches: as bright as the grey of masked ones
 
 
 class Column(NamedTuple):
@@ -45,21 +36,17 @@ class Column(NamedTuple):
     thrown: Bool[Tensor, "b y x"] | None = None
 
 
-def show(config: Show) -> Path:
-    """Draw rows of original, masked image and reconstruction.
+def reconstructions(config: Show) -> Figure:
+    """Rows of original, masked image and reconstruction.
 
-    Of a run in segments (BIM) a column for each, unless one is asked for. Where patches are thrown (PR-MIM), they are brown in the
-    masked image, and a further column shows them alone, as they were filled in. Predictions of per-patch normalised pixels are brought back with the true patch's own mean and
-    deviation, and the picture says so. A target that is neither pixels nor HOG has no reconstruction. Stored values are drawn
-    as `stretched` says.
-
-    Returns:
-        The picture.
+    Of a run in segments (BIM) a column for each, unless one is asked for. Where patches are thrown (PR-MIM), they are brown in
+    the masked image, and a further column shows them alone, as they were filled in. Predictions of per-patch normalised pixels
+    are brought back with the true patch's own mean and deviation, and the picture says so. A target that is neither pixels nor
+    HOG has no reconstruction. Stored values are drawn as `stretched` says.
 
     Raises:
-        UserError: the run or the images cannot be read, there is no such segment, or the picture cannot be written.
+        UserError: the run or the images cannot be read, or there is no such segment.
     """
-    config.check()
     trained, model, state = restore(config.run)
     names, pictures = read_images(config, trained)
     normalise = Normalise(state["mean"], state["std"], torch.device("cpu"))
@@ -76,67 +63,7 @@ def show(config: Show) -> Path:
     note = f"{trained.recipe}, {trained.model}, step {state['step']}"
     if count > 1:
         note += f", {count} segments" if config.segment is None else f", segment {config.segment} of 0 to {count - 1}"
-    figure = compose(columns, names, trained, "\n".join([note, *remarks]))
-    default = "reconstructions.png" if config.segment is None else f"reconstructions-segment{config.segment}.png"
-    path = Path(config.out) if config.out else Path(config.run) / default
-    try:
-        save_figure(figure, path)
-    except CannotWrite as error:
-        raise CannotWrite(f"{error}, or give the name of another picture with --out") from error
-    return path
-
-
-def read_images(config: Show, trained: Pretrain) -> tuple[list[str], Real[Tensor, "b c H W"]]:
-    """The names of the images to draw, at most ``config.count``, and their centre crops.
-
-    Of the run's own data and of folders, images that cannot be read are replaced by others.
-
-    Raises:
-        UserError: a file or folder is missing, a folder holds no images, or a file given by name or all images cannot be
-            read.
-    """
-    source = open_images(config.images, trained)
-    transform, names = centre_crop(trained.size), source.names
-    found: dict[int, Tensor] = {}
-    for i in spread_out(len(source), config.count):
-        if len(found) == config.count:
-            break
-        try:
-            found[i] = transform(source.read(i))
-        except UNREADABLE as error:
-            if Path(source.where(i)) in map(Path, config.images):
-                raise UserError(f"--images {source.where(i)!r} cannot be read as an image: {error}") from error
-    if not found:
-        raise UserError(f"no image of {config.images or trained.data!r} can be read; give others with --images")
-    return [Path(names[i]).name for i in found], torch.stack(list(found.values()))
-
-
-def open_images(images: Sequence[str], trained: Pretrain) -> Source:
-    """The files given and those in the folders given; the run's own data where none are given.
-
-    Raises:
-        UserError: a file or folder is missing, or a folder holds no images.
-    """
-    if not images:
-        try:
-            return open_source(trained.data, trained.read_as)
-        except UserError as error:
-            raise UserError(
-                f"the run's own data {trained.data!r}: {error}; give images with --images instead"
-            ) from error
-    paths: list[Path] = []
-    for image in images:
-        path = Path(image)
-        if not path.exists():
-            raise UserError(f"--images {image!r}: there is no such file or folder")
-        paths += list_images(path) if path.is_dir() else [path]
-    return Files("", paths, trained.read_as)
-
-
-def spread_out(total: int, count: int) -> list[int]:
-    """The numbers below ``total``, beginning with ``count`` evenly spread ones."""
-    step = max(1, total // count)
-    return [i for start in range(step) for i in range(start, total, step)]
+    return compose(columns, names, trained, "\n".join([note, *remarks]))
 
 
 def make_columns(
@@ -197,16 +124,6 @@ def make_columns(
     else:
         remarks.append(f"--target {trained.target} has no reconstruction that can be drawn")
     return columns, remarks
-
-
-def stretched(originals: Float[Tensor, "b c H W"]) -> Callable[[Float[Tensor, "b c H W"]], Float[Tensor, "b k H W"]]:
-    """How images of stored values are drawn, and others in the same way: the first three channels as red, green and blue, of
-    one or two the first in grey, each stretched from the 1st to the 99th percentile of the original.
-    """
-    k = 3 if originals.shape[1] > 2 else 1
-    values = originals[:, :k].flatten(2).numpy()
-    low, high = (torch.from_numpy(np.percentile(values, share, axis=2))[..., None, None].float() for share in (1, 99))
-    return lambda images: ((images[:, :k] - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
 
 
 @torch.no_grad()
@@ -288,66 +205,3 @@ def compose(columns: Sequence[Column], names: Sequence[str], trained: Pretrain, 
             axis.set_title(column.title, fontsize=10 if len(column.title) < 20 else 7)
     figure.supxlabel(note, fontsize=8)
     return figure
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG atomically; characters that the font has not are drawn as boxes."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
-        write_atomically(path, lambda file: figure.savefig(file, format="png"))
-
-
-def draw(
-    axis: Axes,
-    picture: Float[Tensor, "k y x"],
-    size: tuple[int, int],
-    visible: Bool[Tensor, "y x"] | None = None,
-    thrown: Bool[Tensor, "y x"] | None = None,
-) -> None:
-    """An image, or HOG as strokes on black with lines round cells, on an axis of the image's ``size`` (height, width in px)."""
-    axis.set_xticks([])
-    axis.set_yticks([])
-    axis.spines[:].set_visible(False)
-    if picture.shape[1:] == size:
-        pixels = picture.permute(1, 2, 0).squeeze(-1).numpy()
-        axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
-    else:
-        cell = size[0] // picture.shape[1]
-        axis.imshow(torch.zeros(size).numpy(), cmap="gray", vmin=0, vmax=1)
-        axis.add_collection(strokes(picture, cell), autolim=False)
-        for cells, colour in ((visible, "white"), (thrown, ORANGE.tolist())):
-            if cells is not None:
-                axis.add_collection(outline(cells, cell, colour), autolim=False)
-
-
-def outline(cells: Bool[Tensor, "y x"], cell: int, colour: Any) -> LineCollection:
-    """Lines round groups of cells, of ``cell`` px each."""
-    cells, lines = pad(cells, (1, 1, 1, 1)), []
-    for flip, own in ((False, cells), (True, cells.T)):
-        for row, column in (own[1:] ^ own[:-1]).nonzero().tolist():
-            y, x = row * cell - 0.5, (column - 1) * cell - 0.5  # before the first row of cells is a row of padding
-            lines.append([(y, x), (y, x + cell)] if flip else [(x, y), (x + cell, y)])
-    return LineCollection(lines, colors=[colour], linewidths=0.8)
-
-
-def strokes(histogram: Float[Tensor, "k y x"], cell: int) -> LineCollection:
-    """HOG as it is usually drawn: in each cell a stroke along every edge direction, the brighter the stronger; its hue is that of
-    the direction, without which a small picture is only texture.
-
-    The gradient of bin ``i`` points along ``(sin t, cos t)`` with ``t`` the bin's middle; its edge stands across.
-    """
-    bins = histogram.unflatten(0, (-1, BINS)).mean(0).clamp(min=0)  # over the channels
-    bins = bins / bins.max().clamp(min=1e-6)
-    angle = (torch.arange(BINS) + 0.5) * (math.pi / BINS)
-    along = torch.stack([angle.cos(), -angle.sin()], dim=1) * (0.48 * cell)
-    _, rows, columns = bins.shape
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    centre = (torch.stack([x, y], dim=-1) + 0.5) * cell - 0.5
-    ends = torch.stack([centre - along[:, None, None], centre + along[:, None, None]], dim=-2)  # bins y x 2 2
-    strength = bins.flatten()
-    order = strength.argsort()  # the strongest on top
-    hues = torch.from_numpy(hsv_to_rgb([(i / BINS, 0.6, 1.0) for i in range(BINS)])).float()
-    colours = torch.cat(
-        [hues[:, None].expand(-1, rows * columns, -1).reshape(-1, 3)[order], strength[order, None]], dim=1
-    )
-    return LineCollection(list(ends.flatten(0, 2)[order].numpy()), colors=colours.numpy(), linewidths=0.8)

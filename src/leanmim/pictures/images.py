@@ -1,0 +1,79 @@
+"""Which images are drawn, and how stored values are.
+
+b batch, c channels, H W pixels, k channels drawn.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Real
+from torch import Tensor
+
+from leanmim.config import Pretrain, Show
+from leanmim.data import UNREADABLE, Files, Source, centre_crop, list_images, open_source
+from leanmim.errors import UserError
+
+
+def read_images(config: Show, trained: Pretrain) -> tuple[list[str], Real[Tensor, "b c H W"]]:
+    """The names of the images to draw, at most ``config.count``, and their centre crops.
+
+    Of the run's own data and of folders, images that cannot be read are replaced by others.
+
+    Raises:
+        UserError: a file or folder is missing, a folder holds no images, or a file given by name or all images cannot be
+            read.
+    """
+    source = open_images(config.images, trained)
+    transform, names = centre_crop(trained.size), source.names
+    found: dict[int, Tensor] = {}
+    for i in spread_out(len(source), config.count):
+        if len(found) == config.count:
+            break
+        try:
+            found[i] = transform(source.read(i))
+        except UNREADABLE as error:
+            if Path(source.where(i)) in map(Path, config.images):
+                raise UserError(f"--images {source.where(i)!r} cannot be read as an image: {error}") from error
+    if not found:
+        raise UserError(f"no image of {config.images or trained.data!r} can be read; give others with --images")
+    return [Path(names[i]).name for i in found], torch.stack(list(found.values()))
+
+
+def open_images(images: Sequence[str], trained: Pretrain) -> Source:
+    """The files given and those in the folders given; the run's own data where none are given.
+
+    Raises:
+        UserError: a file or folder is missing, or a folder holds no images.
+    """
+    if not images:
+        try:
+            return open_source(trained.data, trained.read_as)
+        except UserError as error:
+            raise UserError(
+                f"the run's own data {trained.data!r}: {error}; give images with --images instead"
+            ) from error
+    paths: list[Path] = []
+    for image in images:
+        path = Path(image)
+        if not path.exists():
+            raise UserError(f"--images {image!r}: there is no such file or folder")
+        paths += list_images(path) if path.is_dir() else [path]
+    return Files("", paths, trained.read_as)
+
+
+def spread_out(total: int, count: int) -> list[int]:
+    """The numbers below ``total``, beginning with ``count`` evenly spread ones."""
+    step = max(1, total // count)
+    return [i for start in range(step) for i in range(start, total, step)]
+
+
+def stretched(originals: Float[Tensor, "b c H W"]) -> Callable[[Float[Tensor, "b c H W"]], Float[Tensor, "b k H W"]]:
+    """How images of stored values are drawn, and others in the same way: the first three channels as red, green and blue, of
+    one or two the first in grey, each stretched from the 1st to the 99th percentile of the original.
+    """
+    k = 3 if originals.shape[1] > 2 else 1
+    values = originals[:, :k].flatten(2).numpy()
+    low, high = (torch.from_numpy(np.percentile(values, share, axis=2))[..., None, None].float() for share in (1, 99))
+    return lambda images: ((images[:, :k] - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
