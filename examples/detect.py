@@ -3,8 +3,8 @@
     python examples/detect.py --start run --data bccd --out detected
 
 DATA holds train.json and val.json as COCO has them, beside the folder `images` with the files that they name; or it is laid
-out as Pascal VOC: JPEGImages, Annotations, ImageSets/Main/train.txt and val.txt. Reports COCO's mean average precision.
-It wants `pip install ".[examples]"`.
+out as Pascal VOC: JPEGImages, Annotations, ImageSets/Main/train.txt and val.txt. Reports COCO's mean average precision,
+and draws boxes. It wants `pip install ".[examples]"`.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import tv_tensors
 from torchvision.models.detection import FasterRCNN
 from torchvision.transforms import v2
+from torchvision.utils import draw_bounding_boxes, make_grid, save_image
 
 import leanmim
 
@@ -110,6 +111,24 @@ def evaluate(model: FasterRCNN, boxes: Boxes, device: str) -> tuple[float, float
     return float(measure.stats[0]), float(measure.stats[1])
 
 
+def draw(model: FasterRCNN, boxes: Boxes, file: Path, device: str) -> None:
+    """Up to four images with the boxes that are found with a score of one half or more, and beside each its true ones."""
+    names = ["", *(boxes.coco.cats[kind]["name"] for kind in boxes.kinds)]
+    tiles = []
+    model.eval()
+    for index in torch.linspace(0, len(boxes) - 1, min(4, len(boxes))).long().tolist():
+        image, target = boxes[index]
+        with torch.inference_mode():
+            (found,) = model([image.to(device)])
+        sure = found["scores"] >= 0.5
+        for corners, labels in ((found["boxes"][sure], found["labels"][sure]), (target["boxes"], target["labels"])):
+            kinds = [names[label] for label in labels.tolist()]
+            colours = [("black", "red", "blue", "orange", "green", "purple")[label % 6] for label in labels.tolist()]
+            drawn = draw_bounding_boxes((image * 255).byte(), corners.cpu(), kinds, colours, width=3)
+            tiles.append(torch.nn.functional.interpolate(drawn[None] / 255, (360, 480), mode="area")[0])
+    save_image(make_grid(tiles, nrow=2, padding=8, pad_value=1), file)
+
+
 def main(arguments: list[str] | None = None) -> float:
     """Train and measure; the mean average precision."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -120,6 +139,7 @@ def main(arguments: list[str] | None = None) -> float:
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--size", type=int, default=480, help="short side to which images are scaled, px")
+    parser.add_argument("--width", type=int, default=256, help="channels of the pyramid")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1e-4)
@@ -132,7 +152,7 @@ def main(arguments: list[str] | None = None) -> float:
     plain = v2.ToDtype(torch.float32, scale=True)
     train = Boxes(given.data, "train", v2.Compose([v2.RandomHorizontalFlip(), plain]))
     val = Boxes(given.data, "val", plain)
-    pyramid = leanmim.pyramid(given.start, pool=True, model=given.model)
+    pyramid = leanmim.pyramid(given.start, given.width, pool=True, model=given.model)
     model = FasterRCNN(
         pyramid, num_classes=len(train.kinds) + 1, min_size=given.size, max_size=2 * given.size,
         image_mean=pyramid.mean, image_std=pyramid.std,
@@ -165,8 +185,12 @@ def main(arguments: list[str] | None = None) -> float:
 
     given.out.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), given.out / "model.pt")
+    draw(model, val, given.out / "predictions.png", given.device)
     mean, half = evaluate(model, val, given.device)
-    print(f"mAP {100 * mean:.2f} %, at an overlap of one half {100 * half:.2f} %, of {len(val)} images")
+    print(
+        f"mAP {100 * mean:.2f} %, at an overlap of one half {100 * half:.2f} %, of {len(val)} images; predictions in "
+        f"{given.out / 'predictions.png'}"
+    )
     return mean
 
 

@@ -2,7 +2,7 @@
 
     python examples/segment.py --start run --data camvid --classes 11 --out segmented
 
-DATA holds images/train, images/val, masks/train and masks/val. The mask of an image is a PNG file of its name, whose values
+DATA holds images/train, images/val, masks/train and masks/val (or train/images and so on). The mask of an image is a PNG file of its name, whose values
 are the classes, from 0; other values are void: neither trained nor counted. It wants `pip install ".[examples]"`.
 """
 
@@ -32,9 +32,9 @@ VOID = 255
 class Segmenter(nn.Module):
     """A pyramid, a decoder, a class for each pixel."""
 
-    def __init__(self, start: str, model: str | None, classes: int) -> None:
+    def __init__(self, start: str, model: str | None, classes: int, width: int) -> None:
         super().__init__()
-        self.pyramid = leanmim.pyramid(start, model=model)
+        self.pyramid = leanmim.pyramid(start, width, model=model)
         widths = [self.pyramid.out_channels] * 4
         self.decoder = UPerNetDecoder(encoder_channels=[0, 0, *widths], decoder_channels=widths[0])
         self.head = SegmentationHead(widths[0], classes, kernel_size=1, upsampling=4)
@@ -50,11 +50,12 @@ class Scenes(Dataset):
     """Images with their masks."""
 
     def __init__(self, data: Path, part: str, classes: int, transform: v2.Transform) -> None:
-        self.images = sorted((data / "images" / part).iterdir())
-        self.masks = [data / "masks" / part / f"{image.stem}.png" for image in self.images]
+        form = "{}/{}" if (data / "images").is_dir() else "{1}/{0}"
+        self.images = sorted((data / form.format("images", part)).iterdir())
+        self.masks = [data / form.format("masks", part) / f"{image.stem}.png" for image in self.images]
         self.classes, self.transform = classes, transform
         if not self.images or not all(mask.is_file() for mask in self.masks):
-            raise SystemExit(f"{data}: images/{part} is empty, or masks/{part} lacks the PNG file of one of its images")
+            raise SystemExit(f"{data}: there are no images of {part}, or the PNG file of a mask is not there")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -112,6 +113,7 @@ def main(arguments: list[str] | None = None) -> float:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--classes", required=True, type=int)
     parser.add_argument("--crop", type=int, nargs=2, default=(352, 480), help="height and width of a training crop, px")
+    parser.add_argument("--width", type=int, default=256, help="channels of pyramid and decoder")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-4)
@@ -121,7 +123,7 @@ def main(arguments: list[str] | None = None) -> float:
     given = parser.parse_args(arguments)
 
     torch.manual_seed(given.seed)
-    model = Segmenter(given.start, given.model, given.classes).to(given.device)
+    model = Segmenter(given.start, given.model, given.classes, given.width).to(given.device)
     last = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(model.pyramid.mean, model.pyramid.std)]
     fill = {tv_tensors.Image: 0, tv_tensors.Mask: VOID}
     crops = [v2.ScaleJitter(given.crop, (0.5, 2.0)), v2.RandomCrop(given.crop, pad_if_needed=True, fill=fill)]

@@ -64,8 +64,14 @@ def test_segmentation(tiny: Pretrain, tmp_path: Path, capsys: pytest.CaptureFixt
     weights = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
     assert any(name.startswith("pyramid.backbone.blocks") for name in weights)
     assert Image.open(tmp_path / "out" / "predictions.png").width > 100
-    (data / "masks" / "val" / "0.png").unlink()
-    with pytest.raises(SystemExit, match="masks/val lacks the PNG file"):
+    for part in ("train", "val"):  # the other way to lay out folders
+        (data / part).mkdir()
+        for kind in ("images", "masks"):
+            (data / kind / part).rename(data / part / kind)
+    (data / "images").rmdir()
+    assert main_of("segment")([*line, "--width", "32", *QUICK]) >= 0
+    (data / "val" / "masks" / "0.png").unlink()
+    with pytest.raises(SystemExit, match="images of val, or the PNG file of a mask"):
         main_of("segment")([*line, *QUICK])
 
 
@@ -109,6 +115,7 @@ def test_detection(
     mean = main_of("detect")(line)
     assert 0 <= mean <= 1
     assert f"mAP {100 * mean:.2f} %" in capsys.readouterr().out
+    assert Image.open(tmp_path / "out" / "predictions.png").size == (2 * 480 + 24, 2 * 360 + 24)
     weights = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
     assert any(name.startswith("backbone.backbone.blocks") for name in weights)
 

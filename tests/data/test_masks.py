@@ -1,5 +1,6 @@
 """Images with masks: what is paired, what a mask's values are, how both are cut, and what is refused."""
 
+import shutil
 import struct
 from pathlib import Path
 
@@ -22,7 +23,9 @@ def folder(tmp_path: Path) -> Path:
 
 def first(folder: Path, **options: object) -> Pair:
     """The first pair of the training images, 64 px unless told."""
-    found = Masked(folder / "train", 3, **{"size": (64, 64), **options}).pairs[0][1]  # type: ignore[arg-type]
+    found = Masked(folder / "train" / "images", folder / "train" / "masks", 3, **{"size": (64, 64), **options}).pairs[
+        0
+    ][1]  # type: ignore[arg-type]
     assert isinstance(found, Pair)
     return found
 
@@ -40,6 +43,22 @@ def test_images_and_masks_belong_together_by_their_names(folder: Path) -> None:
     assert train.masks.names == ["1.png", "2.png", "town/a.b.png"]
     pair = train.pairs[2][1]
     assert isinstance(pair, Pair) and pair.image.shape == (3, 64, 64) and pair.mask.shape == (64, 64)
+
+
+def test_folders_of_parts_may_lie_in_those_of_images_and_masks(folder: Path, tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        for kind in ("images", "masks"):
+            (tmp_path / "other" / kind).mkdir(parents=True, exist_ok=True)
+            shutil.copytree(folder / part / kind, tmp_path / "other" / kind / part)
+    own, other = masked_pair(folder, 3, (64, 64)), masked_pair(tmp_path / "other", 3, (64, 64))
+    for these, those in zip(own, other, strict=True):
+        assert these.masks.names == those.masks.names
+        for (_, pair), (_, same) in zip(list(these.pairs), list(those.pairs), strict=True):
+            assert isinstance(pair, Pair) and isinstance(same, Pair)
+            assert torch.equal(pair.image, same.image) and np.array_equal(pair.mask, same.mask)
+    shutil.rmtree(tmp_path / "other" / "masks" / "val")
+    with pytest.raises(UserError, match=r"no folder '.*masks/val'"):
+        masked_pair(tmp_path / "other", 3, (64, 64))
 
 
 def test_values_are_those_of_the_file(folder: Path) -> None:
@@ -84,7 +103,7 @@ def test_a_mask_is_cut_as_its_image_is(folder: Path, crop: float | None) -> None
 def test_what_cannot_be_read_says_why(folder: Path) -> None:
     for kind, place in (("images", 0), ("masks", 1)):
         (folder / "train" / kind / f"{place}.png").write_bytes(b"none")
-    pairs = Masked(folder / "train", 3, (64, 64)).pairs
+    pairs = Masked(folder / "train" / "images", folder / "train" / "masks", 3, (64, 64)).pairs
     for kind, place in (("images", 0), ("masks", 1)):
         found = pairs[place][1]
         assert isinstance(found, Bad) and f"{kind}/{place}.png" in found.path

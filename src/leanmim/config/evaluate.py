@@ -117,7 +117,7 @@ class Evaluate(Evaluator):
     """Labelled folder, or tar file of one, with train/CLASS and val/CLASS, or a labelled dataset of Hugging Face. Without val the
     images are held out that `leanmim finetune` holds out by its default --seed and --val-share. Empty is none: --masks only."""
     masks: str | None = None
-    """Folder of images with segmentation masks: train/images, train/masks, val/images, val/masks. A mask has its image's name and
+    """Folder of images with segmentation masks: train/images, train/masks, val/images, val/masks, or images/train and so on. A mask has its image's name and
     size; it is a grey PNG, or one with a palette, whose values are classes."""
     void: tuple[int, ...] = (255,)
     """Masks: values that are no class; their pixels do not count."""

@@ -23,8 +23,8 @@ from leanmim.errors import UserError
 
 PARTS, KINDS = ("train", "val"), ("images", "masks")
 LAYOUT = (
-    "it holds train/images, train/masks, val/images and val/masks, and for each images/NAME.jpg (or another kind of image) a "
-    "masks/NAME.png"
+    "it holds train/images, train/masks, val/images and val/masks (or images/train and so on), and for each image NAME.jpg (or of "
+    "another kind) a mask NAME.png"
 )
 SPREAD = {"L;2": 85, "L;4": 17}
 """Grey PNG files of 2 and 4 bits, as Pillow calls them: it spreads their values over 0 to 255, by these factors."""
@@ -53,7 +53,8 @@ class Masked(Labelled):
     """Images with a mask for each in the place of a label, cut as `centre_crop` does.
 
     Args:
-        folder: with ``images`` and ``masks``; those of the same path below it without suffix belong together.
+        images: folder of the images.
+        masks: folder of the masks; the mask of an image has its path below the folder, but for the suffix.
         channels: of the images.
         size: of the images once cut, height and width, px.
         crop: see `centre_crop`.
@@ -62,25 +63,25 @@ class Masked(Labelled):
         UserError: images or masks lack their counterpart, or masks are no PNG files.
     """
 
-    def __init__(self, folder: Path, channels: int, size: tuple[int, int], crop: float | None = None) -> None:
-        self.source: Folder = Folder(folder / "images", channels)
+    def __init__(
+        self, images: Path, masks: Path, channels: int, size: tuple[int, int], crop: float | None = None
+    ) -> None:
+        self.source: Folder = Folder(images, channels)
         self.size, self.crop, self.transform = size, kept_share(size, crop), centre_crop(size, crop)
         self.labels, self.classes = [], []  # an image has none of its own
-        found = Folder(folder / "masks", 1)
+        found = Folder(masks, 1)
         if others := [name for name in found.names if not name.lower().endswith(".png")]:
             raise UserError(
                 f"masks are PNG files, grey or with a palette, whose values are classes; {found.root} holds {shown(others)}"
             )
-        masks = by_stem(found)
-        images = by_stem(self.source)
-        for what, lacking, other in (("image", images, masks), ("mask", masks, images)):
+        own, theirs = by_stem(self.source), by_stem(found)
+        for what, root, lacking, other in (("image", images, own, theirs), ("mask", masks, theirs, own)):
             if alone := [name for stem, name in lacking.items() if stem not in other]:
-                root = folder / f"{what}s"
                 raise UserError(
                     f"{len(alone)} of {len(lacking)} {what}s in {root} have no {'mask' if what == 'image' else 'image'} of "
                     f"the same name: {shown(alone)}; add it, or move them away"
                 )
-        self.masks = Masks(found.root, [masks[stem] for stem in images], 1)
+        self.masks = Masks(found.root, [theirs[stem] for stem in own], 1)
 
     @property
     def pairs(self) -> "Pairs":
@@ -155,10 +156,12 @@ def masked_pair(
         UserError: the folder is laid out otherwise.
     """
     root = Path(folder)
-    for part in ("", *PARTS, *(f"{part}/{kind}" for part in PARTS for kind in KINDS)):
-        if not (root / part).is_dir():
-            raise UserError(f"--masks {str(folder)!r}: there is no folder {str(root / part)!r}; {LAYOUT}")
-    train, val = (Masked(root / part, channels, size, crop) for part in PARTS)
+    outer, form = (KINDS, "{1}/{0}") if (root / "images" / "train").is_dir() else (PARTS, "{0}/{1}")
+    places = {(part, kind): root / form.format(part, kind) for part in PARTS for kind in KINDS}
+    for place in (root, *(root / name for name in outer), *places.values()):
+        if not place.is_dir():
+            raise UserError(f"--masks {str(folder)!r}: there is no folder {str(place)!r}; {LAYOUT}")
+    train, val = (Masked(*(places[part, kind] for kind in KINDS), channels, size, crop) for part in PARTS)
     return train, val
 
 
