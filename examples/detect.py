@@ -124,7 +124,9 @@ def draw(model: FasterRCNN, boxes: Boxes, file: Path, device: str) -> None:
         for corners, labels in ((found["boxes"][sure], found["labels"][sure]), (target["boxes"], target["labels"])):
             kinds = [names[label] for label in labels.tolist()]
             colours = [("black", "red", "blue", "orange", "green", "purple")[label % 6] for label in labels.tolist()]
-            drawn = draw_bounding_boxes((image * 255).byte(), corners.cpu(), kinds, colours, width=3)
+            drawn = (image * 255).byte()
+            if len(corners):
+                drawn = draw_bounding_boxes(drawn, corners.cpu(), kinds, colours, width=3)
             tiles.append(torch.nn.functional.interpolate(drawn[None] / 255, (360, 480), mode="area")[0])
     save_image(make_grid(tiles, nrow=2, padding=8, pad_value=1), file)
 
@@ -167,7 +169,15 @@ def main(arguments: list[str] | None = None) -> float:
     )
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=given.lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, given.lr, total_steps=given.steps, pct_start=0.1)
+    warmup = max(1, given.steps // 10)
+    schedule = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 0.04, total_iters=warmup),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, given.steps - warmup + 1),
+        ],
+        [warmup],
+    )
     for step, (images, targets) in enumerate(feed, 1):
         model.train()
         losses = model(

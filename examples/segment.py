@@ -19,7 +19,7 @@ from segmentation_models_pytorch.base import SegmentationHead
 from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
 from segmentation_models_pytorch.metrics import get_stats
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, interpolate
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -46,6 +46,18 @@ class Segmenter(nn.Module):
         return self.head(self.decoder(maps))[..., :height, :width]  # without the pyramid's padding
 
 
+class Fit(nn.Module):
+    """An image scaled so that it just fits into height x width; its mask as it is."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.scale = v2.ScaleJitter(size, (1, 1))
+
+    def forward(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Image and mask."""
+        return self.scale(image), mask
+
+
 class Scenes(Dataset):
     """Images with their masks."""
 
@@ -68,13 +80,18 @@ class Scenes(Dataset):
         return image, mask[0].long()
 
 
+def classes_of(model: Segmenter, images: Tensor, size: torch.Size) -> Tensor:
+    """The class of each pixel, of maps that are resized to height and width."""
+    return interpolate(model(images), size, mode="bilinear").argmax(1).cpu()
+
+
 def evaluate(model: Segmenter, loader: DataLoader, classes: int, device: str) -> Tensor:
     """Intersection over union of each class, over all pixels; NaN for a class that neither is there nor was predicted."""
     counts = torch.zeros(3, classes)
     model.eval()
     with torch.inference_mode():
         for images, masks in loader:
-            found = model(images.to(device)).argmax(1).cpu()
+            found = classes_of(model, images.to(device), masks.shape[1:])
             hit, wrong, missed, _ = get_stats(found, masks, mode="multiclass", ignore_index=VOID, num_classes=classes)
             counts += torch.stack([hit.sum(0), wrong.sum(0), missed.sum(0)])
     return counts[0] / counts.sum(0)
@@ -89,7 +106,7 @@ def draw(model: Segmenter, scenes: Scenes, file: Path, device: str) -> None:
     for row, index in zip(axes, torch.linspace(0, len(scenes) - 1, rows).long().tolist(), strict=True):
         image, mask = scenes[index]
         with torch.inference_mode():
-            found = model(image[None].to(device))[0].argmax(0).cpu()
+            found = classes_of(model, image[None].to(device), mask.shape)[0]
         row[0].imshow((image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
         for axis, values in ((row[1], mask), (row[2], found)):
             axis.imshow(values.numpy(), cmap="tab20", vmin=0, vmax=scenes.classes, interpolation="nearest")
@@ -112,7 +129,13 @@ def main(arguments: list[str] | None = None) -> float:
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--classes", required=True, type=int)
-    parser.add_argument("--crop", type=int, nargs=2, default=(352, 480), help="height and width of a training crop, px")
+    parser.add_argument(
+        "--crop",
+        type=int,
+        nargs=2,
+        default=(352, 480),
+        help="height and width, px, of training crops, which are of images of half to double that size, and that images are measured at",
+    )
     parser.add_argument("--width", type=int, default=256, help="channels of pyramid and decoder")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -128,12 +151,20 @@ def main(arguments: list[str] | None = None) -> float:
     fill = {tv_tensors.Image: 0, tv_tensors.Mask: VOID}
     crops = [v2.ScaleJitter(given.crop, (0.5, 2.0)), v2.RandomCrop(given.crop, pad_if_needed=True, fill=fill)]
     train = Scenes(given.data, "train", given.classes, v2.Compose([*crops, v2.RandomHorizontalFlip(), *last]))
-    val = Scenes(given.data, "val", given.classes, v2.Compose(last))
+    val = Scenes(given.data, "val", given.classes, v2.Compose([Fit(given.crop), *last]))
     drawn = torch.utils.data.RandomSampler(train, num_samples=given.steps * given.batch_size)
     feed = DataLoader(train, given.batch_size, sampler=drawn, num_workers=given.workers)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=given.lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, given.lr, total_steps=given.steps, pct_start=0.1)
+    warmup = max(1, given.steps // 10)
+    schedule = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 0.04, total_iters=warmup),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, given.steps - warmup + 1),
+        ],
+        [warmup],
+    )
     for step, (images, masks) in enumerate(feed, 1):
         model.train()
         loss = cross_entropy(model(images.to(given.device)), masks.to(given.device), ignore_index=VOID)
