@@ -199,7 +199,7 @@ def main(arguments: list[str] | None = None) -> float:
     mean, half = evaluate(model, val, given.device)
     print(
         f"mAP {100 * mean:.2f} %, at an overlap of one half {100 * half:.2f} %, of {len(val)} images; predictions in "
-        f"{given.out / 'predictions.png'}"
+        f"{given.out / 'predictions.png'} (left: found, right: true)"
     )
     return mean
 
