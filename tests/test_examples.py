@@ -22,6 +22,11 @@ def main_of(name: str) -> Callable[[list[str]], float]:
     return runpy.run_path(str(ROOT / "examples" / f"{name}.py"))["main"]
 
 
+def size_of(file: Path) -> tuple[int, int]:
+    with Image.open(file) as picture:
+        return picture.size
+
+
 def scene(seed: int) -> tuple[Image.Image, Image.Image, tuple[int, int, int, int]]:
     """A bright square on grey: the image, the mask (1 in the square, 11 at its left edge), the square."""
     left, top = np.random.default_rng(seed).integers(8, 40, 2).tolist()
@@ -63,7 +68,7 @@ def test_segmentation(tiny: Pretrain, tmp_path: Path, capsys: pytest.CaptureFixt
     assert f"mIoU {100 * mean:.2f} % of 2 images" in capsys.readouterr().out
     weights = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
     assert any(name.startswith("pyramid.backbone.blocks") for name in weights)
-    assert Image.open(tmp_path / "out" / "predictions.png").width > 100
+    assert size_of(tmp_path / "out" / "predictions.png")[0] > 100
     for part in ("train", "val"):  # the other way to lay out folders
         (data / part).mkdir()
         for kind in ("images", "masks"):
@@ -115,7 +120,7 @@ def test_detection(
     mean = main_of("detect")(line)
     assert 0 <= mean <= 1
     assert f"mAP {100 * mean:.2f} %" in capsys.readouterr().out
-    assert Image.open(tmp_path / "out" / "predictions.png").size == (2 * 480 + 24, 2 * 360 + 24)
+    assert size_of(tmp_path / "out" / "predictions.png") == (2 * 480 + 24, 2 * 360 + 24)
     weights = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
     assert any(name.startswith("backbone.backbone.blocks") for name in weights)
 
