@@ -161,7 +161,7 @@ def masked_pair(
     for place in (root, *(root / name for name in outer), *places.values()):
         if not place.is_dir():
             raise UserError(f"--masks {str(folder)!r}: there is no folder {str(place)!r}; {LAYOUT}")
-    train, val = (Masked(*(places[part, kind] for kind in KINDS), channels, size, crop) for part in PARTS)
+    train, val = (Masked(places[part, "images"], places[part, "masks"], channels, size, crop) for part in PARTS)
     return train, val
 
 
