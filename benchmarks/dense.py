@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument(
         "--start", type=lambda text: tuple(text.split("=", 1)), action="append", required=True, help="NAME=RUN"
     )
-    parser.add_argument("--steps", type=int, default=600, help="of the training from each encoder")
+    parser.add_argument("--steps", type=int, default=400, help="of the training from each encoder")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("runs/dense"))

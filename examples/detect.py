@@ -157,7 +157,7 @@ def main(arguments: list[str] | None = None) -> float:
     pyramid = leanmim.pyramid(given.start, given.width, pool=True, model=given.model)
     model = FasterRCNN(
         pyramid, num_classes=len(train.kinds) + 1, min_size=given.size, max_size=2 * given.size,
-        image_mean=pyramid.mean, image_std=pyramid.std,
+        box_batch_size_per_image=128, image_mean=pyramid.mean, image_std=pyramid.std,
     ).to(given.device)  # fmt: skip
     drawn = RandomSampler(train, num_samples=given.steps * given.batch_size)
     feed = DataLoader(
