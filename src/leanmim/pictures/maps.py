@@ -3,6 +3,7 @@
 b images, d width.
 """
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -22,7 +23,9 @@ from leanmim.pictures.shown import embedded, open_shown
 
 LEAST = 5  # images
 COMPONENTS = 50  # of the features, before t-SNE
-LARGEST = 48  # px, of a photo
+SIDE, DPI = 11.0, 130  # inches, and px of an inch: of the figure
+LARGEST = 130  # px, of a photo
+COVERED = 0.45  # share of the figure that photos would cover if they did not overlap
 COLOURED = 20  # classes that have a colour of their own
 OTHERS = "#b0b0b0"
 
@@ -48,11 +51,12 @@ def embedding_map(config: Show) -> Figure:
     if len(places) < LEAST:
         raise UserError(f"a map needs {LEAST} images or more, and there are {len(places)}; give more with --images")
     points = arranged(x, config.seed)
-    photos = drawable(shown.photos(places, LARGEST))
+    side = min(LARGEST, SIDE * DPI * math.sqrt(COVERED / len(places)))
+    photos = drawable(shown.photos(places, round(side)))
     if photos.shape[1] == 1:
         photos = photos.expand(-1, 3, -1, -1)
     colours, legend = class_colours([shown.classes[place] for place in places] if shown.classes else [])
-    figure = Figure(figsize=(11, 11.6), dpi=130, layout="constrained")
+    figure = Figure(figsize=(SIDE, SIDE + 0.6), dpi=DPI, layout="constrained")
     axis = figure.subplots()
     axis.set_xticks([])
     axis.set_yticks([])
@@ -61,8 +65,8 @@ def embedding_map(config: Show) -> Figure:
     axis.set_ylim(*limits(points[:, 1]))
     for i, (point, photo) in enumerate(zip(points, photos.permute(0, 2, 3, 1).clamp(0, 1).numpy(), strict=True)):
         edge = {"edgecolor": colours[i], "linewidth": 1.8} if colours else {"linewidth": 0}
-        box = AnnotationBbox(OffsetImage(photo, zoom=0.55), tuple(point), pad=0.0, bboxprops=edge)
-        axis.add_artist(box)
+        image = OffsetImage(photo, zoom=side / max(photo.shape[:2]) * 72 / DPI)  # it counts in points
+        axis.add_artist(AnnotationBbox(image, tuple(point), pad=0.0, bboxprops=edge))
     if legend:
         handles = [Patch(color=colour, label=name) for name, colour in legend.items()]
         keys = figure.legend(
@@ -81,7 +85,7 @@ def embedding_map(config: Show) -> Figure:
 
 def limits(values: Float[np.ndarray, " b"]) -> tuple[float, float]:
     """Of an axis, with room for half a photo at the ends."""
-    margin = 0.03 * float(np.ptp(values)) or 1.0
+    margin = 0.05 * float(np.ptp(values)) or 1.0
     return float(values.min()) - margin, float(values.max()) + margin
 
 

@@ -64,17 +64,12 @@ def neighbours(config: Show) -> Figure:
         own[0].set_title(shortened(label, 20), fontsize=7, fontweight="bold", parse_math=False)
         frame(own[0], "black")
         for axis, row, value in zip(own[1:], near, values, strict=True):
-            same = not classes or classes[row] == classes[query]
-            text = (
-                f"{shortened(classes[row], 20)} {'✓' if same else '✗'}\n{value:.{digits}f}"
-                if classes
-                else f"{value:.{digits}f}"
-            )
-            axis.set_title(
-                text, fontsize=7, color="black" if not classes else SAME if same else OTHER, parse_math=False
-            )
+            axis.set_title(f"{value:.{digits}f}", fontsize=7)
             if classes:
-                frame(axis, SAME if same else OTHER, 1.5)
+                mark, colour = ("✓", SAME) if classes[row] == classes[query] else ("✗", OTHER)
+                text = f"{shortened(classes[row], 20)} {mark}\n{value:.{digits}f}"
+                axis.set_title(text, fontsize=7, color=colour, parse_math=False)
+                frame(axis, colour, 1.5)
     note = f"{shown.caption}\nleft: the photo; then the {k} most alike of {len(places):,} images, with the cosine of the pooled features"
     figure.supxlabel(f"{note}\n{agreement(classes, queries.tolist(), rows.tolist())}".rstrip(), fontsize=8)
     return figure
@@ -82,7 +77,7 @@ def neighbours(config: Show) -> Figure:
 
 def telling(similarities: Float[Tensor, "q k"]) -> int:
     """How many digits of cosines tell them apart: of an encoder that was trained little all are almost 1."""
-    return min(6, max(2, 2 - math.floor(math.log10(max(1 - float(similarities.min()), 1e-6)))))
+    return min(6, max(3, 1 - math.floor(math.log10(max(1 - float(similarities.min()), 1e-6)))))
 
 
 def agreement(classes: list[str], queries: list[int], rows: list[list[int]]) -> str:
