@@ -99,7 +99,7 @@ def attention(config: Show) -> Figure:
     elsewhere = f"; not drawn: {rest:.0%} to the prefix tokens" if rest > 0.005 else ""
     pairs.figure.supxlabel(
         f"{shown.caption}\n{found.of} in the last block, mean over its heads; if it were even, {1 / n:.2%} to each of {n} patches"
-        f"\nblack: none; yellow: the most of the image{elsewhere}",
+        f"\ndark: little; bright: the most of the image{elsewhere}",
         fontsize=8,
     )
     return pairs.figure
