@@ -74,7 +74,7 @@ COMMANDS = {
     ),
     "knn": Command("k-nearest-neighbour accuracy of a run on labelled images", Knn, "evaluators.knn.knn"),
     "probe": Command("linear-probe accuracy of a run on labelled images", Probe, "evaluators.probe.probe"),
-    "show": Command("draw original, masked image, reconstruction", Show, "pictures.show"),
+    "show": Command("draw reconstructions, features, attention, neighbours, a map", Show, "pictures.show"),
     "export": Command("write a run's weights for timm, transformers or ONNX", Export, "formats.export"),
     "publish": Command("export for timm, and push to the Hugging Face hub", Publish, "formats.publish.publish"),
     "report": Command("one HTML page about one or several runs", Report, "page.report"),

@@ -10,21 +10,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
-from leanmim.data import UNREADABLE, centre_crop
 from leanmim.data.read import Picture
 from leanmim.evaluators.accuracy import Accuracy
 from leanmim.names import shortened
-from leanmim.pictures import draw, save_figure, stretched
+from leanmim.pictures import save_figure
+from leanmim.pictures.mistakes import Prediction, draw_mistakes, worst_mistakes
 from leanmim.run import write_atomically, write_json
 
 COUNTED, NAMED = 15, 40  # classes up to which the cells of the confusion matrix hold numbers, and the axes names
-MISTAKES = 16
-PICTURE = (160, 160)  # of a mistake, px
 
 
 @dataclass(frozen=True)
@@ -36,6 +33,13 @@ class Predictions:
     """Of the images: their paths."""
     labels: Int[np.ndarray, "n"]
     probabilities: Float[np.ndarray, "n c"]
+
+    @property
+    def first(self) -> list[Prediction]:
+        """Of each image the likeliest class."""
+        best, sure = self.probabilities.argmax(1).tolist(), self.probabilities.max(1).tolist()
+        rows = zip(self.names, self.labels.tolist(), best, sure, strict=True)
+        return [Prediction(name, self.classes[label], self.classes[i], share) for name, label, i, share in rows]
 
 
 def likeliest(probabilities: Float[np.ndarray, "n c"], k: int) -> Int[np.ndarray, "n k"]:
@@ -113,8 +117,8 @@ def write_results(
     write_atomically(folder / "predictions.csv", lambda path: write_predictions(path, found, top))
     title = f"top-1: {top_accuracy(found)}"
     save_figure(draw_confusion(found.classes, confusion_matrix(found), title), folder / "confusion.png")
-    if mistakes := worst_mistakes(found, read):
-        save_figure(draw_mistakes(found, mistakes), folder / "mistakes.png")
+    if mistakes := worst_mistakes(found.first, read):
+        save_figure(draw_mistakes(mistakes), folder / "mistakes.png")
     else:
         (folder / "mistakes.png").unlink(missing_ok=True)
     write_json(folder / "results.json", results)
@@ -143,21 +147,6 @@ def write_predictions(path: Path, found: Predictions, top: int) -> None:
         table.writerows([name, found.classes[label], *cells] for name, label, cells in rows)
 
 
-def worst_mistakes(found: Predictions, read: Callable[[int], Picture]) -> dict[int, Picture]:
-    """The wrong predictions of highest probability, the highest first: the places of the images, and their pictures."""
-    predicted, sure = found.probabilities.argmax(1), found.probabilities.max(1)
-    wrong = np.flatnonzero(predicted != found.labels)
-    mistakes: dict[int, Picture] = {}
-    for i in wrong[np.argsort(-sure[wrong], kind="stable")].tolist():
-        try:
-            mistakes[i] = read(i)
-        except UNREADABLE:  # gone since it was classified
-            continue
-        if len(mistakes) == MISTAKES:
-            break
-    return mistakes
-
-
 def draw_confusion(classes: Sequence[str], confusion: Int[np.ndarray, "c c"], title: str) -> Figure:
     """The confusion matrix; colours are shares of a row, so that classes of few images are seen too."""
     c = len(classes)
@@ -184,25 +173,4 @@ def draw_confusion(classes: Sequence[str], confusion: Int[np.ndarray, "c c"], ti
     axis.set_xlabel(f"predicted class{number}", fontsize=9)
     axis.set_ylabel("class", fontsize=9)
     axis.set_title(title, fontsize=9)
-    return figure
-
-
-def draw_mistakes(found: Predictions, mistakes: dict[int, Picture]) -> Figure:
-    """Pictures side by side, above each its class and what it was taken for, below it the name of the file."""
-    across = min(4, len(mistakes))
-    down = -(-len(mistakes) // across)
-    figure = Figure(figsize=(2.4 * across + 0.2, 3.0 * down), dpi=100, layout="constrained")
-    axes = figure.subplots(down, across, squeeze=False).ravel()
-    cut = centre_crop(PICTURE, 1.0)
-    for axis, (i, picture) in zip(axes, mistakes.items(), strict=False):
-        centre = cut(picture)
-        seen = centre / 255 if centre.dtype == torch.uint8 else stretched(centre[None])(centre[None])[0]
-        draw(axis, seen, PICTURE, None)
-        predicted = int(found.probabilities[i].argmax())
-        label, taken = (shortened(found.classes[j], 28) for j in (found.labels[i], predicted))
-        title = f"{label}\n\N{RIGHTWARDS ARROW} {taken}, {100 * found.probabilities[i, predicted]:.0f} %"
-        axis.set_title(title, fontsize=8, parse_math=False)
-        axis.set_xlabel(shortened(Path(found.names[i]).name, 34), fontsize=6, parse_math=False)
-    for axis in axes[len(mistakes) :]:
-        axis.set_axis_off()
     return figure

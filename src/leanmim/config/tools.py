@@ -8,23 +8,46 @@ from tyro.conf import Positional
 from leanmim.config.base import Auto, Config, Machine, Model, Precision, Valued, check_values, parse_bytes
 from leanmim.errors import UserError
 
+Picture = Literal["reconstructions", "features", "attention", "neighbours", "map", "mistakes"]
+COUNTS = {"mistakes": 16, "map": 400}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Show(Config):
-    """Draw original, masked image and reconstruction side by side."""
+    """Draw what a run reconstructs, or another picture of its encoder."""
 
     run: Positional[str]
-    """Run folder of `leanmim pretrain`."""
+    """Run folder of `leanmim pretrain`. For other pictures than reconstructions also one of `leanmim finetune`, or, with
+    --images, an exported folder or timm's name of published weights."""
+    picture: Picture = "reconstructions"
+    """reconstructions: original, masked image, reconstruction. features: of patches, by colour. attention: of the last block, as
+    heat. neighbours: the images most alike. map: all images by likeness, in two dimensions. mistakes: of a fine-tuned run, the most
+    confident ones."""
     images: tuple[str, ...] = ()
-    """Image files or folders; empty takes the run's own data."""
-    count: int = 8
-    """Images at most."""
+    """Image files or folders; empty takes the run's own data, of a fine-tuned run its validation images. One folder may have a
+    sub-folder for each class, and neighbours and map tell classes; it may also be a tar file or a dataset then."""
+    count: int | Auto = "auto"
+    """Images at most; of neighbours, those whose neighbours are drawn. auto is 8, of mistakes 16, of a map 400."""
+    among: int = 5000
+    """Of neighbours: images to choose them from, at most, evenly spread over all."""
     out: str | None = None
-    """Picture to write; None is reconstructions.png in the run folder, or reconstructions-segment0.png with --segment 0."""
+    """Picture to write; None is PICTURE.png in the run folder, as reconstructions.png, or reconstructions-segment0.png with
+    --segment 0."""
     segment: int | None = None
     """Of a run with --segments: draw the reconstruction of this one alone, 0 is the first; None draws all."""
     seed: int = 0
-    """Seed of the masks."""
+    """Seed of the masks, and of the map's arrangement."""
+
+    @property
+    def most(self) -> int:
+        """Images at most."""
+        return COUNTS.get(self.picture, 8) if self.count == "auto" else self.count
+
+    def check(self) -> None:
+        """Raise UserError for an impossible value, or an option of another picture."""
+        super().check()
+        if self.segment is not None and self.picture != "reconstructions":
+            raise UserError(f"--segment is for reconstructions; leave it out with --picture {self.picture}")
 
 
 @dataclass(frozen=True, kw_only=True)

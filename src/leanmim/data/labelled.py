@@ -50,13 +50,13 @@ class Labelled(Dataset):
         cls, root: Path, names: Sequence[str], labels: list[int], classes: list[str], channels: int, transform: Callable
     ) -> "Labelled":
         """Of images that were chosen already; ``names`` are paths below ``root``."""
+        return cls.holding(images_at(str(root), names, channels), labels, classes, transform)
+
+    @classmethod
+    def holding(cls, source: Files | Shards, labels: list[int], classes: list[str], transform: Callable) -> "Labelled":
+        """Of a source that is open already."""
         self = cls.__new__(cls)
-        self.source, self.labels, self.classes, self.transform = (
-            images_at(str(root), names, channels),
-            labels,
-            classes,
-            transform,
-        )
+        self.source, self.labels, self.classes, self.transform = source, labels, classes, transform
         return self
 
     def transformed(self, transform: Callable) -> "Labelled":

@@ -1,14 +1,31 @@
 """`leanmim show`: pictures of what a run does."""
 
+from collections.abc import Callable
 from pathlib import Path
+
+from matplotlib.figure import Figure
 
 from leanmim.config import Show
 from leanmim.errors import CannotWrite
+from leanmim.pictures.attention import attention
+from leanmim.pictures.features import features
 from leanmim.pictures.figures import draw, save_figure
 from leanmim.pictures.images import stretched
+from leanmim.pictures.maps import embedding_map
+from leanmim.pictures.mistakes import mistakes
+from leanmim.pictures.neighbours import neighbours
 from leanmim.pictures.reconstructions import reconstructions
 
-__all__ = ["draw", "save_figure", "show", "stretched"]
+__all__ = ["PICTURES", "draw", "save_figure", "show", "stretched"]
+
+PICTURES: dict[str, Callable[[Show], Figure]] = {
+    "reconstructions": reconstructions,
+    "features": features,
+    "attention": attention,
+    "neighbours": neighbours,
+    "map": embedding_map,
+    "mistakes": mistakes,
+}
 
 
 def show(config: Show) -> Path:
@@ -18,12 +35,13 @@ def show(config: Show) -> Path:
         The picture.
 
     Raises:
-        UserError: the run or the images cannot be read, there is no such segment, or the picture cannot be written.
+        UserError: the run or the images cannot be read, the run is not of a kind that has such a picture, or it cannot be written.
     """
     config.check()
-    figure = reconstructions(config)
-    default = "reconstructions.png" if config.segment is None else f"reconstructions-segment{config.segment}.png"
-    path = Path(config.out) if config.out else Path(config.run) / default
+    figure = PICTURES[config.picture](config)
+    default = config.picture if config.segment is None else f"{config.picture}-segment{config.segment}"
+    folder = Path(config.run) if Path(config.run).exists() else Path()  # published weights have no folder
+    path = Path(config.out) if config.out else folder / f"{default}.png"
     try:
         save_figure(figure, path)
     except CannotWrite as error:

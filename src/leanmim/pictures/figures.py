@@ -5,8 +5,9 @@ k channels or values of a HOG cell, y x cells or pixels.
 
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from leanmim.files import write_atomically
+from leanmim.names import shortened
 from leanmim.targets import BINS
 
 ORANGE = torch.tensor([0.95, 0.6, 0.2])  # round thrown cells
@@ -38,9 +40,7 @@ def draw(
     thrown: Bool[Tensor, "y x"] | None = None,
 ) -> None:
     """An image, or HOG as strokes on black with lines round cells, on an axis of the image's ``size`` (height, width in px)."""
-    axis.set_xticks([])
-    axis.set_yticks([])
-    axis.spines[:].set_visible(False)
+    bare(axis)
     if picture.shape[1:] == size:
         pixels = picture.permute(1, 2, 0).squeeze(-1).numpy()
         axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
@@ -51,6 +51,57 @@ def draw(
         for cells, colour in ((visible, "white"), (thrown, ORANGE.tolist())):
             if cells is not None:
                 axis.add_collection(outline(cells, cell, colour), autolim=False)
+
+
+def bare(axis: Axes) -> None:
+    """An axis without ticks and lines."""
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[:].set_visible(False)
+
+
+def overlay(axis: Axes, values: Any, size: tuple[int, int], **options: Any) -> None:
+    """Values of patches over an image of a ``size`` (height, width in px); ``options`` are those of `imshow`."""
+    bare(axis)
+    axis.imshow(values, extent=(-0.5, size[1] - 0.5, size[0] - 0.5, -0.5), **options)
+
+
+class Pairs(NamedTuple):
+    """A figure of photos, each with something beside it."""
+
+    figure: Figure
+    axes: list[tuple[Axes, Axes]]
+
+
+def pairs_of(names: Sequence[str], size: tuple[int, int], titles: tuple[str, str]) -> Pairs:
+    """A pair of axes for each name, which stands below the first; titles above the first row. Images have a ``size`` (height,
+    width in px).
+    """
+    width, height = 4.2, 2.1 * size[0] / size[1] + 0.12
+    across = abreast(len(names), width, height)
+    rows = math.ceil(len(names) / across)
+    figure = Figure(figsize=(width * across, rows * height + 0.8), dpi=130, layout="constrained")
+    axes = figure.subplots(rows, 2 * across, squeeze=False).reshape(rows * across, 2)
+    for (photo, _), name in zip(axes, names, strict=False):
+        photo.set_xlabel(shortened(name, 34), loc="left", fontsize=7, labelpad=2, parse_math=False)
+    for pair in axes[:across]:
+        for axis, title in zip(pair, titles, strict=True):
+            axis.set_title(title, fontsize=9)
+    for axis in axes[len(names) :].flat:
+        axis.set_axis_off()
+    return Pairs(figure, [(photo, beside) for photo, beside in axes[: len(names)]])
+
+
+def frame(axis: Axes, colour: Any, width: float = 2.0) -> None:
+    """A frame round an axis that `draw` has drawn on, ``width`` points wide."""
+    axis.spines[:].set(visible=True, color=colour, linewidth=width)
+
+
+def abreast(count: int, width: float, height: float, tallest: float = 1.7) -> int:
+    """How many of ``count`` panels of a width and height share a row, so that the figure is not taller than so many times its
+    width.
+    """
+    return next(n for n in range(1, count + 1) if n == count or math.ceil(count / n) * height <= tallest * n * width)
 
 
 def outline(cells: Bool[Tensor, "y x"], cell: int, colour: Any) -> LineCollection:

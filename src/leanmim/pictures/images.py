@@ -26,19 +26,30 @@ def read_images(config: Show, trained: Pretrain) -> tuple[list[str], Real[Tensor
             read.
     """
     source = open_images(config.images, trained)
-    transform, names = centre_crop(trained.size), source.names
+    found = read_some(source, centre_crop(trained.size), config)
+    if not found:
+        raise UserError(f"no image of {config.images or trained.data!r} can be read; give others with --images")
+    names = source.names
+    return [Path(names[i]).name for i in found], torch.stack(list(found.values()))
+
+
+def read_some(source: Source, transform: Callable, config: Show) -> dict[int, Real[Tensor, "c H W"]]:
+    """Images by their places in the source, evenly spread, as many as the configuration says; those that cannot be read are
+    replaced by others.
+
+    Raises:
+        UserError: a file given by name cannot be read.
+    """
     found: dict[int, Tensor] = {}
-    for i in spread_out(len(source), config.count):
-        if len(found) == config.count:
+    for i in spread_out(len(source), config.most):
+        if len(found) == config.most:
             break
         try:
             found[i] = transform(source.read(i))
         except UNREADABLE as error:
             if Path(source.where(i)) in map(Path, config.images):
                 raise UserError(f"--images {source.where(i)!r} cannot be read as an image: {error}") from error
-    if not found:
-        raise UserError(f"no image of {config.images or trained.data!r} can be read; give others with --images")
-    return [Path(names[i]).name for i in found], torch.stack(list(found.values()))
+    return found
 
 
 def open_images(images: Sequence[str], trained: Pretrain) -> Source:
@@ -54,13 +65,18 @@ def open_images(images: Sequence[str], trained: Pretrain) -> Source:
             raise UserError(
                 f"the run's own data {trained.data!r}: {error}; give images with --images instead"
             ) from error
+    return given_images(images, trained.read_as)
+
+
+def given_images(images: Sequence[str], channels: int) -> Files:
+    """The files given and those in the folders given. Errors as for `open_images`."""
     paths: list[Path] = []
     for image in images:
         path = Path(image)
         if not path.exists():
             raise UserError(f"--images {image!r}: there is no such file or folder")
         paths += list_images(path) if path.is_dir() else [path]
-    return Files("", paths, trained.read_as)
+    return Files("", paths, channels)
 
 
 def spread_out(total: int, count: int) -> list[int]:
@@ -77,3 +93,8 @@ def stretched(originals: Float[Tensor, "b c H W"]) -> Callable[[Float[Tensor, "b
     values = originals[:, :k].flatten(2).numpy()
     low, high = (torch.from_numpy(np.percentile(values, share, axis=2))[..., None, None].float() for share in (1, 99))
     return lambda images: ((images[:, :k] - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+
+
+def drawable(pictures: Real[Tensor, "b c H W"]) -> Float[Tensor, "b k H W"]:
+    """Images from 0 to 1: bytes, or stored values as `stretched` draws them."""
+    return pictures / 255 if pictures.dtype == torch.uint8 else stretched(pictures)(pictures)
