@@ -213,7 +213,7 @@ def test_in_half_precision(config: Finetune, capsys: Any) -> None:
 def test_other_commands_say_what_a_fine_tuned_run_is(config: Finetune) -> None:
     folder = str(finetune(replace(config, epochs=1)))
     with pytest.raises(UserError, match="is a fine-tuned run; this takes one of `leanmim pretrain`"):
-        show(Show(run=folder))
+        show(Show(runs=(folder,)))
     ((_, accuracy),) = knn(Knn(run=folder, data=config.data, k=3, device="cpu", workers=0))
     assert 0 <= accuracy <= 1
 

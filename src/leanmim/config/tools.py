@@ -11,20 +11,23 @@ from leanmim.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Show(Config):
-    """Draw original, masked image and reconstruction side by side."""
+    """Draw what runs reconstruct: original, masked image and reconstruction side by side."""
 
-    run: Positional[str]
-    """Run folder of `leanmim pretrain`."""
+    runs: Positional[tuple[str, ...]]
+    """Run folders of `leanmim pretrain`; several are drawn side by side on the same images, each at its own input size."""
     images: tuple[str, ...] = ()
-    """Image files or folders; empty takes the run's own data."""
+    """Image files or folders; empty takes the (first) run's own data."""
     count: int = 8
     """Images at most."""
+    picture: Literal["reconstructions", "progress"] = "reconstructions"
+    """reconstructions; or progress, those that pre-training drew as it went (--show-every): rows of images, columns of steps."""
     out: str | None = None
-    """Picture to write; None is reconstructions.png in the run folder, or reconstructions-segment0.png with --segment 0."""
+    """Picture to write; None is reconstructions.png or progress.png in the run folder, of several runs in the working directory; with
+    --segment 0 reconstructions-segment0.png."""
     segment: int | None = None
     """Of a run with --segments: draw the reconstruction of this one alone, 0 is the first; None draws all."""
     seed: int = 0
-    """Seed of the masks."""
+    """Seed of the masks, the same for all runs."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from leanmim.config import Pretrain, Show
 from leanmim.data import UNREADABLE, Files, Source, centre_crop, list_images, open_source
+from leanmim.data.read import Picture
 from leanmim.errors import UserError
 
 
@@ -26,19 +27,31 @@ def read_images(config: Show, trained: Pretrain) -> tuple[list[str], Real[Tensor
             read.
     """
     source = open_images(config.images, trained)
-    transform, names = centre_crop(trained.size), source.names
+    found = read_some(source, config.count, centre_crop(trained.size), config.images)
+    if not found:
+        raise UserError(f"no image of {config.images or trained.data!r} can be read; give others with --images")
+    names = source.names
+    return [Path(names[i]).name for i in found], torch.stack(list(found.values()))
+
+
+def read_some(
+    source: Source, count: int, transform: Callable[[Picture], Tensor], needed: Sequence[str] = ()
+) -> dict[int, Tensor]:
+    """So many images of a source, evenly spread, by their numbers; others in place of those that cannot be read.
+
+    Raises:
+        UserError: a file that is ``needed`` cannot be read.
+    """
     found: dict[int, Tensor] = {}
-    for i in spread_out(len(source), config.count):
-        if len(found) == config.count:
+    for i in spread_out(len(source), count):
+        if len(found) == count:
             break
         try:
             found[i] = transform(source.read(i))
         except UNREADABLE as error:
-            if Path(source.where(i)) in map(Path, config.images):
+            if Path(source.where(i)) in map(Path, needed):
                 raise UserError(f"--images {source.where(i)!r} cannot be read as an image: {error}") from error
-    if not found:
-        raise UserError(f"no image of {config.images or trained.data!r} can be read; give others with --images")
-    return [Path(names[i]).name for i in found], torch.stack(list(found.values()))
+    return found
 
 
 def open_images(images: Sequence[str], trained: Pretrain) -> Source:
@@ -74,6 +87,9 @@ def stretched(originals: Float[Tensor, "b c H W"]) -> Callable[[Float[Tensor, "b
     one or two the first in grey, each stretched from the 1st to the 99th percentile of the original.
     """
     k = 3 if originals.shape[1] > 2 else 1
-    values = originals[:, :k].flatten(2).numpy()
-    low, high = (torch.from_numpy(np.percentile(values, share, axis=2))[..., None, None].float() for share in (1, 99))
+    values = originals[:, :k].flatten(2).cpu().numpy()
+    low, high = (
+        torch.from_numpy(np.percentile(values, share, axis=2))[..., None, None].float().to(originals.device)
+        for share in (1, 99)
+    )
     return lambda images: ((images[:, :k] - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)

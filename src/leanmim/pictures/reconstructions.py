@@ -3,12 +3,12 @@
 b batch, c channels, H W pixels, n patches, p target width, k values of a HOG cell, y x cells.
 """
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Real
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -18,43 +18,54 @@ from leanmim.data import Normalise
 from leanmim.errors import UserError
 from leanmim.masking import Mask, Split, hidden_squares, magnify, squares
 from leanmim.mim import MIM
-from leanmim.names import shortened
-from leanmim.pictures.figures import draw
+from leanmim.names import run_names
 from leanmim.pictures.images import read_images, stretched
+from leanmim.pictures.layout import Column, Panel, compose
 from leanmim.targets import BINS, FLAT, HOG, Pixels, hog, unpatchify
 from leanmim.weights import restore
 
+Parts = TypeVar("Parts", Mask, Split)
 BROWN = torch.tensor([0.66, 0.53, 0.39])  # of thrown patches: as bright as the grey of masked ones
 
 
-class Column(NamedTuple):
-    """A column of the figure: images, or HOG with a white line round visible cells, an orange one round thrown ones."""
-
-    title: str
-    pictures: Float[Tensor, "b k y x"]
-    visible: Bool[Tensor, "b y x"] | None = None
-    thrown: Bool[Tensor, "b y x"] | None = None
-
-
 def reconstructions(config: Show) -> Figure:
-    """Rows of original, masked image and reconstruction.
+    """Rows of original, masked image and reconstruction; of several runs side by side, on the same images.
 
     Of a run in segments (BIM) a column for each, unless one is asked for. Where patches are thrown (PR-MIM), they are brown in
     the masked image, and a further column shows them alone, as they were filled in. Predictions of per-patch normalised pixels
     are brought back with the true patch's own mean and deviation, and the picture says so. A target that is neither pixels nor
     HOG has no reconstruction. Stored values are drawn as `stretched` says.
 
+    Each run draws the images at its own input size. Its masks are drawn from the same seed, so that runs of one grid and ratio
+    have the same. The original is drawn again where the size is another than before.
+
     Raises:
-        UserError: the run or the images cannot be read, or there is no such segment.
+        UserError: a run or the images cannot be read, or there is no such segment.
     """
-    trained, model, state = restore(config.run)
-    names, pictures = read_images(config, trained)
+    panels: list[Panel] = []
+    names: list[str] = []
+    data: str | tuple[str, ...] = ()
+    for run, title in zip(config.runs, run_names(config.runs), strict=True):
+        trained, model, state = restore(run)
+        data = data or trained.data  # of the first run
+        found, pictures = read_images(config, replace(trained, data=data))
+        if names and found != names:
+            raise UserError(f"{run!r} and {config.runs[0]!r} cannot read the same images; give --images that both can")
+        panel = panel_of(config, trained, model, state, pictures)
+        if any(other.size == panel.size for other in panels):
+            panel = panel._replace(columns=panel.columns[1:])
+        panels.append(panel._replace(title=title))
+        names = found
+    return compose(panels, names)
+
+
+def panel_of(
+    config: Show, trained: Pretrain, model: MIM, state: dict[str, Any], pictures: Real[Tensor, "b c H W"]
+) -> Panel:
+    """What is drawn of a run. Errors as for `reconstructions`."""
     normalise = Normalise(state["mean"], state["std"], torch.device("cpu"))
     images = normalise(pictures)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        masks = model.eval().draw_masks(images)
-        splits = [model.draw_split(mask) for mask in masks]
+    masks, splits = hidden_parts(model.eval(), images, config.seed)
     count = len(masks)
     if config.segment is not None and not 0 <= config.segment < count:
         raise UserError(f"--segment {config.segment}: this run has {count} segments, 0 to {count - 1}")
@@ -63,7 +74,21 @@ def reconstructions(config: Show) -> Figure:
     note = f"{trained.recipe}, {trained.model}, step {state['step']}"
     if count > 1:
         note += f", {count} segments" if config.segment is None else f", segment {config.segment} of 0 to {count - 1}"
-    return compose(columns, names, trained, "\n".join([note, *remarks]))
+    return Panel(columns, trained.size, note, remarks)
+
+
+def hidden_parts(model: MIM, images: Float[Tensor, "b c H W"], seed: int) -> tuple[list[Mask], list[Split]]:
+    """The masks of all segments, and what of them is decoded, from a seed: the same on every device, and no other generator moves."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the devices too
+        masks = model.draw_masks(images.cpu())
+        splits = [model.draw_split(mask) for mask in masks]
+    return [moved(mask, images.device) for mask in masks], [moved(split, images.device) for split in splits]
+
+
+def moved(parts: Parts, device: torch.device) -> Parts:
+    """A mask or a split on a device."""
+    return type(parts)(*(None if part is None else part.to(device) for part in parts))
 
 
 def make_columns(
@@ -179,29 +204,4 @@ def hidden_pixels(model: MIM, images: Float[Tensor, "b c H W"], mask: Mask) -> B
 
 def in_brown(pictures: Float[Tensor, "b c H W"], thrown: Bool[Tensor, "b H W"]) -> Float[Tensor, "b 3 H W"]:
     """Pictures with thrown pixels in brown."""
-    return torch.where(thrown[:, None], BROWN[:, None, None], pictures.expand(-1, 3, -1, -1))
-
-
-def compose(columns: Sequence[Column], names: Sequence[str], trained: Pretrain, note: str) -> Figure:
-    """The figure: the columns of an image side by side, its name below the first, titles above and a note below.
-
-    From four images on, where each has four columns at most, two images share a row.
-    """
-    abreast = 2 if len(names) > 3 and len(columns) < 5 else 1
-    rows = math.ceil(len(names) / abreast)
-    height = 2.0 * trained.size[0] / trained.size[1]
-    figure = Figure(figsize=(2.1 * len(columns) * abreast, rows * height + 0.8), dpi=130, layout="constrained")
-    axes = figure.subplots(rows, len(columns) * abreast, squeeze=False).reshape(rows * abreast, len(columns))
-    for row, name in enumerate(names):
-        for axis, (_, pictures, *outlined) in zip(axes[row], columns, strict=True):
-            draw(axis, pictures[row], trained.size, *(None if cells is None else cells[row] for cells in outlined))
-        axes[row][0].set_xlabel(
-            shortened(name, 30 * len(columns)), loc="left", fontsize=7, labelpad=2, parse_math=False
-        )
-    for axis in axes[len(names) :].flat:
-        axis.set_axis_off()
-    for image in axes[:abreast]:
-        for axis, column in zip(image, columns, strict=True):
-            axis.set_title(column.title, fontsize=10 if len(column.title) < 20 else 7)
-    figure.supxlabel(note, fontsize=8)
-    return figure
+    return torch.where(thrown[:, None], BROWN.to(pictures.device)[:, None, None], pictures.expand(-1, 3, -1, -1))
