@@ -74,7 +74,7 @@ def test_several_runs_side_by_side(tiny: Pretrain, tiny_simmim: Pretrain, tmp_pa
     row = drawn.pictures[:8]
     assert [len(picture) for picture in row] == [32] * 5 + [64] * 3
     assert np.array_equal(row[1] == 0.5, row[3] == 0.5)  # one seed
-    assert names(drawn) == ["astronaut.jpg", "dandelion.jpg"]
+    assert names(drawn) == ["astronaut.jpg", "crab.jpg"]
     note = drawn.texts[-1].splitlines()
     assert [line.partition(":")[0] for line in note[:3]] == ["first", "second", "third"]
     assert sum("own mean" in line for line in note) == 1

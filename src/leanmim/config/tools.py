@@ -24,6 +24,9 @@ class Show(Config):
     out: str | None = None
     """Picture to write; None is reconstructions.png or progress.png in the run folder, of several runs in the working directory; with
     --segment 0 reconstructions-segment0.png."""
+    tiles: int = 0
+    """Draw whole images, cut into tiles of the input size that the model sees one by one: so many along the short side. 0 draws the
+    centre of each at the input size."""
     segment: int | None = None
     """Of a run with --segments: draw the reconstruction of this one alone, 0 is the first; None draws all."""
     seed: int = 0

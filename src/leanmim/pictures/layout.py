@@ -20,16 +20,16 @@ class Column(NamedTuple):
     """A column of the figure: images, or HOG with a white line round visible cells, an orange one round thrown ones."""
 
     title: str
-    pictures: Float[Tensor, "b k y x"]
-    visible: Bool[Tensor, "b y x"] | None = None
-    thrown: Bool[Tensor, "b y x"] | None = None
+    pictures: Float[Tensor, "b k y x"] | list[Float[Tensor, "k y x"]]
+    visible: Bool[Tensor, "b y x"] | list[Bool[Tensor, "y x"]] | None = None
+    thrown: Bool[Tensor, "b y x"] | list[Bool[Tensor, "y x"]] | None = None
 
 
 class Panel(NamedTuple):
-    """What is drawn of a run: columns, the size of its images (height, width in px), and notes for below the figure."""
+    """What is drawn of a run: columns, the sizes of its images (height, width in px), and notes for below the figure."""
 
     columns: list[Column]
-    size: tuple[int, int]
+    sizes: list[tuple[int, int]]
     note: str
     remarks: list[str]
     title: str = ""
@@ -41,15 +41,18 @@ def compose(panels: Sequence[Panel], names: Sequence[str]) -> Figure:
 
     From four images on, where each has four columns at most, two images share a row.
     """
-    columns = [(column, panel.size) for panel in panels for column in panel.columns]
+    columns = [(column, panel.sizes) for panel in panels for column in panel.columns]
     abreast = 2 if len(names) > 3 and len(columns) < 5 else 1
     rows = math.ceil(len(names) / abreast)
-    height = 2.0 * max(height / width for height, width in (panel.size for panel in panels))
-    figure = Figure(figsize=(2.1 * len(columns) * abreast, rows * height + 0.8), dpi=130, layout="constrained")
-    axes = figure.subplots(rows, len(columns) * abreast, squeeze=False).reshape(rows * abreast, len(columns))
+    tall = [2.0 * max(y / x for y, x in sizes) for sizes in zip(*(panel.sizes for panel in panels), strict=True)]
+    heights = [max(tall[first : first + abreast]) for first in range(0, len(tall), abreast)]
+    figure = Figure(figsize=(2.1 * len(columns) * abreast, sum(heights) + 0.8), dpi=130, layout="constrained")
+    axes = figure.subplots(rows, len(columns) * abreast, squeeze=False, height_ratios=heights)
+    axes = axes.reshape(rows * abreast, len(columns))
     for row, name in enumerate(names):
-        for axis, ((_, pictures, *outlined), size) in zip(axes[row], columns, strict=True):
-            draw(axis, pictures[row], size, *(None if cells is None else cells[row] for cells in outlined))
+        for axis, ((_, pictures, *outlined), sizes) in zip(axes[row], columns, strict=True):
+            draw(axis, pictures[row], sizes[row], *(None if cells is None else cells[row] for cells in outlined))
+            axis.set_anchor("N")  # where heights differ, titles and images begin at one height
         axes[row][0].set_xlabel(
             shortened(name, 30 * len(columns)), loc="left", fontsize=7, labelpad=2, parse_math=False
         )

@@ -85,8 +85,8 @@ def tile(column: Column, row: int, size: tuple[int, int]) -> Tile:
     return np.asarray(canvas.buffer_rgba())[:height, :width, :3]
 
 
-def read_strip(path: Path) -> list[list[Image.Image]]:
-    """The tiles of a strip, its columns one by one.
+def read_strip(path: Path) -> tuple[list[Image.Image], int]:
+    """The columns of a strip, and how many tiles each has.
 
     Raises:
         UserError: it is damaged.
@@ -97,11 +97,21 @@ def read_strip(path: Path) -> list[list[Image.Image]]:
             rows, columns = int(strip.info["rows"]), int(strip.info["columns"])
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"{str(path)!r} cannot be read as pre-training wrote it ({error}); remove it") from error
-    width, height = strip.width // columns, strip.height // rows
-    return [
-        [strip.crop((x, y, x + width, y + height)) for y in range(0, rows * height, height)]
-        for x in range(0, columns * width, width)
-    ]
+    width = strip.width // columns
+    return [strip.crop((x, 0, x + width, strip.height)) for x in range(0, columns * width, width)], rows
+
+
+def in_columns(strips: dict[int, Path]) -> tuple[dict[str, Image.Image], int]:
+    """What strips show, by titles: what is the same in all, then the reconstruction of each step; and how many tiles each column has.
+
+    Raises:
+        UserError: one is damaged.
+    """
+    columns: dict[str, Image.Image] = {}
+    for step, path in strips.items():
+        (*fixed, last), rows = read_strip(path)
+        columns = dict(zip(("original", "masked", "HOG"), fixed, strict=False)) | columns | {f"step {step:,}": last}
+    return columns, rows
 
 
 def progress(config: Show) -> Figure:
@@ -121,17 +131,14 @@ def progress(config: Show) -> Figure:
         raise UserError(
             f"{str(run.folder)!r} has no pictures over training time; pre-training draws them with --show-every"
         )
-    tiles = {step: read_strip(path) for step, path in strips.items()}
-    *fixed, _ = list(tiles.values())[-1]
-    titles = [*("original", "masked", "HOG")[: len(fixed)], *(f"step {step:,}" for step in tiles)]
-    columns = [*fixed, *(own[-1] for own in tiles.values())]
-    count = min(config.count, len(fixed[0]))
-    height = 1.4 * fixed[0][0].height / fixed[0][0].width
+    columns, rows = in_columns(strips)
+    count, original = min(config.count, rows), columns["original"]
+    height = 1.4 * original.height / rows / original.width
     figure = Figure(figsize=(1.45 * len(columns), count * height + 0.4), dpi=130, layout="constrained")
     axes = figure.subplots(count, len(columns), squeeze=False)
-    for place, (title, pictures) in enumerate(zip(titles, columns, strict=True)):
+    for place, (title, column) in enumerate(columns.items()):
         axes[0][place].set_title(title, fontsize=9)
-        for axis, picture in zip(axes[:, place], pictures, strict=False):
-            axis.imshow(np.asarray(picture), interpolation="bicubic")
+        for axis, pixels in zip(axes[:, place], np.split(np.asarray(column), rows), strict=False):
+            axis.imshow(pixels, interpolation="bicubic")
             axis.set_axis_off()
     return figure

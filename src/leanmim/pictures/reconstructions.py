@@ -3,8 +3,9 @@
 b batch, c channels, H W pixels, n patches, p target width, k values of a HOG cell, y x cells.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -14,13 +15,15 @@ from torch import Tensor
 
 from leanmim.config import Pretrain, Show
 from leanmim.config.base import Stored
-from leanmim.data import Normalise
+from leanmim.data import Normalise, centre_crop
+from leanmim.data.read import Picture
 from leanmim.errors import UserError
 from leanmim.masking import Mask, Split, hidden_squares, magnify, squares
 from leanmim.mim import MIM
 from leanmim.names import run_names
-from leanmim.pictures.images import read_images, stretched
+from leanmim.pictures.images import read_with, stretched
 from leanmim.pictures.layout import Column, Panel, compose
+from leanmim.pictures.tiles import Cut, cut, fitted
 from leanmim.targets import BINS, FLAT, HOG, Pixels, hog, unpatchify
 from leanmim.weights import restore
 
@@ -36,7 +39,7 @@ def reconstructions(config: Show) -> Figure:
     are brought back with the true patch's own mean and deviation, and the picture says so. A target that is neither pixels nor
     HOG has no reconstruction. Stored values are drawn as `stretched` says.
 
-    Each run draws the images at its own input size. Its masks are drawn from the same seed, so that runs of one grid and ratio
+    Each run draws the images at its own input size, their centres or, in tiles, as a whole. Its masks are drawn from the same seed, so that runs of one grid and ratio
     have the same. The original is drawn again where the size is another than before.
 
     Raises:
@@ -48,11 +51,14 @@ def reconstructions(config: Show) -> Figure:
     for run, title in zip(config.runs, run_names(config.runs), strict=True):
         trained, model, state = restore(run)
         data = data or trained.data  # of the first run
-        found, pictures = read_images(config, replace(trained, data=data))
+        transform: Callable[[Picture], Tensor] = centre_crop(trained.size)
+        if config.tiles:
+            transform = partial(fitted, tile=trained.size, count=config.tiles, step=model.encoder.stride)
+        found, pictures = read_with(transform, config, replace(trained, data=data))
         if names and found != names:
             raise UserError(f"{run!r} and {config.runs[0]!r} cannot read the same images; give --images that both can")
         panel = panel_of(config, trained, model, state, pictures)
-        if any(other.size == panel.size for other in panels):
+        if any(other.sizes == panel.sizes for other in panels):
             panel = panel._replace(columns=panel.columns[1:])
         panels.append(panel._replace(title=title))
         names = found
@@ -60,21 +66,33 @@ def reconstructions(config: Show) -> Figure:
 
 
 def panel_of(
-    config: Show, trained: Pretrain, model: MIM, state: dict[str, Any], pictures: Real[Tensor, "b c H W"]
+    config: Show, trained: Pretrain, model: MIM, state: dict[str, Any], pictures: list[Real[Tensor, "c H W"]]
 ) -> Panel:
     """What is drawn of a run. Errors as for `reconstructions`."""
     normalise = Normalise(state["mean"], state["std"], torch.device("cpu"))
-    images = normalise(pictures)
+    cuts = [cut((own.shape[1], own.shape[2]), trained.size, model.encoder.stride) for own in pictures]
+    images = normalise(torch.cat([own.tiles(picture) for own, picture in zip(cuts, pictures, strict=True)]))
     masks, splits = hidden_parts(model.eval(), images, config.seed)
-    count = len(masks)
+    count, counts = len(masks), [len(own.corners) for own in cuts]
     if config.segment is not None and not 0 <= config.segment < count:
         raise UserError(f"--segment {config.segment}: this run has {count} segments, 0 to {count - 1}")
     segments = range(count) if config.segment is None else [config.segment]
-    columns, remarks = make_columns(trained, model, normalise, images, masks, splits, segments)
+    columns, remarks = make_columns(trained, model, normalise, images, masks, splits, segments, counts)
+    columns = [Column(title, *(together(tiles, cuts) for tiles in parts)) for title, *parts in columns]
     note = f"{trained.recipe}, {trained.model}, step {state['step']}"
     if count > 1:
         note += f", {count} segments" if config.segment is None else f", segment {config.segment} of 0 to {count - 1}"
-    return Panel(columns, trained.size, note, remarks)
+    if config.tiles:
+        remarks.append(f"in tiles of {trained.size[0]} x {trained.size[1]} px, each seen alone")
+    return Panel(columns, [own.size for own in cuts], note, remarks)
+
+
+def together(tiles: Tensor | None, cuts: Sequence[Cut]) -> Any:
+    """The images that the tiles of a column make."""
+    if tiles is None:
+        return None
+    parts = tiles.split([len(own.corners) for own in cuts])
+    return [own.whole(part) for own, part in zip(cuts, parts, strict=True)]
 
 
 def hidden_parts(model: MIM, images: Float[Tensor, "b c H W"], seed: int) -> tuple[list[Mask], list[Split]]:
@@ -99,12 +117,13 @@ def make_columns(
     masks: list[Mask],
     splits: list[Split],
     segments: Sequence[int],
+    counts: Sequence[int] = (),
 ) -> tuple[list[Column], list[str]]:
     """The columns of the figure and the remarks below it, for some segments; masks and splits are those of all. The masked image is
-    that of the last one.
+    that of the last one. Where images are tiles, ``counts`` says how many make an image.
     """
     stored, throws = isinstance(trained.read_as, Stored), bool(splits[0].thrown.numel())
-    seen = stretched(images) if stored else normalise.invert
+    seen = stretched(images, counts) if stored else normalise.invert
     original, remarks = seen(images), []
     hidden = [hidden_pixels(model, images, mask) for mask in masks]
     thrown = [
