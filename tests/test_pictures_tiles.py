@@ -17,7 +17,7 @@ from tests.helpers import noisy
 
 
 @pytest.mark.parametrize(
-    ("length", "begins"), [(32, [0]), (40, [0, 8]), (64, [0, 32]), (72, [0, 24, 40]), (96, [0, 32, 64])]
+    ("length", "begins"), [(32, [0]), (40, [0, 8]), (64, [0, 32]), (72, [0, 16, 40]), (96, [0, 32, 64])]
 )
 def test_as_few_tiles_as_cover_a_side(length: int, begins: list[int]) -> None:
     assert evenly(length, 32, 8) == begins
@@ -46,7 +46,7 @@ def test_an_image_stays_whole(size: tuple[int, int], fits: tuple[int, int]) -> N
 def test_whole_photos_are_drawn(tiny: Pretrain, photos: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
     drawn = Drawn(monkeypatch)
     images = tuple(str(photos / name) for name in ("castle.jpg", "astronaut.jpg"))
-    show(Show(runs=(str(run_of(replace(tiny, target=target))),), images=images, tiles=2))
+    show(Show(runs=(str(run_of(replace(tiny, target=target))),), images=images, tiles=2, seed=1))
     columns = 3 if target == "raw-pixels" else 4
     assert [picture.shape[:2] for picture in drawn.pictures] == [(64, 96)] * columns + [(64, 64)] * columns
     original, masked, *_, last = drawn.pictures[:columns]

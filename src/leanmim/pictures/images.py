@@ -32,8 +32,8 @@ def read_images(config: Show, trained: Pretrain) -> tuple[list[str], Real[Tensor
 
 def read_with(
     transform: Callable[[Picture], Tensor], config: Show, trained: Pretrain
-) -> tuple[list[str], list[Real[Tensor, "c H W"]]]:
-    """As `read_images`, of any sizes."""
+) -> tuple[list[str], list[Tensor]]:
+    """As `read_images`, c H W of any sizes."""
     source = open_images(config.images, trained)
     found = read_some(source, config.count, transform, config.images)
     if not found:

@@ -17,12 +17,12 @@ from leanmim.pictures.figures import draw
 
 
 class Column(NamedTuple):
-    """A column of the figure: images, or HOG with a white line round visible cells, an orange one round thrown ones."""
+    """A column of the figure, a batch or, where sizes differ, a list: images, or HOG with a white line round visible cells, an orange one round thrown ones."""
 
     title: str
-    pictures: Float[Tensor, "b k y x"] | list[Float[Tensor, "k y x"]]
-    visible: Bool[Tensor, "b y x"] | list[Bool[Tensor, "y x"]] | None = None
-    thrown: Bool[Tensor, "b y x"] | list[Bool[Tensor, "y x"]] | None = None
+    pictures: Float[Tensor, "b k y x"] | list[Tensor]
+    visible: Bool[Tensor, "b y x"] | list[Tensor] | None = None
+    thrown: Bool[Tensor, "b y x"] | list[Tensor] | None = None
 
 
 class Panel(NamedTuple):

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Real
+from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -65,10 +65,8 @@ def reconstructions(config: Show) -> Figure:
     return compose(panels, names)
 
 
-def panel_of(
-    config: Show, trained: Pretrain, model: MIM, state: dict[str, Any], pictures: list[Real[Tensor, "c H W"]]
-) -> Panel:
-    """What is drawn of a run. Errors as for `reconstructions`."""
+def panel_of(config: Show, trained: Pretrain, model: MIM, state: dict[str, Any], pictures: list[Tensor]) -> Panel:
+    """What is drawn of a run; pictures are c H W, each of its own size. Errors as for `reconstructions`."""
     normalise = Normalise(state["mean"], state["std"], torch.device("cpu"))
     cuts = [cut((own.shape[1], own.shape[2]), trained.size, model.encoder.stride) for own in pictures]
     images = normalise(torch.cat([own.tiles(picture) for own, picture in zip(cuts, pictures, strict=True)]))
@@ -87,8 +85,8 @@ def panel_of(
     return Panel(columns, [own.size for own in cuts], note, remarks)
 
 
-def together(tiles: Tensor | None, cuts: Sequence[Cut]) -> Any:
-    """The images that the tiles of a column make."""
+def together(tiles: Any, cuts: Sequence[Cut]) -> Any:
+    """The images that the tiles of a column make; None of None."""
     if tiles is None:
         return None
     parts = tiles.split([len(own.corners) for own in cuts])
@@ -106,7 +104,7 @@ def hidden_parts(model: MIM, images: Float[Tensor, "b c H W"], seed: int) -> tup
 
 def moved(parts: Parts, device: torch.device) -> Parts:
     """A mask or a split on a device."""
-    return type(parts)(*(None if part is None else part.to(device) for part in parts))
+    return parts._replace(**{name: part.to(device) for name, part in parts._asdict().items() if part is not None})
 
 
 def make_columns(
