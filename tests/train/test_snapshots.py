@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from leanmim.config import Pretrain
 from leanmim.errors import CannotWrite
@@ -14,14 +13,7 @@ from leanmim.run import Run
 from leanmim.train import snapshots
 from leanmim.train.pretrain import pretrain
 from tests.helpers import growing
-from tests.runs import contents, lines, pretrain_until, weights
-
-
-def shown(folder: Path) -> dict[str, list[tuple[int, bytes]]]:
-    """The pictures that TensorBoard has: for each name the steps and the PNG files."""
-    board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
-    board.Reload()
-    return {name: [(e.step, e.encoded_image_string) for e in board.Images(name)] for name in board.Tags()["images"]}
+from tests.runs import contents, lines, pretrain_until, shown, weights
 
 
 def kept(folder: Path) -> list[tuple[int, bytes]]:

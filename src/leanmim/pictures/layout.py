@@ -46,7 +46,11 @@ def compose(panels: Sequence[Panel], names: Sequence[str]) -> Figure:
     rows = math.ceil(len(names) / abreast)
     tall = [2.0 * max(y / x for y, x in sizes) for sizes in zip(*(panel.sizes for panel in panels), strict=True)]
     heights = [max(tall[first : first + abreast]) for first in range(0, len(tall), abreast)]
-    figure = Figure(figsize=(2.1 * len(columns) * abreast, sum(heights) + 0.8), dpi=130, layout="constrained")
+    figure = Figure(
+        figsize=(2.1 * len(columns) * abreast, sum(heights) + 0.8 + 0.3 * (len(panels) - 1)),
+        dpi=130,
+        layout="constrained",
+    )
     axes = figure.subplots(rows, len(columns) * abreast, squeeze=False, height_ratios=heights)
     axes = axes.reshape(rows * abreast, len(columns))
     for row, name in enumerate(names):

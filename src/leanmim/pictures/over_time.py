@@ -19,6 +19,7 @@ from leanmim.config import Pretrain, Show
 from leanmim.data import Normalise
 from leanmim.errors import UserError
 from leanmim.files import write_atomically
+from leanmim.masking import magnify
 from leanmim.mim import MIM
 from leanmim.pictures.figures import draw
 from leanmim.pictures.layout import Column
@@ -26,6 +27,7 @@ from leanmim.pictures.reconstructions import hidden_parts, make_columns
 from leanmim.run import Run
 from leanmim.targets import HOG, Pixels
 
+LEGIBLE = 192  # px, below which strokes blur
 Tile = UInt8[np.ndarray, "H W 3"]
 
 
@@ -60,8 +62,10 @@ def write_strip(
             columns, _ = make_columns(trained, model, normalise, images, masks, splits, [len(masks) - 1])
     finally:
         model.train(mode)
-    columns = columns[: 4 if isinstance(model.target, HOG) else 3]  # not what was filled in alone
-    rows = [np.hstack([tile(column, row, trained.size) for column in columns]) for row in range(len(images))]
+    strokes = isinstance(model.target, HOG)
+    columns = columns[: 4 if strokes else 3]  # not what was filled in alone
+    zoom = max(1, LEGIBLE // min(trained.size)) if strokes else 1
+    rows = [np.hstack([tile(column, row, trained.size, zoom) for column in columns]) for row in range(len(images))]
     noted = PngInfo()
     noted.add_text("rows", str(len(rows)))
     noted.add_text("columns", str(len(columns)))
@@ -70,13 +74,13 @@ def write_strip(
     return True
 
 
-def tile(column: Column, row: int, size: tuple[int, int]) -> Tile:
-    """A picture of a column, pixel by pixel; HOG is drawn."""
+def tile(column: Column, row: int, size: tuple[int, int], zoom: int) -> Tile:
+    """A picture of a column, each pixel ``zoom`` px large; HOG is drawn."""
     picture = column.pictures[row].cpu()
     if picture.shape[1:] == size:
         pixels = (255 * picture).round().to(torch.uint8).expand(3, -1, -1)
-        return pixels.permute(1, 2, 0).numpy()
-    height, width = size
+        return magnify(pixels, (zoom * size[0], zoom * size[1])).permute(1, 2, 0).numpy()
+    height, width = zoom * size[0], zoom * size[1]
     figure = Figure(figsize=(width / 100, height / 100), dpi=100)
     canvas = FigureCanvasAgg(figure)
     outlined = (None if cells is None else cells[row].cpu() for cells in (column.visible, column.thrown))
