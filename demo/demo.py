@@ -80,7 +80,7 @@ def main() -> None:
         knn_every=50,
         overwrite=True,
     )
-    leanmim.show(run=str(out), images=tuple(str(PHOTOS / f"{name}.jpg") for name in SHOWN))
+    leanmim.show(runs=(str(out),), images=tuple(str(PHOTOS / f"{name}.jpg") for name in SHOWN), tiles=2)
 
     names = {"random": "random encoder", "pixels": "raw pixels", "pretrained": "pre-trained encoder"}
     print("\nWhich photo does a held-out crop come from?")

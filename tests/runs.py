@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from leanmim.config import Pretrain
 from leanmim.factory import build
@@ -72,6 +73,13 @@ def untrained(config: Pretrain, seed: int = 5) -> Path:
     save(run.last, state)
     run.metrics.write_text('{"step": 1}\n')
     return run.folder
+
+
+def shown(folder: Path) -> dict[str, list[tuple[int, bytes]]]:
+    """The pictures that TensorBoard has: for each name the steps and the PNG files."""
+    board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
+    board.Reload()
+    return {name: [(e.step, e.encoded_image_string) for e in board.Images(name)] for name in board.Tags()["images"]}
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -120,7 +120,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
 @pytest.mark.usefixtures("whole_pictures")
 def test_the_picture(config: Pretrain, drawn: Drawn) -> None:
     run = run_of(config)
-    path = show(Show(run=str(run), count=3))
+    path = show(Show(runs=(str(run),), count=3))
     assert path == run / "reconstructions.png"
     with Image.open(path) as picture:
         picture.load()
@@ -150,20 +150,20 @@ def test_the_picture(config: Pretrain, drawn: Drawn) -> None:
 def test_the_masks_depend_on_the_seed_alone(tiny: Pretrain) -> None:
     run = str(run_of(tiny))
     torch.manual_seed(1)
-    first = show(Show(run=run, count=2)).read_bytes()
+    first = show(Show(runs=(run,), count=2)).read_bytes()
     torch.manual_seed(2)
-    assert show(Show(run=run, count=2)).read_bytes() == first
-    assert show(Show(run=run, count=2, seed=1)).read_bytes() != first
+    assert show(Show(runs=(run,), count=2)).read_bytes() == first
+    assert show(Show(runs=(run,), count=2, seed=1)).read_bytes() != first
 
 
 def test_a_picture_elsewhere(tiny: Pretrain, tmp_path: Path) -> None:
     run = run_of(tiny)
     out = tmp_path / "new" / "picture.png"
-    assert show(Show(run=str(run), count=1, out=str(out))) == out
+    assert show(Show(runs=(str(run),), count=1, out=str(out))) == out
     assert out.is_file()
     assert not (run / "reconstructions.png").exists()
     with pytest.raises(UserError, match=r"cannot be written.*--out"):
-        show(Show(run=str(run), count=1, out=str(tmp_path / "new")))
+        show(Show(runs=(str(run),), count=1, out=str(tmp_path / "new")))
 
 
 # Which images
@@ -174,7 +174,7 @@ def test_a_file_and_a_folder(tiny: Pretrain, photos: Path, tmp_path: Path, drawn
     (folder / "deeper").mkdir(parents=True)
     shutil.copy(photos / "bee.jpg", folder / "deeper")
     shutil.copy(photos / "crab.jpg", folder / f"a very long name, {'longer and ' * 9}longer than there is room.jpg")
-    show(Show(run=str(run_of(tiny)), images=(str(photos / "cat.jpg"), str(folder))))
+    show(Show(runs=(str(run_of(tiny)),), images=(str(photos / "cat.jpg"), str(folder))))
     assert names(drawn) == [
         "cat.jpg",
         "a very long name, longer and longer and long...nd longer and longer than there is room.jpg",
@@ -183,7 +183,7 @@ def test_a_file_and_a_folder(tiny: Pretrain, photos: Path, tmp_path: Path, drawn
 
 
 def test_the_runs_own_data_evenly_spread(tiny: Pretrain, photos: Path, drawn: Drawn) -> None:
-    show(Show(run=str(run_of(tiny)), count=4))
+    show(Show(runs=(str(run_of(tiny)),), count=4))
     assert names(drawn) == ["astronaut.jpg", "castle.jpg", "crab.jpg", "lemur.jpg"]
     assert names(drawn) == [path.name for path in sorted(photos.glob("*.jpg"))[::4]]
 
@@ -203,14 +203,14 @@ def test_broken_files_of_the_runs_own_data_make_room_for_others(
     shutil.copytree(photos, data)
     for path in sorted(data.glob("*.jpg"))[::4]:
         path.write_text("no picture")
-    show(Show(run=str(run_of(replace(tiny, data=str(data)))), count=4))
+    show(Show(runs=(str(run_of(replace(tiny, data=str(data)))),), count=4))
     assert names(drawn) == [path.name for path in sorted(data.glob("*.jpg"))[1::4]]
 
 
 def test_grey_files_and_colour_models(tiny: Pretrain, tmp_path: Path, drawn: Drawn) -> None:
     file = tmp_path / "grey.png"
     Image.fromarray(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64).astype(np.uint8)).save(file)
-    show(Show(run=str(run_of(tiny)), images=(str(file),)))
+    show(Show(runs=(str(run_of(tiny)),), images=(str(file),)))
     assert drawn.pictures[0].shape == (32, 32, 3)
     assert np.ptp(drawn.pictures[0], axis=2).max() == 0
 
@@ -235,19 +235,19 @@ def test_images_that_are_not(
         (tmp_path / name).write_text("no picture")
     run = run_of(tiny)
     with pytest.raises(UserError, match=message):
-        show(Show(run=str(run), images=images))
+        show(Show(runs=(str(run),), images=images))
     assert not (run / "reconstructions.png").exists()
 
 
 def test_the_runs_own_data_is_gone(tiny: Pretrain) -> None:
     run = run_of(replace(tiny, data="gone"))
     with pytest.raises(UserError, match=r"the run's own data 'gone': .*give images with --images"):
-        show(Show(run=str(run)))
+        show(Show(runs=(str(run),)))
 
 
 def test_no_rows(tiny: Pretrain) -> None:
     with pytest.raises(UserError, match=r"--count 0 is out of range; it is at least 1"):
-        show(Show(run=str(run_of(tiny)), count=0))
+        show(Show(runs=(str(run_of(tiny)),), count=0))
 
 
 class Rows:
@@ -267,7 +267,7 @@ class Rows:
 
 def test_a_run_on_a_source_of_a_third_party(tiny: Pretrain, monkeypatch: pytest.MonkeyPatch, drawn: Drawn) -> None:
     monkeypatch.setattr("leanmim.data.source.SOURCES", [lambda data, channels: Rows() if data == "rows" else None])
-    show(Show(run=str(run_of(replace(tiny, data="rows"))), count=2))
+    show(Show(runs=(str(run_of(replace(tiny, data="rows"))),), count=2))
     assert [text for text in drawn.texts if text in Rows.names] == ["first", "second"]
     assert [row[0].mean((0, 1)).round(2).tolist() for row in drawn.rows] == [[1, 0, 0], [0, 1, 0]]
 
@@ -287,7 +287,7 @@ def test_a_target_of_a_third_party_has_no_reconstruction(
 ) -> None:
     monkeypatch.setitem(TARGETS, "negative", lambda patch, channels, cell: Negative(patch, channels))
     run = run_of(replace(tiny, target="negative"))
-    show(Show(run=str(run), count=1))
+    show(Show(runs=(str(run),), count=1))
     assert len(drawn.pictures) == 2
     assert drawn.texts[-1].endswith("--target negative has no reconstruction that can be drawn")
 
@@ -310,7 +310,7 @@ def test_of_stored_values_the_picture_says_what_is_drawn(tiny: Pretrain, tmp_pat
     config = replace(tiny, channels=5, data=str(tmp_path / "data"))
     write(tmp_path / "data", 2)
     trained, model, _ = restore(untrained(config))
-    names, values = read_images(Show(run=config.out), trained)
+    names, values = read_images(Show(runs=(config.out,)), trained)
     assert names == ["0.npy", "1.npy"] and values.shape == (2, 5, 32, 32) and values.dtype == torch.float32
     normalise = Normalise([3e4] * 5, [2e4] * 5, torch.device("cpu"))
     images = normalise(values)

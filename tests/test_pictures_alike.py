@@ -80,7 +80,7 @@ def test_agreement_counts_and_compares_with_chance() -> None:
 def test_the_picture_of_neighbours(tiny: Pretrain, tmp_path: Path, drawn: Drawn) -> None:
     """Red and blue images are told apart by a random network; the classes are the folders."""
     data, run = labelled(tmp_path / "data", 4), run_of(tiny)
-    path = show(Show(run=str(run), picture="neighbours", images=(str(data),), count=2))
+    path = show(Show(runs=(str(run),), picture="neighbours", images=(str(data),), count=2))
     assert path == run / "neighbours.png" and path.is_file()
     assert len(drawn.pictures) == 2 * 7
     titles = [text for text in drawn.texts if "\n" in text][:-1]
@@ -97,7 +97,7 @@ def test_the_picture_of_neighbours(tiny: Pretrain, tmp_path: Path, drawn: Drawn)
 
 
 def test_without_classes_there_is_no_agreement(tiny: Pretrain, drawn: Drawn) -> None:
-    show(Show(run=str(run_of(tiny)), picture="neighbours", count=1, among=5))
+    show(Show(runs=(str(run_of(tiny)),), picture="neighbours", count=1, among=5))
     assert "6 most alike" not in drawn.texts[-1] and "4 most alike of 5 images" in drawn.texts[-1]
     assert not any(mark in text for text in drawn.texts for mark in "✓✗")
     assert "astronaut.jpg" in drawn.texts
@@ -105,14 +105,14 @@ def test_without_classes_there_is_no_agreement(tiny: Pretrain, drawn: Drawn) -> 
 
 def test_features_are_computed_once(tiny: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
     run = str(run_of(tiny))
-    show(Show(run=run, picture="neighbours", count=1))
+    show(Show(runs=(run,), picture="neighbours", count=1))
     monkeypatch.setattr(cache, "stream", None)
-    show(Show(run=run, picture="neighbours", count=3))
-    show(Show(run=run, picture="map"))  # of the same images
+    show(Show(runs=(run,), picture="neighbours", count=3))
+    show(Show(runs=(run,), picture="map"))  # of the same images
 
 
 def test_embedded_are_the_means_of_the_patches(tiny: Pretrain) -> None:
-    config = Show(run=str(run_of(tiny)))
+    config = Show(runs=(str(run_of(tiny)),))
     shown = open_shown(config)
     places, x = embedded(config, shown, 4)
     assert places == [0, 4, 8, 12]
@@ -123,13 +123,13 @@ def test_embedded_are_the_means_of_the_patches(tiny: Pretrain) -> None:
 
 def test_one_image_has_no_neighbours(tiny: Pretrain) -> None:
     with pytest.raises(UserError, match="two images or more; give more with --images"):
-        show(Show(run=str(run_of(tiny)), picture="neighbours", images=(str(PHOTOS / "cat.jpg"),)))
+        show(Show(runs=(str(run_of(tiny)),), picture="neighbours", images=(str(PHOTOS / "cat.jpg"),)))
 
 
 def test_unreadable_images_are_left_out(tiny: Pretrain, tmp_path: Path, drawn: Drawn) -> None:
     shutil.copytree(PHOTOS, tmp_path / "photos")
     (tmp_path / "photos" / "bee.jpg").write_text("no picture")
-    show(Show(run=str(run_of(replace(tiny, data=str(tmp_path / "photos")))), picture="neighbours", count=2))
+    show(Show(runs=(str(run_of(replace(tiny, data=str(tmp_path / "photos")))),), picture="neighbours", count=2))
     assert "of 15 images" in drawn.texts[-1]
 
 
@@ -172,7 +172,7 @@ def test_a_map_puts_what_is_alike_together() -> None:
 
 def test_the_picture_of_a_map(tiny: Pretrain, tmp_path: Path, figures: list[Figure]) -> None:
     data = noisy_tiles(tmp_path / "data", 4, 2)
-    show(Show(run=str(run_of(tiny)), picture="map", images=(str(data),), count=12))
+    show(Show(runs=(str(run_of(tiny)),), picture="map", images=(str(data),), count=12))
     (figure,) = figures
     boxes = [artist for artist in figure.axes[0].artists if isinstance(artist, AnnotationBbox)]
     assert len(boxes) == 12
@@ -184,13 +184,13 @@ def test_the_picture_of_a_map(tiny: Pretrain, tmp_path: Path, figures: list[Figu
 
 
 def test_a_map_without_classes(tiny: Pretrain, figures: list[Figure]) -> None:
-    show(Show(run=str(run_of(tiny)), picture="map"))
+    show(Show(runs=(str(run_of(tiny)),), picture="map"))
     assert not figures[0].legends and "\n16 images" in figures[0]._supxlabel.get_text()  # type: ignore[attr-defined]
 
 
 def test_a_map_of_few_images(tiny: Pretrain) -> None:
     with pytest.raises(UserError, match=r"a map needs 5 images or more, and there are 4"):
-        show(Show(run=str(run_of(tiny)), picture="map", count=4))
+        show(Show(runs=(str(run_of(tiny)),), picture="map", count=4))
 
 
 def test_the_most_frequent_classes_have_colours() -> None:
@@ -232,7 +232,7 @@ ROWS = [
 
 def test_mistakes_are_wrong_and_the_surest_come_first(tmp_path: Path, drawn: Drawn) -> None:
     run = run_with_predictions(tmp_path / "run", ROWS)
-    assert show(Show(run=str(run), picture="mistakes")) == run / "mistakes.png"
+    assert show(Show(runs=(str(run),), picture="mistakes")) == run / "mistakes.png"
     titles = [text for text in drawn.texts if "→" in text][:-1]
     assert titles == ["sheep\n→ blue macaw, 90 %", "blue macaw\n→ cat, 70 %", "cat\n→ sheep, 60 %"]
     assert [text for text in drawn.texts if text.endswith(".jpg")] == ["sheep.jpg", "macaw.jpg", "cat.jpg"]
@@ -242,7 +242,7 @@ def test_mistakes_are_wrong_and_the_surest_come_first(tmp_path: Path, drawn: Dra
 def test_so_many_mistakes_as_are_asked_for(tmp_path: Path, drawn: Drawn) -> None:
     run = run_with_predictions(tmp_path / "run", ROWS)
     out = tmp_path / "two.png"
-    assert show(Show(run=str(run / "checkpoints" / "last.pt"), picture="mistakes", count=2, out=str(out))) == out
+    assert show(Show(runs=(str(run / "checkpoints" / "last.pt"),), picture="mistakes", count=2, out=str(out))) == out
     assert len(drawn.pictures) == 2
 
 
@@ -258,21 +258,21 @@ def test_the_worst_of_many() -> None:
 
 def test_runs_without_mistakes(tiny: Pretrain, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is no run folder of `leanmim finetune`: only a classifier makes mistakes"):
-        show(Show(run=str(run_of(tiny)), picture="mistakes"))
+        show(Show(runs=(str(run_of(tiny)),), picture="mistakes"))
     run = run_with_predictions(tmp_path / "tuned", ROWS[1:2])
     with pytest.raises(UserError, match="makes no mistake on its 1 validation images"):
-        show(Show(run=str(run), picture="mistakes"))
+        show(Show(runs=(str(run),), picture="mistakes"))
     with pytest.raises(UserError, match="leave --images out"):
-        show(Show(run=str(run), picture="mistakes", images=("photos",)))
+        show(Show(runs=(str(run),), picture="mistakes", images=("photos",)))
     (run / "predictions.csv").write_text("path,label\na,b\n")
     with pytest.raises(UserError, match=r"predictions.csv' is damaged"):
-        show(Show(run=str(run), picture="mistakes"))
+        show(Show(runs=(str(run),), picture="mistakes"))
     (run / "predictions.csv").unlink()
     with pytest.raises(UserError, match=r"has no predictions.csv.* let it go on"):
-        show(Show(run=str(run), picture="mistakes"))
+        show(Show(runs=(str(run),), picture="mistakes"))
 
 
 def test_a_fine_tuned_run_shows_its_validation_images(tmp_path: Path, drawn: Drawn) -> None:
     rows = [row for row in ROWS if row.name != "gone.jpg"]
-    show(Show(run=str(run_with_predictions(tmp_path / "run", rows)), picture="neighbours", count=1))
+    show(Show(runs=(str(run_with_predictions(tmp_path / "run", rows)),), picture="neighbours", count=1))
     assert "3 most alike of 4 images" in drawn.texts[-1] and "fine-tuned" in drawn.texts[-1]

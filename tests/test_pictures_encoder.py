@@ -75,7 +75,7 @@ def test_the_picture_of_features(kind: str, tiny: Pretrain, tiny_simmim: Pretrai
         "segments": replace(tiny, segments=2),
     }[kind]
     run = run_of(config)
-    assert show(Show(run=str(run), picture="features", count=4)) == run / "features.png"
+    assert show(Show(runs=(str(run),), picture="features", count=4)) == run / "features.png"
     photos, colours = drawn.pictures[::2], drawn.pictures[1::2]
     start = open_start(str(run))
     source, crop = open_source(str(PHOTOS), 3), centre_crop(config.size)
@@ -151,9 +151,9 @@ def test_a_backbone_without_such_attention(name: str, size: int) -> None:
 
 def test_the_picture_of_attention(tiny: Pretrain, drawn: Drawn) -> None:
     run = run_of(tiny)
-    assert show(Show(run=str(run), picture="attention", count=2)) == run / "attention.png"
+    assert show(Show(runs=(str(run),), picture="attention", count=2)) == run / "attention.png"
     heats = drawn.pictures[2::3]
-    shown = open_shown(Show(run=str(run)))
+    shown = open_shown(Show(runs=(str(run),)))
     images = torch.stack([centre_crop(tiny.size)(shown.source.read(i)) for i in (0, 8)])
     expected = by_hand(shown.backbone, shown.normalise(images)).mean(1)[:, 0, 1:]
     np.testing.assert_allclose(np.stack(heats).reshape(2, -1), expected.numpy(), atol=1e-5)
@@ -163,7 +163,7 @@ def test_the_picture_of_attention(tiny: Pretrain, drawn: Drawn) -> None:
 
 def test_a_fine_tuned_vit_that_pools_by_the_mean(tmp_path: Path, drawn: Drawn) -> None:
     finetuned("vit", tmp_path / "run")
-    show(Show(run=str(tmp_path / "run"), picture="attention", images=(str(PHOTOS / "cat.jpg"),)))
+    show(Show(runs=(str(tmp_path / "run"),), picture="attention", images=(str(PHOTOS / "cat.jpg"),)))
     assert drawn.texts[-1].startswith("fine-tuned, vit_tiny_patch16_224, step 7\nthe mean of the patches' attention")
 
 
@@ -172,24 +172,24 @@ def test_a_fine_tuned_vit_that_pools_by_the_mean(tmp_path: Path, drawn: Drawn) -
 
 def test_every_picture_has_a_function() -> None:
     for picture in PICTURES:
-        Show(run="run", picture=picture).check()  # type: ignore[arg-type]
+        Show(runs=("run",), picture=picture).check()  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"picture cannot be 'photo'; it takes 'reconstructions'"):
-        Show(run="run", picture="photo").check()  # type: ignore[arg-type]
+        Show(runs=("run",), picture="photo").check()  # type: ignore[arg-type]
 
 
 def test_a_segment_is_of_reconstructions() -> None:
     with pytest.raises(UserError, match=r"--segment is for reconstructions; .* --picture features"):
-        show(Show(run="run", picture="features", segment=0))
+        show(Show(runs=("run",), picture="features", segment=0))
 
 
 def test_a_fine_tuned_run_without_list_of_images(tmp_path: Path) -> None:
     finetuned("vit", tmp_path / "run")
     with pytest.raises(UserError, match=r"has no images of its own; give some with --images"):
-        show(Show(run=str(tmp_path / "run"), picture="features"))
+        show(Show(runs=(str(tmp_path / "run"),), picture="features"))
 
 
 def test_grey_and_stored_images_are_drawn(tiny: Pretrain) -> None:
-    assert show(Show(run=str(run_of(replace(tiny, channels=1))), picture="features", count=2)).is_file()
+    assert show(Show(runs=(str(run_of(replace(tiny, channels=1))),), picture="features", count=2)).is_file()
 
 
 @pytest.mark.parametrize(("count", "across"), [(1, 1), (3, 1), (4, 2), (8, 2), (16, 3), (100, 6)])
@@ -201,7 +201,7 @@ def test_many_rows_stand_side_by_side(count: int, across: int) -> None:
 @pytest.mark.parametrize("picture", ["features", "attention"])
 @pytest.mark.parametrize("count", [1, 5, 16])
 def test_no_picture_is_tall_and_narrow(picture: Any, count: int, tiny: Pretrain) -> None:
-    with Image.open(show(Show(run=str(run_of(tiny)), picture=picture, count=count))) as drawn:
+    with Image.open(show(Show(runs=(str(run_of(tiny)),), picture=picture, count=count))) as drawn:
         assert drawn.height < 2 * drawn.width < 8 * drawn.height
 
 
@@ -210,6 +210,6 @@ def test_names_are_shortened_and_no_formulas(tiny: Pretrain, tmp_path: Path, mon
     monkeypatch.setattr(pictures, "save_figure", lambda figure, path: figures.append(figure))
     file = tmp_path / f"$\\frac${'x' * 99}.jpg"
     file.symlink_to(PHOTOS / "cat.jpg")
-    show(Show(run=str(run_of(tiny)), picture="features", images=(str(file),)))
+    show(Show(runs=(str(run_of(tiny)),), picture="features", images=(str(file),)))
     label = figures[0].axes[0].xaxis.label
     assert len(label.get_text()) <= 34 and not label.get_parse_math() and label.get_rotation() == 0

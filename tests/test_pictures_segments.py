@@ -15,18 +15,18 @@ from tests.helpers import fake_run, images_of, in_segments, made
 
 def test_show_draws_the_segment_asked_for(tmp_path: Path) -> None:
     trained = fake_run(in_segments(segments=2, mask_ratio=(0.5, 0.75)), tmp_path / "run")
-    show(Show(run=trained.out, count=1))
+    show(Show(runs=(trained.out,), count=1))
     pictures = []
     for segment in (0, 1, None):
         out = str(tmp_path / f"{segment}.png")
-        pictures.append(show(Show(run=trained.out, count=1, out=out, segment=segment)).read_bytes())
+        pictures.append(show(Show(runs=(trained.out,), count=1, out=out, segment=segment)).read_bytes())
         assert pictures[-1].startswith(b"\x89PNG")
     whole = (Path(trained.out) / "reconstructions.png").read_bytes()
-    assert show(Show(run=trained.out, count=1, segment=0)) == Path(trained.out) / "reconstructions-segment0.png"
+    assert show(Show(runs=(trained.out,), count=1, segment=0)) == Path(trained.out) / "reconstructions-segment0.png"
     assert (Path(trained.out) / "reconstructions.png").read_bytes() == whole  # the run's own, as in the report
     assert len(set(pictures)) == 3  # without --segment, both are drawn
     with pytest.raises(UserError, match="--segment 2: this run has 2 segments, 0 to 1"):
-        show(Show(run=trained.out, count=1, segment=2))
+        show(Show(runs=(trained.out,), count=1, segment=2))
 
 
 def test_a_reconstruction_is_the_work_of_its_own_decoder() -> None:

@@ -59,8 +59,8 @@ found: Iterator[tuple[str, float]] = leanmim.knn(Knn(run=str(run), data="labelle
 for value in (leanmim.probe(leanmim.Probe(run="run", data="labelled")), found):
     accuracies: dict[str, float] = dict(value)
 pages: list[Path] = [
-    leanmim.show(leanmim.Show(run="run")),
-    leanmim.show(run="run", count=3),
+    leanmim.show(leanmim.Show(runs=("run",))),
+    leanmim.show(runs=("run",), count=3),
     leanmim.export(leanmim.Export(run="run")),
     leanmim.report(leanmim.Report(runs=("run",))),
 ]

@@ -33,6 +33,8 @@ class Kept:
     config: dict[str, Any] = field(default_factory=dict)
     log: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     """Step and values, as they came."""
+    pictures: list[tuple[int, str, bytes]] = field(default_factory=list)
+    """Step, name and PNG file."""
     closed: list[bool] = field(default_factory=list)
     """Of each call whether the run was done."""
     opened: int = 0
@@ -70,8 +72,12 @@ class WandBRun:
         self.own.config |= config or {}
         self.step = max((step for step, _ in self.own.log), default=-1) + 1
 
-    def log(self, values: dict[str, float], step: int) -> None:
-        self.service.sent(self.id, step, values)
+    def log(self, values: dict[str, Any], step: int) -> None:
+        ((name, value), *_) = values.items()
+        if isinstance(value, Path):
+            self.own.pictures.append((step, name, value.read_bytes()))
+        else:
+            self.service.sent(self.id, step, values)
 
     def finish(self, exit_code: int) -> None:
         self.own.closed.append(exit_code == 0)
@@ -118,6 +124,10 @@ class MlflowClient:
         if metrics:
             self.service.sent(id, metrics[0].step, {metric.key: metric.value for metric in metrics})
 
+    def log_artifact(self, id: str, path: str, folder: str) -> None:
+        step = int(Path(path).stem.removeprefix("step-"))
+        self.service.runs[id].pictures.append((step, folder, Path(path).read_bytes()))
+
     def set_terminated(self, id: str, status: str) -> None:
         self.service.runs[id].closed.append(status == "FINISHED")
 
@@ -133,7 +143,7 @@ def services(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Service]]:
 
     client = type("Client", (MlflowClient,), {"service": found["mlflow"]})
     for name, module in {
-        "wandb": SimpleNamespace(init=init, Settings=dict),
+        "wandb": SimpleNamespace(init=init, Settings=dict, Image=Path),
         "mlflow": SimpleNamespace(MlflowClient=client),
         "mlflow.entities": SimpleNamespace(Metric=Metric, Param=Param),
     }.items():
@@ -154,12 +164,14 @@ def test_pre_training_reports_to_both_and_goes_on_in_their_runs(tiny: Pretrain, 
     config = replace(tiny, track=NAMES, epochs=1)
     run = pretrain(config)
     pretrain(replace(config, epochs=2))
+    drawn = {step: path.read_bytes() for step, path in Run(run).strips().items()}
     assert len(lines(config)) == 8 and {"loss", "lr", "images_per_second"} <= lines(config)[0].keys()
     ids = json.loads((run / "trackers.json").read_text())
     for name, service in services.items():
         (id, own), *others = service.runs.items()
         assert not others and ids[name] == id
         assert own.log == logged(run)
+        assert own.pictures == [(step, "reconstructions_over_time", drawn[step]) for step in (0, 1, 2, 4, 8)]
         assert (own.opened, own.closed) == (2, [True, True])
         assert str(own.config["mask_ratio"]) == "0.75" and str(own.config["epochs"]) == "1"  # once
     pretrain(replace(config, overwrite=True, epochs=1, seed=1))

@@ -185,7 +185,9 @@ evaluate run --masks ''
 evaluate run --masks nowhere
 evaluate run --masks photos
 evaluate run --masks labelled
+show
 show nowhere
+show run nowhere
 show ''
 show text.txt
 show run --out ''

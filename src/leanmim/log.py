@@ -1,10 +1,11 @@
-"""What a training leaves line by line: metrics.jsonl, and the same values as TensorBoard events."""
+"""What a training leaves line by line: metrics.jsonl, and the same values as TensorBoard events, with the pictures."""
 
 import errno
 import io
 import json
 import os
 import shutil
+import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,8 +56,8 @@ class Growing:
 class Log:
     """metrics.jsonl, and its values as TensorBoard events.
 
-    The events of a run that is continued are made anew from the lines that were kept, so that none is missing, doubled or
-    hidden, and the folder holds one file always.
+    The events of a run that is continued are made anew from the lines and the pictures over training time that were kept, so that none
+    is missing, doubled or hidden, and the folder holds one file always. Pictures of the end are added when the end is reached.
 
     Args:
         run: where they are written.
@@ -70,11 +71,17 @@ class Log:
         self.events.add(record(Event(wall_time=time.time(), file_version="brain.Event:2")))
         for values in readable_lines(run.metrics):
             self.events.add(event(values))
+        for step, path in run.strips().items():
+            self.add_picture("reconstructions_over_time", step, path)
 
     def add(self, values: Mapping[str, int | float]) -> None:
         """Keep a line to write."""
         self.lines.add(as_line(values))
         self.events.add(event(values))
+
+    def add_picture(self, name: str, step: int, file: Path) -> None:
+        """Keep a PNG file to show."""
+        self.events.add(picture_event(name, step, file.read_bytes()))
 
     def flush(self) -> None:
         """Write what was added; what cannot be written is kept. Errors as for `Growing.flush`."""
@@ -91,6 +98,14 @@ def event(values: Mapping[str, Any]) -> bytes:
     """A TensorBoard event of the numbers in a line of the log."""
     numbers = [Summary.Value(tag=name, simple_value=value) for name, value in values.items() if name != "step"]
     return record(Event(wall_time=time.time(), step=values["step"], summary=Summary(value=numbers)))
+
+
+def picture_event(name: str, step: int, png: bytes) -> bytes:
+    """A TensorBoard event of a PNG picture."""
+    width, height = struct.unpack(">II", png[16:24])  # of its header
+    image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=png)
+    summary = Summary(value=[Summary.Value(tag=name, image=image)])
+    return record(Event(wall_time=time.time(), step=step, summary=summary))
 
 
 def record(message: Event) -> bytes:

@@ -27,7 +27,7 @@ from leanmim.processes import Process
 from leanmim.progress import progress_bar, time_left
 from leanmim.run import Run
 from leanmim.signals import Stopped, heeded
-from leanmim.trackers import Sender, track
+from leanmim.trackers import Picture, Sender, track
 
 T = TypeVar("T")
 IDLE = 0.1  # share of the time, from which on waiting for images is worth a word
@@ -156,6 +156,7 @@ class Loop:
         self.unlisten()
         for tracker in self.trackers:
             tracker.close(kind is None)
+        self.trackers = []
 
     def heard(self, number: int, _: FrameType | None) -> None:
         """Remember the first signal; from then on they do what they did before."""
@@ -318,6 +319,14 @@ class Loop:
             self.flush()
             for tracker in self.trackers:
                 tracker.add(line)
+
+    def picture(self, name: str, file: Path) -> None:
+        """A PNG file of this step, to TensorBoard, and to the trackers while the loop runs."""
+        if self.process.first:
+            self.log.add_picture(name, self.done, file)
+            self.flush()
+            for tracker in self.trackers:
+                tracker.add(Picture(self.done, name, file))
 
     def flush(self) -> None:
         """Write what was logged; what cannot be written waits."""

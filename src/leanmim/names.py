@@ -1,6 +1,8 @@
 """Names of files and classes, for people to read."""
 
 import re
+from collections.abc import Sequence
+from pathlib import Path
 
 
 def one_line(name: str) -> str:
@@ -18,3 +20,9 @@ def shortened(name: str, most: int) -> str:
 def slug(name: str) -> str:
     """The name as that of a folder."""
     return re.sub(r"[^\w.]+", "-", name)
+
+
+def run_names(folders: Sequence[str]) -> list[str]:
+    """What to call each of several runs: its folder's name; where two are called alike, the paths as given."""
+    names = [Path(folder).resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else list(folders)  # a/run and b/run

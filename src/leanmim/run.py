@@ -98,6 +98,16 @@ class Run:
         """The ids of its runs in the trackers of --track, by their names."""
         return self.folder / "trackers.json"
 
+    def strip(self, step: int) -> Path:
+        """A picture over training time, of `leanmim.pictures.over_time`."""
+        return self.folder / "pictures" / f"step-{step}.png"
+
+    def strips(self) -> dict[int, Path]:
+        """Those that are there, by their steps, in order."""
+        there = (path for path in (self.folder / "pictures").glob("step-*.png"))
+        found = {int(number): path for path in there if (number := path.stem.removeprefix("step-")).isdecimal()}
+        return dict(sorted(found.items()))
+
     @property
     def names(self) -> Path:
         """The images that the run goes on with: see `leanmim.train.data_list`."""
@@ -333,7 +343,11 @@ class Run:
             for name in ("environment.json", "cost.json", "report.html", "labels.json", "results.json", "predictions.csv",
                          "confusion.png", "mistakes.png", "job.json"):  # fmt: skip
                 (self.folder / name).unlink(missing_ok=True)
-            pictures = (self.folder / "reconstructions.png", *self.folder.glob("reconstructions-segment*.png"))
+            pictures = (
+                self.folder / "reconstructions.png",
+                self.folder / "progress.png",
+                *self.folder.glob("reconstructions-segment*.png"),
+            )
             for path in (
                 *pictures,
                 self.metrics,
@@ -345,6 +359,9 @@ class Run:
                 self.trackers,
             ):
                 path.unlink(missing_ok=True)
+        for after, path in self.strips().items():
+            if after > step or step == 0:
+                path.unlink()
         write_atomically(self.config, lambda file: file.write_bytes(text_of(config)))
         if step == 0 and (begun := job()):
             write_json(self.folder / "job.json", begun)

@@ -1,4 +1,5 @@
-"""Experiment trackers beside TensorBoard (--track): the lines of metrics.jsonl under their own names, the configuration once.
+"""Experiment trackers beside TensorBoard (--track): the lines of metrics.jsonl under their own names, the pictures over
+training time, the configuration once.
 
 A tracker's run goes on when a run is continued; trackers.json in the run folder has its id. What the tracker lacks, because it could
 not be reached or was asked for later, is sent again from metrics.jsonl.
@@ -7,9 +8,10 @@ not be reached or was asked for later, is sent again from metrics.jsonl.
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from leanmim.config import Logging
 from leanmim.errors import UserError
@@ -20,6 +22,14 @@ PATIENCE = 30.0  # s, at the end, for what was not sent yet
 PROJECT = "leanmim"
 
 Line = Mapping[str, int | float]
+
+
+class Picture(NamedTuple):
+    """A PNG file of a step."""
+
+    step: int
+    name: str
+    file: Path
 
 
 @runtime_checkable
@@ -41,6 +51,9 @@ class Tracker(Protocol):
 
     def log(self, lines: Sequence[Line]) -> None:
         """Send lines, all or none; raises whatever the tracker's library does."""
+
+    def show(self, picture: Picture) -> None:
+        """Send a picture; raises as `log`."""
 
     def close(self, good: bool) -> None:
         """Nothing more comes; ``good`` if the run is done."""
@@ -67,6 +80,12 @@ class WandB:
         """As `Tracker.log`."""
         for line in lines:
             self.run.log(values_of(line), step=line["step"])
+
+    def show(self, picture: Picture) -> None:
+        """As `Tracker.show`."""
+        import wandb
+
+        self.run.log({picture.name: wandb.Image(str(picture.file))}, step=picture.step)
 
     def close(self, good: bool) -> None:
         """As `Tracker.close`."""
@@ -105,6 +124,10 @@ class MLflow:
             found = [Metric(key, value, now, int(line["step"])) for key, value in values_of(line).items()]
             self.client.log_batch(self.id, metrics=found)
 
+    def show(self, picture: Picture) -> None:
+        """As `Tracker.show`."""
+        self.client.log_artifact(self.id, str(picture.file), picture.name)
+
     def close(self, good: bool) -> None:
         """As `Tracker.close`."""
         self.client.set_terminated(self.id, "FINISHED" if good else "FAILED")
@@ -120,7 +143,7 @@ def values_of(line: Line) -> dict[str, float]:
 
 
 class Sender:
-    """Sends lines from a thread of its own, so that no step waits for a network. What cannot be sent is kept, and tried again with the
+    """Sends lines and pictures from a thread of its own, so that no step waits for a network. What cannot be sent is kept, and tried again with the
     next line.
 
     Args:
@@ -131,15 +154,15 @@ class Sender:
 
     def __init__(self, name: str, tracker: Tracker, say: Callable[[str], None]) -> None:
         self.name, self.tracker, self.say = name, tracker, say
-        self.coming: SimpleQueue[Line | bool] = SimpleQueue()
-        self.kept: list[Line] = []
+        self.coming: SimpleQueue[Line | Picture | bool] = SimpleQueue()
+        self.kept: list[Line | Picture] = []
         self.fault: Exception | None = None
         self.told = False
         self.thread = Thread(target=self.send, daemon=True, name=f"leanmim {name}")  # a hang must not outlive the run
         self.thread.start()
 
     def send(self) -> None:
-        """What the thread does: send each line; at the end, which says whether the run is done, close."""
+        """What the thread does: send each line and picture; at the end, which says whether the run is done, close."""
         while True:
             coming = self.coming.get()
             try:
@@ -158,12 +181,16 @@ class Sender:
     def send_kept(self) -> None:
         """One by one, so that none is sent twice."""
         while self.kept:
-            self.tracker.log(self.kept[:1])
+            first = self.kept[0]
+            if isinstance(first, Picture):
+                self.tracker.show(first)
+            else:
+                self.tracker.log([first])
             self.kept.pop(0)
 
-    def add(self, line: Line) -> None:
-        """A line to send."""
-        self.coming.put(line)
+    def add(self, what: Line | Picture) -> None:
+        """A line or a picture to send."""
+        self.coming.put(what)
         self.tell()
 
     def tell(self) -> None:
@@ -206,8 +233,13 @@ def track(run: Run, config: Logging, say: Callable[[str], None]) -> list[Sender]
             ids[name] = tracker.id
             write_json(run.trackers, ids)
         sender = Sender(name, tracker, say)
-        for line in readable_lines(run.metrics):
-            if line["step"] > tracker.seen:
-                sender.add(line)
+        missed: list[Line | Picture] = [line for line in readable_lines(run.metrics) if line["step"] > tracker.seen]
+        missed += [
+            Picture(step, "reconstructions_over_time", path)
+            for step, path in run.strips().items()
+            if step > tracker.seen
+        ]
+        for what in sorted(missed, key=lambda what: what.step if isinstance(what, Picture) else what["step"]):
+            sender.add(what)
         senders.append(sender)
     return senders

@@ -26,7 +26,7 @@ from leanmim.start import open_start
 from leanmim.train.pretrain import pretrain
 from tests.forks import launch, until
 from tests.process_faults import together
-from tests.runs import noisy_tiles, untrained
+from tests.runs import noisy_tiles, shown, untrained
 
 COLOURS = ("red", "green", "blue")
 
@@ -100,6 +100,9 @@ def test_a_run_leaves_a_classifier_its_accuracy_and_its_mistakes(config: Finetun
         "export/timm/config.json",
     ):
         assert (folder / name).stat().st_size > 0, name
+    drawn = [name for name in ("confusion", "mistakes") if (folder / f"{name}.png").exists()]
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert shown(folder) == {name: [(last, (folder / f"{name}.png").read_bytes())] for name in drawn}
 
     found = open_start(str(folder))
     assert found.classes == tuple(sorted(COLOURS))
@@ -213,7 +216,7 @@ def test_in_half_precision(config: Finetune, capsys: Any) -> None:
 def test_other_commands_say_what_a_fine_tuned_run_is(config: Finetune) -> None:
     folder = str(finetune(replace(config, epochs=1)))
     with pytest.raises(UserError, match="is a fine-tuned run; this takes one of `leanmim pretrain`"):
-        show(Show(run=folder))
+        show(Show(runs=(folder,)))
     ((_, accuracy),) = knn(Knn(run=folder, data=config.data, k=3, device="cpu", workers=0))
     assert 0 <= accuracy <= 1
 

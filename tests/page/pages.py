@@ -20,7 +20,7 @@ PIXEL = base64.b64decode(
 
 SUFFIXES = {
     **dict.fromkeys(("environment", "labels", "results"), ".json"),
-    **dict.fromkeys(("reconstructions", "confusion", "mistakes"), ".png"),
+    **dict.fromkeys(("reconstructions", "confusion", "mistakes", "features", "attention", "neighbours", "map"), ".png"),
 }
 FINETUNE = Finetune(
     start="runs/mae",

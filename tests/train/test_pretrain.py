@@ -75,7 +75,7 @@ def test_the_run_folder_holds_everything(tiny: Pretrain, capsys: pytest.CaptureF
     names = {path.name for path in folder.iterdir()}
     assert names == {
         ".lock", "config.json", "cost.json", "environment.json", "metrics.jsonl", "names.json", "tensorboard", "checkpoints", "export",
-        "reconstructions.png", "report.html",
+        "pictures", "reconstructions.png", "report.html",
     }  # fmt: skip
     assert Pretrain.from_json(json.loads((folder / "config.json").read_text())) == replace(tiny, epochs=3)
     assert json.loads((folder / "environment.json").read_text())["torch"] == torch.__version__

@@ -282,6 +282,9 @@ class Judge:
             self.run.folder, found, source.read, data=self.config.data, split="val", step=best["step"], epoch=best["epoch"],
             weights="best",
         )  # fmt: skip
+        for name in ("confusion", "mistakes"):
+            if (drawn := self.run.folder / f"{name}.png").is_file():
+                loop.picture(name, drawn)
         if bad.seen:
             say(f"{len(bad.seen)} unreadable files were skipped; they are listed in {self.run.skipped}")
         say(f"accuracy after epoch {best['epoch']:.4g}, the best: {top_accuracy(found)}; after the last: {last}")

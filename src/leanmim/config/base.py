@@ -63,8 +63,8 @@ RANGES: dict[str, tuple[float, float]] = {
     # measures
     "k": (1, MANY), "temperature": (1e-4, MANY), "c": (1e-9, 10**9), "probe_batch_size": (2, MANY), "queries": (1, MANY),
     "void": (0, 65535), "patches": (1, MANY),
-    "layer": (1, 1000), "layers": (0, 1000), "top": (1, MANY), "count": (1, MANY), "among": (2, MANY), "segment": (0, 1000),
-    "knn_every": (1, MANY), "eval_every": (1, MANY), "images_per_second": (1e-6, 10**9),
+    "layer": (1, 1000), "layers": (0, 1000), "top": (1, MANY), "count": (1, MANY), "among": (2, MANY), "segment": (0, 1000), "tiles": (0, 32),
+    "knn_every": (1, MANY), "show_every": (0, MANY), "eval_every": (1, MANY), "images_per_second": (1e-6, 10**9),
     # the machine, faults, the log
     "seed": (0, 2**32 - 1), "seeds": (1, 1000), "jobs": (1, 1024), "workers": (-1, 1024), "threads": (1, 1024), "log_every": (1, MANY), "checkpoint_minutes": (0, MANY), "keep": (1, 100),
     "max_bad_share": (0, 1), "max_bad_steps": (0, MANY), "data_patience": (0, MANY), "process_timeout": (1e-3, MANY),

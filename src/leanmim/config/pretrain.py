@@ -37,7 +37,7 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
     A value is checked by `check`, and names of maskings and targets where they are looked up: a third party may add some.
     """
 
-    FREE: ClassVar[frozenset[str]] = FREE_IN_TRAINING | {"offload", "knn_data", "knn_every"}
+    FREE: ClassVar[frozenset[str]] = FREE_IN_TRAINING | {"offload", "knn_data", "knn_every", "show_every"}
     ADJUSTABLE: ClassVar[frozenset[str]] = AGAINST_DIVERGENCE | {"phase_blrs", "decode"}
     LEFT_EMPTY: ClassVar[frozenset[str]] = frozenset({"data", "out"})
     GROWING: ClassVar[frozenset[str]] = frozenset({"epochs"})
@@ -138,6 +138,11 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
     """Labelled folder or pack (train/CLASS, val/CLASS) for a kNN accuracy during training."""
     knn_every: int = 10
     """Epochs between two kNN accuracies; there is always one at the end."""
+
+    show_every: int | Auto = "auto"
+    """Epochs between two pictures of four images and what is reconstructed of them, for `leanmim show run --picture progress`,
+    the report and TensorBoard. auto draws eight: before the first step, after 1/64 of the steps, 1/32, and so on, doubling, to the last.
+    0 draws none. A picture costs a forward pass of four images, and changes nothing in the training."""
 
     @property
     def mask_ratios(self) -> tuple[float, ...]:

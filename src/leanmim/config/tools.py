@@ -8,35 +8,44 @@ from tyro.conf import Positional
 from leanmim.config.base import Auto, Config, Machine, Model, Precision, Valued, check_values, parse_bytes
 from leanmim.errors import UserError
 
-Picture = Literal["reconstructions", "features", "attention", "neighbours", "map", "mistakes"]
+Picture = Literal["reconstructions", "progress", "features", "attention", "neighbours", "map", "mistakes"]
 COUNTS = {"mistakes": 16, "map": 400}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Show(Config):
-    """Draw what a run reconstructs, or another picture of its encoder."""
+    """Draw what runs reconstruct, or another picture of an encoder."""
 
-    run: Positional[str]
-    """Run folder of `leanmim pretrain`. For other pictures than reconstructions also one of `leanmim finetune`, or, with
-    --images, an exported folder or timm's name of published weights."""
+    runs: Positional[tuple[str, ...]]
+    """Run folders of `leanmim pretrain`; reconstructions of several are drawn side by side on the same images, each at its own input
+    size. Other pictures take one run, also one of `leanmim finetune`, or, with --images, an exported folder or timm's name of
+    published weights."""
     picture: Picture = "reconstructions"
-    """reconstructions: original, masked image, reconstruction. features: of patches, by colour. attention: of the last block, as
-    heat. neighbours: the images most alike. map: all images by likeness, in two dimensions. mistakes: of a fine-tuned run, the most
-    confident ones."""
+    """reconstructions: original, masked image, reconstruction. progress: those that pre-training drew as it went (--show-every), rows of
+    images, columns of steps. features: of patches, by colour. attention: of the last block, as heat. neighbours: the images most
+    alike. map: all images by likeness, in two dimensions. mistakes: of a fine-tuned run, the most confident ones."""
     images: tuple[str, ...] = ()
-    """Image files or folders; empty takes the run's own data, of a fine-tuned run its validation images. One folder may have a
-    sub-folder for each class, and neighbours and map tell classes; it may also be a tar file or a dataset then."""
+    """Image files or folders; empty takes the (first) run's own data, of a fine-tuned run its validation images. One folder may have
+    a sub-folder for each class, and neighbours and map tell classes; it may also be a tar file or a dataset then."""
     count: int | Auto = "auto"
     """Images at most; of neighbours, those whose neighbours are drawn. auto is 8, of mistakes 16, of a map 400."""
+    tiles: int = 0
+    """Of reconstructions: draw whole images, cut into tiles of the input size that the model sees one by one, so many along the short
+    side. 0 draws the centre of each at the input size."""
     among: int = 5000
     """Of neighbours: images to choose them from, at most, evenly spread over all."""
     out: str | None = None
-    """Picture to write; None is PICTURE.png in the run folder, as reconstructions.png, or reconstructions-segment0.png with
-    --segment 0."""
+    """Picture to write; None is PICTURE.png in the run folder, as reconstructions.png, of several runs in the working directory; with
+    --segment 0 reconstructions-segment0.png."""
     segment: int | None = None
     """Of a run with --segments: draw the reconstruction of this one alone, 0 is the first; None draws all."""
     seed: int = 0
-    """Seed of the masks, and of the map's arrangement."""
+    """Seed of the masks, the same for all runs, and of the map's arrangement."""
+
+    @property
+    def run(self) -> str:
+        """The run, where there is one."""
+        return self.runs[0]
 
     @property
     def most(self) -> int:
@@ -46,8 +55,17 @@ class Show(Config):
     def check(self) -> None:
         """Raise UserError for an impossible value, or an option of another picture."""
         super().check()
-        if self.segment is not None and self.picture != "reconstructions":
-            raise UserError(f"--segment is for reconstructions; leave it out with --picture {self.picture}")
+        if not self.runs:
+            raise UserError("give the run folder of a `leanmim pretrain`, or several: leanmim show run")
+        if self.picture == "reconstructions":
+            return
+        if len(self.runs) > 1:
+            raise UserError(
+                f"--picture {self.picture} takes one run, not {len(self.runs)}; only reconstructions are drawn side by side"
+            )
+        for option in ("segment", "tiles"):
+            if getattr(self, option):
+                raise UserError(f"--{option} is for reconstructions; leave it out with --picture {self.picture}")
 
 
 @dataclass(frozen=True, kw_only=True)

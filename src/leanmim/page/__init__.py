@@ -9,6 +9,7 @@ from pathlib import Path
 
 from leanmim.config import Report
 from leanmim.errors import UserError
+from leanmim.names import run_names
 from leanmim.page import sections
 from leanmim.page.charts import COLOURS
 from leanmim.page.load import Loaded, load
@@ -30,10 +31,8 @@ def report(config: Report) -> Path:
         raise UserError(
             "give the run folder of a `leanmim pretrain` or `leanmim finetune`, or several: leanmim report run"
         )
-    names = [Path(folder).resolve().name for folder in config.runs]
-    if len(set(names)) < len(names):  # a/run and b/run
-        names = list(config.runs)
-    runs = [load(Path(folder), *rest) for folder, *rest in zip(config.runs, names, cycle(COLOURS), strict=False)]
+    called = zip(config.runs, run_names(config.runs), cycle(COLOURS), strict=False)
+    runs = [load(Path(folder), *rest) for folder, *rest in called]
     path = Path(config.out) if config.out else Path(config.runs[0]) / "report.html"
     if path.is_dir():
         raise UserError(f"{str(path)!r} is a folder; give the name of a page with --out")

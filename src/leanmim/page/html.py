@@ -76,6 +76,13 @@ def picture(png: bytes, alt: str) -> Html:
     return Html(f'<img alt="{escape(alt)}" src="{source}">')
 
 
+def png(image: Image.Image) -> bytes:
+    """An image as a PNG file."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
 def bar(share: float, colour: str) -> Html:
     """A share of 1 as a bar."""
     return Html(f'<span class="bar"><span style="width:{100 * share:.1f}%;background:{colour}"></span></span>')

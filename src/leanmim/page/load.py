@@ -19,6 +19,8 @@ from leanmim.errors import UserError
 from leanmim.page.html import Html
 from leanmim.run import Run
 
+PICTURES = ("features", "attention", "neighbours", "map", "mistakes")
+"""What `leanmim show` and others may have drawn in a run folder, as NAME.png."""
 AXES = ("epoch", "million images", "minutes", "PFLOP")
 
 
@@ -38,6 +40,8 @@ class Loaded:
     evaluations: list[dict[str, Any]]
     skipped: list[dict[str, Any]]
     changes: list[dict[str, Any]]
+    pictures: dict[str, bytes]
+    """Those of `PICTURES` that are there."""
 
     @property
     def title(self) -> Html:
@@ -76,6 +80,8 @@ class Pretrained(Loaded):
 
     config: Pretrain
     reconstructions: bytes
+    strips: dict[int, Path]
+    """Over training time: see `leanmim.pictures.over_time`."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +139,11 @@ def load(folder: Path, name: str, colour: str) -> Loaded:
         "evaluations": read_lines(run.evaluations),
         "skipped": read_lines(run.skipped),
         "changes": read_lines(run.changes),
+        "pictures": {name: png for name in PICTURES if (png := read_bytes(folder / f"{name}.png"))},
     }
     if isinstance(config, Pretrain):
-        return Pretrained(config=config, reconstructions=read_bytes(folder / "reconstructions.png"), **shared)
+        drawn = read_bytes(folder / "reconstructions.png")
+        return Pretrained(config=config, reconstructions=drawn, strips=run.strips(), **shared)
     return Finetuned(
         config=config,
         labels=read_object(folder / "labels.json"),

@@ -3,18 +3,29 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from leanmim.errors import UserError
 from leanmim.names import one_line
 from leanmim.page.accuracies import accuracies, depths
-from leanmim.page.html import NOT_YET, Html, picture, row, safe, soft, table
-from leanmim.page.load import Loaded, finetuned, pretrained
+from leanmim.page.html import NOT_YET, Html, picture, png, row, safe, soft, table
+from leanmim.page.load import Finetuned, Loaded, finetuned, pretrained
 from leanmim.page.results import results
 from leanmim.page.training import each_kind, summary, training
+from leanmim.pictures.over_time import in_columns
 
 RECIPE = (  # settings that a recipe of fine-tuning gives
     "recipe", "epochs", "batch_size", "accum", "blr", "lr", "min_lr", "schedule", "weight_decay", "betas",
     "clip_grad", "layer_decay", "drop_path", "mixup", "cutmix", "smoothing", "randaugment", "erase", "crop_scale", "flip",
     "ema", "class_weights", "pool",
 )  # fmt: skip
+
+CAPTIONS = {
+    "features": "features of patches, alike where the colours are",
+    "attention": "attention",
+    "neighbours": "images and those whose features are nearest",
+    "map": "images by their features, in two dimensions",
+    "mistakes": "images that were taken for another class",
+}
+"""Of the pictures that a run folder may hold, in their order."""
 
 
 def costs(runs: Sequence[Loaded]) -> Html:
@@ -49,9 +60,39 @@ def reconstructions(runs: Sequence[Loaded]) -> Html:
     """The reconstructions.png of each run of pre-training, embedded in the page."""
     figures = []
     for run in pretrained(runs):
-        png = run.reconstructions
-        image = picture(png, "original, masked image, reconstruction") if png else NOT_YET
+        own = run.reconstructions
+        image = picture(own, "original, masked image, reconstruction") if own else NOT_YET
         figures.append(f'<figure class="card"><figcaption>{run.title}</figcaption>\n{image}</figure>')
+    return Html(f'<div class="grid">{"".join(figures)}</div>' if figures else "")
+
+
+def over_time(runs: Sequence[Loaded]) -> Html:
+    """What each run of pre-training reconstructed of the same images as it went: a column for each step, a run below the other."""
+    figures = []
+    for run in pretrained(runs):
+        if not run.strips:
+            continue
+        try:
+            columns, _ = in_columns(run.strips)
+        except UserError as error:
+            columns, remark = {}, soft(str(error))
+        else:
+            remark = Html("")
+        shown = "".join(f"<div>{title}{picture(png(image), title)}</div>" for title, image in columns.items())
+        figures.append(
+            f'<figure class="card"><figcaption>{run.title}</figcaption>\n<div class="strips">{shown}{remark}</div></figure>'
+        )
+    return Html("\n".join(figures))
+
+
+def pictures(runs: Sequence[Loaded]) -> Html:
+    """What else was drawn of each run, with a caption."""
+    figures = [
+        f'<figure class="card"><figcaption>{run.title}: {caption}</figcaption>\n{picture(run.pictures[name], caption)}</figure>'
+        for name, caption in CAPTIONS.items()
+        for run in runs
+        if name in run.pictures and not (name == "mistakes" and isinstance(run, Finetuned))  # among its results
+    ]
     return Html(f'<div class="grid">{"".join(figures)}</div>' if figures else "")
 
 
@@ -126,6 +167,8 @@ SECTIONS: dict[str, Callable[[Sequence[Loaded]], Html]] = {
     "Accuracy on labelled images, encoder frozen": accuracies,
     "Accuracy against depth": depths,
     "Reconstructions": reconstructions,
+    "Reconstructions over training time": over_time,
+    "Pictures": pictures,
     "Recipe of fine-tuning": recipe,
     "Unreadable files": skipped,
     "Changed while training": changes,

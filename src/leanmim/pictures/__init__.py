@@ -14,34 +14,38 @@ from leanmim.pictures.images import stretched
 from leanmim.pictures.maps import embedding_map
 from leanmim.pictures.mistakes import mistakes
 from leanmim.pictures.neighbours import neighbours
+from leanmim.pictures.over_time import progress
 from leanmim.pictures.reconstructions import reconstructions
 
 __all__ = ["PICTURES", "draw", "save_figure", "show", "stretched"]
 
 PICTURES: dict[str, Callable[[Show], Figure]] = {
     "reconstructions": reconstructions,
+    "progress": progress,
     "features": features,
     "attention": attention,
     "neighbours": neighbours,
     "map": embedding_map,
     "mistakes": mistakes,
 }
+"""What --picture draws."""
 
 
 def show(config: Show) -> Path:
-    """Draw a picture of a run.
+    """Draw a picture of a run, or of several.
 
     Returns:
         The picture.
 
     Raises:
-        UserError: the run or the images cannot be read, the run is not of a kind that has such a picture, or it cannot be written.
+        UserError: a run or the images cannot be read, there is no such segment, the run is not of a kind that has such a picture, or
+            the picture cannot be written.
     """
     config.check()
     figure = PICTURES[config.picture](config)
-    default = config.picture if config.segment is None else f"{config.picture}-segment{config.segment}"
-    folder = Path(config.run) if Path(config.run).exists() else Path()  # published weights have no folder
-    path = Path(config.out) if config.out else folder / f"{default}.png"
+    name = config.picture if config.segment is None else f"{config.picture}-segment{config.segment}"
+    alone = len(config.runs) == 1 and Path(config.run).exists()  # published weights have no folder
+    path = Path(config.out) if config.out else (Path(config.run) if alone else Path()) / f"{name}.png"
     try:
         save_figure(figure, path)
     except CannotWrite as error:

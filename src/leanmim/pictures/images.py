@@ -13,11 +13,12 @@ from torch import Tensor
 
 from leanmim.config import Pretrain, Show
 from leanmim.data import UNREADABLE, Files, Source, centre_crop, list_images, open_source
+from leanmim.data.read import Picture
 from leanmim.errors import UserError
 
 
 def read_images(config: Show, trained: Pretrain) -> tuple[list[str], Real[Tensor, "b c H W"]]:
-    """The names of the images to draw, at most ``config.count``, and their centre crops.
+    """The names of the images to draw, at most ``config.most``, and their centre crops.
 
     Of the run's own data and of folders, images that cannot be read are replaced by others.
 
@@ -25,29 +26,38 @@ def read_images(config: Show, trained: Pretrain) -> tuple[list[str], Real[Tensor
         UserError: a file or folder is missing, a folder holds no images, or a file given by name or all images cannot be
             read.
     """
+    names, found = read_with(centre_crop(trained.size), config, trained)
+    return names, torch.stack(found)
+
+
+def read_with(
+    transform: Callable[[Picture], Tensor], config: Show, trained: Pretrain
+) -> tuple[list[str], list[Tensor]]:
+    """As `read_images`, c H W of any sizes."""
     source = open_images(config.images, trained)
-    found = read_some(source, centre_crop(trained.size), config)
+    found = read_some(source, config.most, transform, config.images)
     if not found:
         raise UserError(f"no image of {config.images or trained.data!r} can be read; give others with --images")
     names = source.names
-    return [Path(names[i]).name for i in found], torch.stack(list(found.values()))
+    return [Path(names[i]).name for i in found], list(found.values())
 
 
-def read_some(source: Source, transform: Callable, config: Show) -> dict[int, Real[Tensor, "c H W"]]:
-    """Images by their places in the source, evenly spread, as many as the configuration says; those that cannot be read are
-    replaced by others.
+def read_some(
+    source: Source, count: int, transform: Callable[[Picture], Tensor], needed: Sequence[str] = ()
+) -> dict[int, Tensor]:
+    """So many images of a source, evenly spread, by their numbers; others in place of those that cannot be read.
 
     Raises:
-        UserError: a file given by name cannot be read.
+        UserError: a file that is ``needed`` cannot be read.
     """
     found: dict[int, Tensor] = {}
-    for i in spread_out(len(source), config.most):
-        if len(found) == config.most:
+    for i in spread_out(len(source), count):
+        if len(found) == count:
             break
         try:
             found[i] = transform(source.read(i))
         except UNREADABLE as error:
-            if Path(source.where(i)) in map(Path, config.images):
+            if Path(source.where(i)) in map(Path, needed):
                 raise UserError(f"--images {source.where(i)!r} cannot be read as an image: {error}") from error
     return found
 
@@ -85,13 +95,21 @@ def spread_out(total: int, count: int) -> list[int]:
     return [i for start in range(step) for i in range(start, total, step)]
 
 
-def stretched(originals: Float[Tensor, "b c H W"]) -> Callable[[Float[Tensor, "b c H W"]], Float[Tensor, "b k H W"]]:
+def stretched(
+    originals: Float[Tensor, "b c H W"], together: Sequence[int] = ()
+) -> Callable[[Float[Tensor, "b c H W"]], Float[Tensor, "b k H W"]]:
     """How images of stored values are drawn, and others in the same way: the first three channels as red, green and blue, of
     one or two the first in grey, each stretched from the 1st to the 99th percentile of the original.
+
+    Args:
+        originals: the images.
+        together: how many that follow each other are tiles of one original; none given are one each.
     """
     k = 3 if originals.shape[1] > 2 else 1
-    values = originals[:, :k].flatten(2).numpy()
-    low, high = (torch.from_numpy(np.percentile(values, share, axis=2))[..., None, None].float() for share in (1, 99))
+    counts = list(together) or [1] * len(originals)
+    values = [part.transpose(0, 1).flatten(1).cpu().numpy() for part in originals[:, :k].split(counts)]
+    found = np.repeat([np.percentile(own, (1, 99), axis=1) for own in values], counts, axis=0)  # b 2 k
+    low, high = torch.from_numpy(found)[..., None, None].float().to(originals.device).unbind(1)
     return lambda images: ((images[:, :k] - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
 
 

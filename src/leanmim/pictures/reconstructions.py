@@ -3,9 +3,10 @@
 b batch, c channels, H W pixels, n patches, p target width, k values of a HOG cell, y x cells.
 """
 
-import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,56 +15,96 @@ from torch import Tensor
 
 from leanmim.config import Pretrain, Show
 from leanmim.config.base import Stored
-from leanmim.data import Normalise
+from leanmim.data import Normalise, centre_crop
+from leanmim.data.read import Picture
 from leanmim.errors import UserError
 from leanmim.masking import Mask, Split, hidden_squares, magnify, squares
 from leanmim.mim import MIM
-from leanmim.names import shortened
-from leanmim.pictures.figures import draw
-from leanmim.pictures.images import read_images, stretched
+from leanmim.names import run_names
+from leanmim.pictures.images import read_with, stretched
+from leanmim.pictures.layout import Column, Panel, compose
+from leanmim.pictures.tiles import Cut, cut, fitted
 from leanmim.targets import BINS, FLAT, HOG, Pixels, hog, unpatchify
 from leanmim.weights import restore
 
+Parts = TypeVar("Parts", Mask, Split)
 BROWN = torch.tensor([0.66, 0.53, 0.39])  # of thrown patches: as bright as the grey of masked ones
 
 
-class Column(NamedTuple):
-    """A column of the figure: images, or HOG with a white line round visible cells, an orange one round thrown ones."""
-
-    title: str
-    pictures: Float[Tensor, "b k y x"]
-    visible: Bool[Tensor, "b y x"] | None = None
-    thrown: Bool[Tensor, "b y x"] | None = None
-
-
 def reconstructions(config: Show) -> Figure:
-    """Rows of original, masked image and reconstruction.
+    """Rows of original, masked image and reconstruction; of several runs side by side, on the same images.
 
     Of a run in segments (BIM) a column for each, unless one is asked for. Where patches are thrown (PR-MIM), they are brown in
     the masked image, and a further column shows them alone, as they were filled in. Predictions of per-patch normalised pixels
     are brought back with the true patch's own mean and deviation, and the picture says so. A target that is neither pixels nor
     HOG has no reconstruction. Stored values are drawn as `stretched` says.
 
+    Each run draws the images at its own input size, their centres or, in tiles, as a whole. Its masks are drawn from the same seed, so that runs of one grid and ratio
+    have the same. The original is drawn again where the size is another than before.
+
     Raises:
-        UserError: the run or the images cannot be read, or there is no such segment.
+        UserError: a run or the images cannot be read, or there is no such segment.
     """
-    trained, model, state = restore(config.run)
-    names, pictures = read_images(config, trained)
+    panels: list[Panel] = []
+    names: list[str] = []
+    data: str | tuple[str, ...] = ()
+    for run, title in zip(config.runs, run_names(config.runs), strict=True):
+        trained, model, state = restore(run)
+        data = data or trained.data  # of the first run
+        transform: Callable[[Picture], Tensor] = centre_crop(trained.size)
+        if config.tiles:
+            transform = partial(fitted, tile=trained.size, count=config.tiles, step=model.encoder.stride)
+        found, pictures = read_with(transform, config, replace(trained, data=data))
+        if names and found != names:
+            raise UserError(f"{run!r} and {config.runs[0]!r} cannot read the same images; give --images that both can")
+        panel = panel_of(config, trained, model, state, pictures)
+        if any(other.sizes == panel.sizes for other in panels):
+            panel = panel._replace(columns=panel.columns[1:])
+        panels.append(panel._replace(title=title))
+        names = found
+    return compose(panels, names)
+
+
+def panel_of(config: Show, trained: Pretrain, model: MIM, state: dict[str, Any], pictures: list[Tensor]) -> Panel:
+    """What is drawn of a run; pictures are c H W, each of its own size. Errors as for `reconstructions`."""
     normalise = Normalise(state["mean"], state["std"], torch.device("cpu"))
-    images = normalise(pictures)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        masks = model.eval().draw_masks(images)
-        splits = [model.draw_split(mask) for mask in masks]
-    count = len(masks)
+    cuts = [cut((own.shape[1], own.shape[2]), trained.size, model.encoder.stride) for own in pictures]
+    images = normalise(torch.cat([own.tiles(picture) for own, picture in zip(cuts, pictures, strict=True)]))
+    masks, splits = hidden_parts(model.eval(), images, config.seed)
+    count, counts = len(masks), [len(own.corners) for own in cuts]
     if config.segment is not None and not 0 <= config.segment < count:
         raise UserError(f"--segment {config.segment}: this run has {count} segments, 0 to {count - 1}")
     segments = range(count) if config.segment is None else [config.segment]
-    columns, remarks = make_columns(trained, model, normalise, images, masks, splits, segments)
+    columns, remarks = make_columns(trained, model, normalise, images, masks, splits, segments, counts)
+    columns = [Column(title, *(together(tiles, cuts) for tiles in parts)) for title, *parts in columns]
     note = f"{trained.recipe}, {trained.model}, step {state['step']}"
     if count > 1:
         note += f", {count} segments" if config.segment is None else f", segment {config.segment} of 0 to {count - 1}"
-    return compose(columns, names, trained, "\n".join([note, *remarks]))
+    if config.tiles:
+        remarks.append(f"in tiles of {trained.size[0]} x {trained.size[1]} px, each seen alone")
+    return Panel(columns, [own.size for own in cuts], note, remarks)
+
+
+def together(tiles: Any, cuts: Sequence[Cut]) -> Any:
+    """The images that the tiles of a column make; None of None."""
+    if tiles is None:
+        return None
+    parts = tiles.split([len(own.corners) for own in cuts])
+    return [own.whole(part) for own, part in zip(cuts, parts, strict=True)]
+
+
+def hidden_parts(model: MIM, images: Float[Tensor, "b c H W"], seed: int) -> tuple[list[Mask], list[Split]]:
+    """The masks of all segments, and what of them is decoded, from a seed: the same on every device, and no other generator moves."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the devices too
+        masks = model.draw_masks(images.cpu())
+        splits = [model.draw_split(mask) for mask in masks]
+    return [moved(mask, images.device) for mask in masks], [moved(split, images.device) for split in splits]
+
+
+def moved(parts: Parts, device: torch.device) -> Parts:
+    """A mask or a split on a device."""
+    return parts._replace(**{name: part.to(device) for name, part in parts._asdict().items() if part is not None})
 
 
 def make_columns(
@@ -74,12 +115,13 @@ def make_columns(
     masks: list[Mask],
     splits: list[Split],
     segments: Sequence[int],
+    counts: Sequence[int] = (),
 ) -> tuple[list[Column], list[str]]:
     """The columns of the figure and the remarks below it, for some segments; masks and splits are those of all. The masked image is
-    that of the last one.
+    that of the last one. Where images are tiles, ``counts`` says how many make an image.
     """
     stored, throws = isinstance(trained.read_as, Stored), bool(splits[0].thrown.numel())
-    seen = stretched(images) if stored else normalise.invert
+    seen = stretched(images, counts) if stored else normalise.invert
     original, remarks = seen(images), []
     hidden = [hidden_pixels(model, images, mask) for mask in masks]
     thrown = [
@@ -179,29 +221,4 @@ def hidden_pixels(model: MIM, images: Float[Tensor, "b c H W"], mask: Mask) -> B
 
 def in_brown(pictures: Float[Tensor, "b c H W"], thrown: Bool[Tensor, "b H W"]) -> Float[Tensor, "b 3 H W"]:
     """Pictures with thrown pixels in brown."""
-    return torch.where(thrown[:, None], BROWN[:, None, None], pictures.expand(-1, 3, -1, -1))
-
-
-def compose(columns: Sequence[Column], names: Sequence[str], trained: Pretrain, note: str) -> Figure:
-    """The figure: the columns of an image side by side, its name below the first, titles above and a note below.
-
-    From four images on, where each has four columns at most, two images share a row.
-    """
-    abreast = 2 if len(names) > 3 and len(columns) < 5 else 1
-    rows = math.ceil(len(names) / abreast)
-    height = 2.0 * trained.size[0] / trained.size[1]
-    figure = Figure(figsize=(2.1 * len(columns) * abreast, rows * height + 0.8), dpi=130, layout="constrained")
-    axes = figure.subplots(rows, len(columns) * abreast, squeeze=False).reshape(rows * abreast, len(columns))
-    for row, name in enumerate(names):
-        for axis, (_, pictures, *outlined) in zip(axes[row], columns, strict=True):
-            draw(axis, pictures[row], trained.size, *(None if cells is None else cells[row] for cells in outlined))
-        axes[row][0].set_xlabel(
-            shortened(name, 30 * len(columns)), loc="left", fontsize=7, labelpad=2, parse_math=False
-        )
-    for axis in axes[len(names) :].flat:
-        axis.set_axis_off()
-    for image in axes[:abreast]:
-        for axis, column in zip(image, columns, strict=True):
-            axis.set_title(column.title, fontsize=10 if len(column.title) < 20 else 7)
-    figure.supxlabel(note, fontsize=8)
-    return figure
+    return torch.where(thrown[:, None], BROWN.to(pictures.device)[:, None, None], pictures.expand(-1, 3, -1, -1))

@@ -120,7 +120,7 @@ def read_shown(config: Show, shown: Shown) -> tuple[list[str], Real[Tensor, "b c
     Raises:
         UserError: none can be read.
     """
-    found = read_some(shown.source, centre_crop(shown.start.model.size, shown.start.crop), config)
+    found = read_some(shown.source, config.most, centre_crop(shown.start.model.size, shown.start.crop), config.images)
     if not found:
         raise UserError("none of the images can be read; give others with --images")
     names = shown.source.names

@@ -30,6 +30,7 @@ from leanmim.train.data_list import DataList, check_alike, check_unchanged, keep
 from leanmim.train.header import continuing, header
 from leanmim.train.phases import plan_phases
 from leanmim.train.right_size import guard_memory, right_sized, split
+from leanmim.train.snapshots import Snapshots
 from leanmim.train.training import Training, begin
 
 
@@ -37,7 +38,7 @@ def pretrain(config: Pretrain) -> Path:
     """Pre-train a backbone on a folder of images; continue if the run folder holds the same run.
 
     The run folder gets config.json, environment.json, names.json, metrics.jsonl, tensorboard/, checkpoints/last.pt,
-    skipped.jsonl if files were unreadable, and at the end export/timm/, reconstructions.png and report.html.
+    pictures/, skipped.jsonl if files were unreadable, and at the end export/timm/, reconstructions.png and report.html.
 
     Returns:
         The run folder.
@@ -117,8 +118,11 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
             *told(adjusted, start),
         ):
             loop.console.print(line)
+        snapshots = Snapshots(config, source, steps)
         if start < steps:
             bad.retry([source], loop.console)
+        if start == 0:
+            snapshots.draw(training, loop, 0.0)
         for phase in plan:
             if start >= phase.stop:
                 continue
@@ -135,6 +139,7 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
                     bad.merge()
                     if knn_sets and (epoch % config.knn_every == 0 or loop.done == steps):
                         online_knn(training, knn_sets, loop, epoch)
+                snapshots.draw(training, loop, epoch)
                 if loop.done == steps:
                     write_measured(loop, predicted, memory_before)
                 if loop.checkpoint_due:
@@ -144,7 +149,8 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
         if bad.seen:
             loop.console.print(f"{len(bad.seen)} unreadable files were skipped; they are listed in {run.skipped}")
         (folder,), _ = write_export(Export(run=config.out, overwrite=True))
-        picture = show(Show(run=config.out))
+        picture = show(Show(runs=(config.out,)))
+        loop.picture("reconstructions", picture)
         page = report(Report(runs=(config.out,)))
         loop.console.print(f"done: encoder in {folder}, reconstructions in {picture}, report in {page}")
     process.wait()
