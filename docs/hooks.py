@@ -13,6 +13,7 @@ from leanmim import recipes
 from leanmim.cli import COMMANDS, DESCRIPTIONS
 from leanmim.config import Config, Pretrain
 from leanmim.config.explained import field_docstrings
+from leanmim.config.groups import groups
 from leanmim.config.values import described
 from leanmim.recipes import MAE, RECIPES, hyphens, words
 
@@ -134,16 +135,13 @@ def commands() -> str:
 
 
 def options(kind: type[Config]) -> list[str]:
-    """The options of a command, grouped by the class that declares them, its own first."""
-    hints, texts, found = get_type_hints(kind, include_extras=True), field_docstrings(kind), []
-    declared = {field.name: field for field in fields(kind)}
-    for base in kind.__mro__:
-        own = [name for name in vars(base).get("__annotations__", {}) if name in declared]
-        own = [name for name in own if declared.pop(name)]
-        if own and base is not kind:
-            found.append(f"**{plain((base.__doc__ or base.__name__).splitlines()[0].rstrip('.'))}**")
-        defaults = {field.name: field.default for field in fields(kind)}
-        found += [f"{heading(name, hints[name], defaults[name])}\n:   {plain(texts[name])}" for name in own]
+    """The options of a command, in the groups of its help page."""
+    hints, texts, parts = get_type_hints(kind, include_extras=True), field_docstrings(kind), groups(kind)
+    defaults, found = {field.name: field.default for field in fields(kind)}, []
+    for group, names in parts.items():
+        if len(parts) > 1:
+            found.append(f"**{group[0].upper() + group[1:]}**")
+        found += [f"{heading(name, hints[name], defaults[name])}\n:   {plain(texts[name])}" for name in names]
     return found
 
 

@@ -1,6 +1,7 @@
-"""The examples train on a handful of drawn images, for two steps, and report."""
+"""The examples train on a handful of drawn images, for some steps, and report."""
 
 import json
+import re
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image, ImageDraw
 
@@ -140,3 +142,65 @@ def test_the_truth_is_found_right(tmp_path: Path) -> None:
             return [{"boxes": target["boxes"].clone(), "labels": target["labels"], "scores": torch.ones(1)}]
 
     assert module["evaluate"](Oracle(), boxes, "cpu") == pytest.approx((1.0, 1.0))
+
+
+def squares(folder: Path, count: int) -> Path:
+    """So many images of a bright square."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        scene(i)[0].save(folder / f"{i}.png")
+    return folder
+
+
+def test_depths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part in ("train", "val"):
+        squares(tmp_path / "labelled" / part / "square", 2)
+        (tmp_path / "labelled" / part / "grey").mkdir()
+        Image.new("RGB", (96, 72), (90, 90, 90)).save(tmp_path / "labelled" / part / "grey" / "0.png")
+    line = ["--data", str(squares(tmp_path / "data", 4)), "--labelled", str(tmp_path / "labelled"), "--device", "cpu"]
+    line += ["--out", str(tmp_path / "out"), "--segments", "2", "--size", "64", "--epochs", "1", "--batch-size", "4"]
+    line += ["--workers", "0"]
+    main = main_of("depths")
+    half, whole = main(line)
+    assert (half.depth, whole.depth) == (6, 12)
+    assert half.images_per_second > 0 and 0 <= half.accuracy <= 1
+    assert 1.8 < whole.gflops / half.gflops < 2 and 1.8 < whole.parameters / half.parameters < 2  # all but the stem
+    printed = capsys.readouterr().out
+    assert f"| 6 | {half.parameters / 1e6:.2f} | {half.gflops:.3f} |" in printed
+    assert f"None is within {whole.gflops / 2:.3f} GFLOPs" in printed
+    with pytest.raises(SystemExit):
+        main(line[2:])  # --labelled alone
+    assert main.__globals__["DEMO"].is_file()
+
+
+def test_a_loop_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["--data", str(squares(tmp_path / "data", 4)), "--out", str(tmp_path / "out"), "--size", "64", *QUICK]
+    history = main_of("own_loop")([*line, "--recipe", "bim"])
+    assert len(history) == 2 and all(0 < loss < 10 for loss in history)
+    (losses,) = re.findall(r"step 2/2, losses (.*)", capsys.readouterr().out)
+    assert len(losses.split()) == 4  # one for each segment
+    weights = torch.load(tmp_path / "out" / "encoder.pt", weights_only=True)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=64)
+    assert model.load_state_dict(weights, strict=False).missing_keys == []
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="there is no JPEG or PNG file"):
+        main_of("own_loop")(["--data", str(tmp_path / "empty"), *line[2:]])
+
+
+def test_multispectral(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["--out", str(tmp_path / "out"), "--channels", "5", "--size", "32", "--tiles", "4", "--batch-size", "4"]
+    share = main_of("multispectral")([*line, "--epochs", "1", "--tuning-epochs", "1", "--workers", "0"])
+    printed = capsys.readouterr().out
+    assert "numbers: uint16 (16)" in printed and "kNN, random:" in printed
+    assert f"in timm {round(4 * share)} of 4 validation tiles are classified right" in printed
+    accuracy = json.loads((tmp_path / "out" / "tuned" / "results.json").read_text())["top1"]
+    assert share == pytest.approx(accuracy)  # timm says of each tile what leanmim says
+
+
+def test_the_site_has_each_example_with_its_command() -> None:
+    page = (ROOT / "docs" / "examples.md").read_text()
+    for file in (ROOT / "examples").glob("*.py"):
+        assert f"`{file.name}`: " in page
+        (command,) = re.findall(rf"^(python examples/{file.name} .*)$", page, re.M)
+        options = set(re.findall(r"--[\w-]+", command))
+        assert options <= set(re.findall(r'"(--[\w-]+)"', file.read_text()))

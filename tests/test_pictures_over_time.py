@@ -81,8 +81,13 @@ def test_the_figure_of_the_strips(tiny: Pretrain, drawn: Drawn) -> None:
     assert len(drawn.pictures) == 2 * 5
     with Image.open(folder / "progress.png") as picture:
         assert picture.format == "PNG"
-    for other in ({"runs": (str(folder), str(folder))}, {"images": ("cat.jpg",)}, {"segment": 0}):
-        with pytest.raises(UserError, match="--picture progress draws what one pre-training left"):
+    for other, message in (
+        ({"runs": (str(folder), str(folder))}, "takes one run, not 2"),
+        ({"images": ("cat.jpg",)}, "--picture progress draws what pre-training left"),
+        ({"segment": 0}, "--segment is for reconstructions; leave it out with --picture progress"),
+        ({"tiles": 2}, "--tiles is for reconstructions"),
+    ):
+        with pytest.raises(UserError, match=message):
             show(replace(Show(runs=(str(folder),), picture="progress"), **other))
     run.strip(2).write_bytes(run.strip(2).read_bytes()[:100])
     with pytest.raises(UserError, match=r"step-2.png' cannot be read as pre-training wrote it .*; remove it"):

@@ -4,14 +4,13 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from copy import copy
+from dataclasses import fields
 from importlib import import_module
 from io import TextIOWrapper
 from itertools import zip_longest
 from typing import Any, NamedTuple, NoReturn
 
-import tyro
-
+from leanmim.arguments import parse_arguments
 from leanmim.completion import print_completion
 from leanmim.config import (
     Compare,
@@ -80,6 +79,7 @@ COMMANDS = {
     "report": Command("one HTML page about one or several runs", Report, "page.report"),
 }
 NARROWEST = 40  # columns; help of one column is never done
+WIDEST = 120  # columns of a help page; from 130 on tyro sets groups side by side, and their order is lost
 RESUMABLE = {"compare", "pretrain", "pack", "finetune", "embed", "probe"}
 SWITCHES = {"--compile", "--channels-last"}
 RENAMED = {  # options of earlier versions
@@ -142,15 +142,14 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
         if new := RENAMED.get(name, {}).get(option):
             raise UserError(f"{option} is called {new} now")
     rest = list(switched(rest))
-    settings: dict[str, Any] = {}
+    about, defaults = None, {}
     if command.recipes:
         table = {name: DESCRIPTIONS.get(name, "") for name in command.recipes}
         recipe = choose(rest, f"{prog} RECIPE", "recipe", table)
-        prog, rest = f"{prog} {recipe}", rest[1:]
-        settings = {"description": table[recipe], "default": copy(command.recipes[recipe])}
-        for needed in ("data", "out"):  # replace() would pass MISSING to __init__, which wants strings
-            object.__setattr__(settings["default"], needed, tyro.MISSING)
-    return name, tyro.cli(command.config, args=rest, prog=prog, config=(tyro.conf.OmitArgPrefixes,), **settings)
+        prog, rest, about = f"{prog} {recipe}", rest[1:], table[recipe]
+        given = command.recipes[recipe]
+        defaults = {own.name: getattr(given, own.name) for own in fields(given) if own.name not in ("data", "out")}
+    return name, parse_arguments(command.config, rest, prog, about, defaults)
 
 
 def end(message: str, code: int) -> NoReturn:
@@ -170,10 +169,12 @@ def main(arguments: list[str] | None = None) -> None:
         # the name of a file need not be text, and the terminal may know ASCII only
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    if shutil.get_terminal_size().columns < NARROWEST:
-        os.environ["COLUMNS"] = str(NARROWEST)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    columns = shutil.get_terminal_size().columns
+    if columns < NARROWEST or (columns > WIDEST and not {"-h", "--help"}.isdisjoint(arguments)):
+        os.environ["COLUMNS"] = str(min(max(columns, NARROWEST), WIDEST))
     try:
-        run(sys.argv[1:] if arguments is None else arguments)
+        run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python says so again when it ends

@@ -63,8 +63,8 @@ class Show(Config):
             raise UserError(
                 f"--picture {self.picture} takes one run, not {len(self.runs)}; only reconstructions are drawn side by side"
             )
-        for option in ("segment", "tiles"):
-            if getattr(self, option):
+        for option, given in (("segment", self.segment is not None), ("tiles", bool(self.tiles))):
+            if given:
                 raise UserError(f"--{option} is for reconstructions; leave it out with --picture {self.picture}")
 
 

@@ -122,14 +122,11 @@ def progress(config: Show) -> Figure:
     """Rows of images, columns of steps: what pre-training drew as it went.
 
     Raises:
-        UserError: it is more than one run, the run left no such pictures, or one of them is damaged.
+        UserError: images are given, the run left no such pictures, or one of them is damaged.
     """
-    if len(config.runs) > 1 or config.images or config.segment is not None:
-        raise UserError(
-            "--picture progress draws what one pre-training left, of images of its own: leave --images and --segment out, and give "
-            "one run; `leanmim report` puts several side by side"
-        )
-    run = Run(Path(config.runs[0]))
+    if config.images:
+        raise UserError("--picture progress draws what pre-training left, of images of its own; leave --images out")
+    run = Run(Path(config.run))
     strips = run.strips()
     if not strips:
         raise UserError(
