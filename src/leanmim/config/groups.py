@@ -30,7 +30,7 @@ GROUPS = {
         "Evaluate.seed Probe.seed"
     ),
     "machine": "device memory workers jobs threads precision channels_last compile images_per_second cache",
-    "logging": "log_every checkpoint_minutes keep track Pretrain.recipe",
+    "logging": "log_every show_every checkpoint_minutes keep track Pretrain.recipe",
     "fault": "max_bad_share max_bad_steps data_changed data_patience process_timeout",
 }  # fmt: skip
 """The fields of each group, both in the order shown. A name behind a class is for its command alone, and goes before."""
