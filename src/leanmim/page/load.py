@@ -29,6 +29,7 @@ class Loaded:
     What the run has not written yet is empty. Pictures are PNG.
     """
 
+    folder: Path
     name: str
     colour: str
     config: Config
@@ -125,6 +126,7 @@ def load(folder: Path, name: str, colour: str) -> Loaded:
             "or leave the run out"
         ) from error
     shared: dict[str, Any] = {
+        "folder": folder,
         "name": name,
         "colour": colour,
         "environment": read_object(folder / "environment.json"),
