@@ -27,7 +27,7 @@ def run(path: Path) -> None:
         if cell.cell_type == "code":
             cell.outputs = kept(cell.outputs)
     notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
-    nbformat.write(notebook, path)
+    path.write_text(nbformat.writes(notebook).replace(f"{FOLDER}/", "") + "\n")  # no places of this machine
     print(f"{path.name}: {time.monotonic() - began:.0f} s, {path.stat().st_size / 1000:.0f} kB")
 
 

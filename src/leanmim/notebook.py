@@ -1,14 +1,18 @@
 """What a notebook shows of what the commands return. Everywhere else the values are what they were."""
 
 import csv
+import io
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from importlib.resources import files
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 from leanmim.evaluators.accuracy import Accuracy
+from leanmim.page.accuracies import depths
 from leanmim.page.charts import COLOURS, chart
 from leanmim.page.html import Html, bar, picture, row, soft, table
 from leanmim.page.load import Finetuned, Loaded, Pretrained, load
@@ -16,7 +20,8 @@ from leanmim.page.training import FINETUNE_CHARTS, PRETRAIN_CHARTS, lines_of, su
 from leanmim.progress import in_notebook
 from leanmim.run import Run
 
-ROWS = 8  # of a table of predictions
+ROWS, COLUMNS = 6, 5  # of a table of predictions: image, and twice class and probability
+THUMB = 72  # px
 WHERE = {  # what a run leaves, in the order in which one looks
     "export/timm": "the model, for timm",
     "report.html": "report",
@@ -137,6 +142,7 @@ def run_of(run: Loaded) -> Iterator[str]:
     yield "</div>"
     if isinstance(run, Pretrained) and run.reconstructions:
         yield picture(run.reconstructions, "original, masked image, reconstruction")
+    yield depths([run])
     there = [(what, folder / name) for name, what in WHERE.items() if (folder / name).exists()]
     yield table(("what", "where"), [row(what, [Html(f"<code>{escape(str(path))}</code>")]) for what, path in there])
 
@@ -147,12 +153,24 @@ def image_of(path: Path) -> str:
 
 
 def rows_of(path: Path) -> str:
-    """The first rows of a table of predictions."""
+    """The first rows of a table of predictions, with their images."""
     with open(path, encoding="utf-8", errors="backslashreplace", newline="") as file:
         head, *rows = csv.reader(file)
-    shown = [row(first, map(number, rest)) for first, *rest in islice(rows, ROWS)]
-    more = f"<p>{soft(f'and {len(rows) - ROWS:,} more in {path}')}</p>" if len(rows) > ROWS else ""
-    return table(head, shown) + more
+    shown = [row(thumbnail(first), map(number, rest)) for first, *rest in (cells[:COLUMNS] for cells in rows[:ROWS])]
+    more = f"and {len(rows) - ROWS:,} more" if len(rows) > ROWS else "all"
+    return f"{table(head[:COLUMNS], shown)}<p>{soft(f'{more} in {path}')}</p>"
+
+
+def thumbnail(path: str) -> str:
+    """A small image with its name; the name alone of what is no file of its own, as in an archive, or no longer there."""
+    try:
+        with Image.open(path) as image:
+            image.thumbnail((THUMB, THUMB))
+            png = io.BytesIO()
+            image.convert("RGB").save(png, "PNG")
+    except OSError:
+        return path
+    return Html(f"{picture(png.getvalue(), path)}{escape(Path(path).name)}")
 
 
 def number(cell: str) -> str:

@@ -179,7 +179,7 @@ def curves(runs: Sequence[Loaded]) -> Html:
     )
 
 
-def lines_of(runs: Sequence[Loaded], key: str, factor: float, axis: str = AXES[0]) -> list[Curve]:
+def lines_of(runs: Sequence[Loaded], key: str, factor: int | float, axis: str = AXES[0]) -> list[Curve]:
     """A metric of each run that has it, times a factor; of the loss also that of each segment."""
     lines = [line for run in runs for line in segment_losses(run, axis)] if key == "loss" else []
     lines += [Curve([(x, y * factor) for x, y in run.values(key, axis)], run.colour, run.name) for run in runs]
