@@ -64,11 +64,14 @@ def test_a_run_of_finetuning_shows_accuracy_and_losses(tmp_path: Path) -> None:
 def test_pictures_and_tables_are_shown(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(PIXEL)
     assert shown(Place(tmp_path / "a.png"), tmp_path).links
+    (tmp_path / "damaged.png").write_bytes(PIXEL[:20])
+    assert Place(tmp_path / "damaged.png")._repr_html_() is None
     rows = [f"{PHOTOS / 'cat.jpg'},cat,0.91234,dog,0.08,cow,0.01", *["<gone>.jpg,dog,1.0,cat,0.0,cow,0.0"] * 7]
     head = "path,class,probability,class_2,probability_2,class_3,probability_3"
     (tmp_path / "a.csv").write_text("\n".join([head, *rows]))
     page = shown(Place(tmp_path / "a.csv"), tmp_path)
-    assert page.row("cat.jpg") == ["cat.jpg", "cat", "0.912", "dog", "0.080"]
+    cat = str(PHOTOS / "cat.jpg")
+    assert page.row(cat) == [cat, "cat", "0.912", "dog", "0.080"]
     assert len(page.links) == 1 and len(page.rows) == 1 + notebook.ROWS
     assert "and 2 more in" in page.text and "<gone>.jpg" in page.text
 
@@ -156,7 +159,7 @@ def cell(monkeypatch: pytest.MonkeyPatch) -> Cell:
     }
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(progress, "in_notebook", lambda: True)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     monkeypatch.setattr(progress, "PAUSE", -1.0)
     return own
 
@@ -181,6 +184,14 @@ def test_what_is_transient_leaves_nothing_in_a_notebook(cell: Cell, capsys: pyte
 def test_in_a_notebook_lines_go_to_the_standard_output(cell: Cell, capsys: pytest.CaptureFixture[str]) -> None:
     progress.console_of(stderr=True).print("[a] line")
     assert capsys.readouterr() == ("[a] line\n", "")
+
+
+def test_in_a_notebook_texts_of_tables_are_texts(cell: Cell, capsys: pytest.CaptureFixture[str]) -> None:
+    model = dict(model="vit_tiny_patch16_224", model_kwargs={"depth": 1}, input_size=32, batch_size=2)
+    assert "mae" in leanmim.cost(recipes="mae", **model)
+    found = Evaluation("run on data", [Result((0, 5), "kNN, k = 5", "pretrained", Accuracy(3, 4))])
+    assert "kNN, k = 5" in str(found)
+    assert capsys.readouterr() == ("", "") and cell.outputs in ([], [""])
 
 
 def test_a_users_error_in_a_notebook_is_its_message() -> None:

@@ -15,13 +15,13 @@ from leanmim.evaluators.accuracy import Accuracy
 from leanmim.page.accuracies import depths
 from leanmim.page.charts import COLOURS, chart
 from leanmim.page.html import Html, bar, picture, row, soft, table
-from leanmim.page.load import Finetuned, Loaded, Pretrained, load
+from leanmim.page.load import Finetuned, Loaded, load
 from leanmim.page.training import FINETUNE_CHARTS, PRETRAIN_CHARTS, lines_of, summary_of
 from leanmim.progress import in_notebook
 from leanmim.run import Run
 
 ROWS, COLUMNS = 6, 5  # of a table of predictions: image, and twice class and probability
-THUMB = 72  # px
+THUMB, WIDTH = 72, 840  # px, of a small image and of a picture
 WHERE = {  # what a run leaves, in the order in which one looks
     "export/timm": "the model, for timm",
     "report.html": "report",
@@ -127,8 +127,8 @@ class Place(Base):
     def _repr_html_(self) -> str | None:
         if Run(self).metrics.is_file():
             return framed(*run_of(load(self, self.name, COLOURS[0])))
-        show = SHOWN.get(self.suffix)
-        return framed(show(self)) if show and self.is_file() else None
+        html = SHOWN[self.suffix](self) if self.suffix in SHOWN and self.is_file() else ""
+        return framed(html) if html else None
 
 
 def run_of(run: Loaded) -> Iterator[str]:
@@ -140,37 +140,35 @@ def run_of(run: Loaded) -> Iterator[str]:
     yield '<div class="charts">'
     yield from (chart(title, curves, zero, "") for title, curves, zero in drawn if curves)
     yield "</div>"
-    if isinstance(run, Pretrained) and run.reconstructions:
-        yield picture(run.reconstructions, "original, masked image, reconstruction")
+    yield image_of(folder / "reconstructions.png")
     yield depths([run])
     there = [(what, folder / name) for name, what in WHERE.items() if (folder / name).exists()]
     yield table(("what", "where"), [row(what, [Html(f"<code>{escape(str(path))}</code>")]) for what, path in there])
 
 
-def image_of(path: Path) -> str:
-    """A picture."""
-    return picture(path.read_bytes(), path.name)
+def image_of(path: Path, side: int = WIDTH) -> Html:
+    """A picture at the size at which it is shown, so that notebooks stay small; nothing of what is none, or is gone."""
+    try:
+        with Image.open(path) as image:
+            own = image.convert("RGB")
+    except OSError:
+        return Html("")
+    own.thumbnail((side, 4 * side))
+    png = io.BytesIO()
+    own.save(png, "PNG")
+    return picture(png.getvalue(), path.name)
 
 
-def rows_of(path: Path) -> str:
+def rows_of(path: Path) -> Html:
     """The first rows of a table of predictions, with their images."""
     with open(path, encoding="utf-8", errors="backslashreplace", newline="") as file:
         head, *rows = csv.reader(file)
-    shown = [row(thumbnail(first), map(number, rest)) for first, *rest in (cells[:COLUMNS] for cells in rows[:ROWS])]
+    shown = [
+        row(Html(f"{image_of(Path(first), THUMB)}{escape(first)}"), map(number, rest))
+        for first, *rest in (cells[:COLUMNS] for cells in rows[:ROWS])
+    ]
     more = f"and {len(rows) - ROWS:,} more" if len(rows) > ROWS else "all"
-    return f"{table(head[:COLUMNS], shown)}<p>{soft(f'{more} in {path}')}</p>"
-
-
-def thumbnail(path: str) -> str:
-    """A small image with its name; the name alone of what is no file of its own, as in an archive, or no longer there."""
-    try:
-        with Image.open(path) as image:
-            image.thumbnail((THUMB, THUMB))
-            png = io.BytesIO()
-            image.convert("RGB").save(png, "PNG")
-    except OSError:
-        return path
-    return Html(f"{picture(png.getvalue(), path)}{escape(Path(path).name)}")
+    return Html(f"{table(head[:COLUMNS], shown)}<p>{soft(f'{more} in {path}')}</p>")
 
 
 def number(cell: str) -> str:
@@ -181,4 +179,4 @@ def number(cell: str) -> str:
         return cell
 
 
-SHOWN: dict[str, Callable[[Path], str]] = {".png": image_of, ".csv": rows_of}
+SHOWN: dict[str, Callable[[Path], Html]] = {".png": image_of, ".csv": rows_of}
