@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs/demo
 
-.PHONY: demo test test-oldest check format docs bench fuzz trust audit bench-gpu loss-compare clean
+.PHONY: demo test test-oldest check format docs notebooks bench fuzz trust audit bench-gpu loss-compare clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python demo/demo.py --out $(RUN)
@@ -24,6 +24,11 @@ format: $(VENV)/.dev
 # The site, into site/; any warning ends it.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The notebooks of the site, run afresh; ONLY=docs/notebooks/NAME.ipynb runs one of them.
+ONLY ?=
+notebooks: $(VENV)/.notebooks
+	$(BIN)/python docs/notebooks.py $(ONLY)
 
 # The suite with the oldest supported versions, in an environment of its own.
 PYTHON_OLDEST ?= python3.10
@@ -82,6 +87,10 @@ $(VENV)/.dev: pyproject.toml $(PIP_CONSTRAINT) | $(VENV)/bin/python
 
 $(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	touch $@ $(VENV)/.demo
+
+$(VENV)/.notebooks: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -e '.[notebooks]'
 	touch $@ $(VENV)/.demo
 
 clean:

@@ -3,6 +3,7 @@ docstrings, one of all commands, one for each recipe, one of the public names in
 """
 
 import ast
+import json
 import re
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -18,6 +19,7 @@ from leanmim.config.values import described
 from leanmim.recipes import MAE, RECIPES, hyphens, words
 
 ROOT = Path(__file__).parent.parent
+NOTEBOOKS = ROOT / "docs" / "notebooks"
 EVIDENCE = {  # sections of benchmarks/README.md
     "mae": "The baselines",
     "simmim": "The baselines",
@@ -62,6 +64,7 @@ def pages() -> dict[str, str]:
         "commands.md": commands(),
         "api.md": api(),
         **{f"recipes/{name}.md": recipe(name) for name in RECIPES},
+        **{f"notebooks/{path.stem}.md": notebook(path) for path in sorted(NOTEBOOKS.glob("*.ipynb"))},
         **{f"benchmarks/results/{path.name}": UNSEARCHED + path.read_text() for path in results},
         "benchmarks/results/index.md": f"{UNSEARCHED}# Results\n\n"
         + "\n".join(f"- [{path.stem}]({path.name})" for path in results),
@@ -112,6 +115,29 @@ def evidence(title: str | None) -> list[str]:
         f"## Evidence: {title}",
         re.sub(r"\]\((?!http)(#?)", lambda found: f"](../benchmarks/{found[1] and 'README.md#'}", body),
     ]
+
+
+# notebooks
+
+
+def notebook(path: Path) -> str:
+    """A notebook as a page: its text, its code, and what that showed when it was last run."""
+    title, *cells = json.loads(path.read_text())["cells"]
+    parts = ["".join(title["source"]), f"[Notebook: {path.name}]({path.name})"]
+    for cell in cells:
+        source = "".join(cell["source"])
+        parts.append(f"```python\n{source}\n```" if cell["cell_type"] == "code" else source)
+        parts += map(shown, cell.get("outputs", []))
+    return "\n\n".join(parts) + "\n"
+
+
+def shown(output: dict[str, Any]) -> str:
+    """An output of a cell: in the richest of its forms that a page can hold."""
+    forms = output.get("data") or {"text/plain": output["text"]}
+    for kind in ("text/html", "text/markdown"):
+        if kind in forms:
+            return f'<div class="shown" markdown="{int(kind == "text/markdown")}">\n\n{"".join(forms[kind])}\n\n</div>'
+    return f"``` {{ .text .shown }}\n{''.join(forms['text/plain']).rstrip()}\n```"
 
 
 # commands

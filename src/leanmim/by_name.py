@@ -24,7 +24,9 @@ def by_name(function: Callable[[Configuration], Result]) -> Command[Configuratio
 
     @wraps(function)
     def command(config: Any = None, /, **fields: Any) -> Any:
-        return function(kind.of(config, **fields))
+        from leanmim.notebook import displayed  # not at the top: `import leanmim` is quick
+
+        return displayed(function(kind.of(config, **fields)))
 
     vars(command).pop("__wrapped__")  # its signature is not that of the function
     command.__doc__ = (

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 import psutil
 import torch
-from rich.console import Console
 from torch import nn
 from torch.optim import AdamW
 
@@ -25,6 +24,7 @@ from leanmim.config.base import Computing
 from leanmim.device import bf16_in_hardware, cpus, device_name, resolve_precision, threads_given
 from leanmim.errors import UserError
 from leanmim.processes import Process
+from leanmim.progress import console_of, working
 from leanmim.step import align_state
 
 ROUNDS = 3  # in which two settings take turns
@@ -216,8 +216,8 @@ def calibrate(
     compiles = device.type == "cuda" and "compile" not in fixed and process.world == 1
     if not choices and not compiles and "workers" in fixed:
         return calibration
-    console = Console(stderr=True)
-    with console.status("measuring what suits this machine"), torch.random.fork_rng(), threads_restored():
+    console = console_of(stderr=True)
+    with working("measuring what suits this machine"), torch.random.fork_rng(), threads_restored():
         trial = make_trial()
         turns = Turns(trial, begin, process)
         for choice, values in choices:

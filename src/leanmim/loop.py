@@ -24,7 +24,7 @@ from leanmim.errors import CannotWrite, UserError
 from leanmim.files import write_atomically
 from leanmim.log import Growing, Log, as_line
 from leanmim.processes import Process
-from leanmim.progress import progress_bar, time_left
+from leanmim.progress import console_of, progress_bar, time_left, watched
 from leanmim.run import Run
 from leanmim.signals import Stopped, heeded
 from leanmim.trackers import Picture, Sender, track
@@ -120,7 +120,7 @@ class Loop:
         self.arriving: list[Arriving] = []  # of steps that were not looked at
         self.skipped = state.get("bad_steps", 0) if state else 0  # steps in a row
         self.max_bad_steps, self.diagnose = max_bad_steps, diagnose
-        self.console = console or Console(quiet=not process.first, highlight=False, soft_wrap=True, markup=False)
+        self.console = console or console_of(quiet=not process.first)
         self.progress = progress_bar(self.console, transient=False, disable=not process.first or self.done == steps)
         self.text = ""  # of the bar, as of the last line
         self.task = self.progress.add_task(title, total=steps, completed=self.start, text="")
@@ -298,13 +298,13 @@ class Loop:
         self.progress.update(self.task, completed=self.done, text=f"{self.time_left} {self.text}")
 
     def tell(self, found: dict[str, float]) -> None:
-        """Renew the bar's text, or where there is no terminal print a line twenty times in a run."""
+        """Renew the bar's text, or where nobody watches it print a line twenty times in a run."""
         speed = f"loss {found.get('loss', math.nan):.4f} {found['images_per_second']:.0f} images/s"
         wait, memory = f"wait {found['data_wait']:.0%}", f"{found['memory_bytes'] / 2**30:.1f} GiB"
         self.text = f"{speed} {wait} {memory}"  # narrow enough for 80 columns
         self.move()
         part = max(self.config.log_every, self.steps // 20)
-        if not self.console.is_terminal and (self.done // part > self.logged // part or self.done == self.steps):
+        if not watched(self.console) and (self.done // part > self.logged // part or self.done == self.steps):
             self.say(f"epoch {found['epoch']:.1f}  {speed} data {wait} {memory}  {self.time_left}")
 
     def say(self, text: str) -> None:

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import psutil
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from leanmim.auto import EPOCHS, HOURS, MOST, epochs_within, few_steps, images_a_step, short
@@ -24,7 +23,7 @@ from leanmim.factory import build
 from leanmim.names import slug
 from leanmim.placement import compile_parts, offloads, place
 from leanmim.processes import ALONE, Process
-from leanmim.progress import duration, progress_bar
+from leanmim.progress import console_of, duration, progress_bar
 from leanmim.recipes import MAE, RECIPES, differences, options, titles, variant
 from leanmim.schedule import phase_named, phases
 from leanmim.step import make_optimizers, update
@@ -219,7 +218,7 @@ def plan(config: Plan) -> Iterator[tuple[str, str]]:
     free = f"{readable(memory)} on {device.type} ({1 - SHARE:.0%} of it stay free)"
     recipes = [variant(spec, config, without=CHOSEN) for spec in config.recipes or RECIPES]
     yield f"{len(source)} images", f"{config.model}, {free}"
-    progress = progress_bar(Console(stderr=True), transient=True)
+    progress = progress_bar(console_of(stderr=True), transient=True)
     task = progress.add_task("", total=len(recipes), text="")
     flops_per_second = 0.0  # of the first recipe, if its throughput is given
     calibration: Calibration | None = None

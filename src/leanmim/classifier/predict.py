@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from rich.console import Console
 from torch import Tensor
 
 from leanmim.classifier.model import build_classifier
@@ -23,7 +22,7 @@ from leanmim.data.source import Joined
 from leanmim.device import resolve_device
 from leanmim.errors import CannotWrite, UserError
 from leanmim.evaluators.embed_file import write_skipped
-from leanmim.progress import track
+from leanmim.progress import console_of, track
 from leanmim.run import write_atomically
 from leanmim.start import Start, open_start
 
@@ -63,7 +62,7 @@ def predict(config: Predict) -> Path:
             f"--out {config.out!r} cannot be written ({error.__cause__ or error}); choose another name"
         ) from error
     if bad:
-        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(
+        console_of(stderr=True).print(
             f"{len(bad)} of {len(source)} files cannot be read and have no row: the first is {bad[0].path} "
             f"({bad[0].reason}), {skipped} lists all"
         )

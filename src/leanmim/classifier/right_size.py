@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from leanmim.auto import epochs_within
 from leanmim.calibration import IMAGES, Calibration, Trial, calibrate
@@ -26,6 +25,7 @@ from leanmim.data.labels import Labels
 from leanmim.encoders.backbone import backbone_of
 from leanmim.planner import counted_as, wait
 from leanmim.processes import ALONE, Process
+from leanmim.progress import working
 from leanmim.run import Run
 from leanmim.start import Start
 from leanmim.step import update
@@ -93,7 +93,7 @@ def right_sized(
         config = replace(config, epochs=small_epochs(images))
         chosen.append(f"{config.epochs:g} epochs")
     if config.hours is not None and "epochs" in choices and "epochs" not in kept:
-        with Console(stderr=True).status("measuring the speed of some steps"):
+        with working("measuring the speed of some steps"):
             speed = process.world * min(process.gather(trial_speed(config, start, labels, process, device)))
         config = replace(config, epochs=min(config.epochs, epochs_within(config.hours, speed, images)))
         chosen.append(f"{config.epochs:g} epochs, for {config.hours:g} hours at {speed:.0f} images/s")

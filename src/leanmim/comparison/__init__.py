@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from leanmim.comparison.cells import Cell, cells_of, finetune_epochs, screening_of
 from leanmim.comparison.page import page_of
@@ -29,6 +28,7 @@ from leanmim.environment import environment
 from leanmim.errors import UserError
 from leanmim.files import write_atomically, write_json
 from leanmim.planner import available
+from leanmim.progress import console_of
 from leanmim.run import Run
 from leanmim.start import open_start
 
@@ -90,7 +90,7 @@ def carried_out(
     """
     size = config.eval_size or max((entry.config.input_size for entry in entries), key=lambda px: px[0] * px[-1])
     title = title_of(config, images, labels, size)
-    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    console = console_of(stderr=True)
     for line in (f"{title}; {len(places)} side by side on {device.type}", *map(told, entries)):
         console.print(line)
 

@@ -11,11 +11,10 @@ from statistics import mean
 from typing import Protocol
 
 import torch
-from rich.console import Console
 
 from leanmim.config import Compare
 from leanmim.device import cpus
-from leanmim.progress import duration, progress_bar
+from leanmim.progress import console_of, duration, progress_bar
 
 POLL = 0.1  # s
 
@@ -116,7 +115,7 @@ def run_tasks(
     waiting, free, failed = list(tasks), list(places), list[Task]()
     running: dict[Task, tuple[Running, dict[str, str], float]] = {}
     took: dict[Task, float] = {}
-    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    console = console_of(stderr=True)
     progress = progress_bar(console, transient=True)
     bar = progress.add_task(title, total=len(tasks), text="")
     try:

@@ -1,8 +1,9 @@
 """Costs of several recipes side by side."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from html import escape
 from io import StringIO
 
 import torch
@@ -15,6 +16,8 @@ from leanmim.costs.counting import StepCost, count
 from leanmim.costs.flops import Flops
 from leanmim.encoders.backbone import check_name
 from leanmim.errors import UserError
+from leanmim.notebook import Text, framed
+from leanmim.page.html import row, table
 from leanmim.progress import track
 from leanmim.recipes import RECIPES, titles, variant
 
@@ -51,6 +54,13 @@ class Comparison:
 
     def __str__(self) -> str:
         return tables(self.costs, self.flops, self.uncounted)
+
+    def _repr_html_(self) -> str:
+        parts = [f"<p>{escape(same_step(self.costs))}</p>"]
+        for title, columns in TABLES.items():
+            head, *lines = lines_of(columns, self.costs, self.flops)
+            parts += [f"<p><b>{title}</b></p>", table(head, [row(name, cells) for name, *cells in lines])]
+        return framed(*parts, *(f"<p>{escape(reason(entry))}</p>" for entry in self.uncounted))
 
     def json(self) -> str:
         """A list with one object for each configuration; one that cannot be counted has an "error"."""
@@ -112,7 +122,7 @@ def cost(config: Cost) -> str:
     offloaded = [entry.title for entry, own in zip(compared.entries, configs, strict=True) if own.offload]
     if offloaded and device == "cpu":
         lines.append(f"{', '.join(offloaded)}: nothing to offload: cpu has no memory of its own")
-    return "\n".join(lines)
+    return Text("\n".join(lines), compared._repr_html_())
 
 
 def readable(size: int | float) -> str:
@@ -162,23 +172,35 @@ TABLES: dict[str, tuple[Column, ...]] = {  # title -> columns; the first one is 
 def tables(costs: list[StepCost], flops: list[dict[str, Flops]], uncounted: Sequence[Uncounted] = ()) -> str:
     """One row for each recipe, as wide as the terminal."""
     text = StringIO()
-    console = Console(file=text, highlight=False, markup=False)
-    console.print(f"One training step, {same(costs, 'model')}, batch {same(costs, 'batch_size')}", soft_wrap=True)
+    console = Console(file=text, highlight=False, markup=False, force_jupyter=False)
+    console.print(same_step(costs), soft_wrap=True)
     for title, columns in TABLES.items():
         form = Table(box=SIMPLE, padding=(0, 1, 0, 0), show_edge=False)
-        form.add_column("recipe", overflow="fold")
-        first, *others = columns
-        for heading in (first[0], "ratio", *(column[0] for column in others)):
+        (recipe, *headings), *lines = lines_of(columns, costs, flops)
+        form.add_column(recipe, overflow="fold")
+        for heading in headings:
             form.add_column(heading, justify="right")
-        for cost, own in zip(costs, flops, strict=True):
-            reference = first[1](costs[0], flops[0])
-            value, *rest = (f"{read(cost, own):{how}}" for _, read, how in columns)
-            form.add_row(cost.title, value, f"{first[1](cost, own) / reference:.2f}", *rest)
+        for line in lines:
+            form.add_row(*line)
         console.print(f"\n{title}\n", form, sep="\n")
     console.print()
     for entry in uncounted:
         console.print(reason(entry), soft_wrap=True)
     return "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines())
+
+
+def lines_of(columns: Sequence[Column], costs: list[StepCost], flops: list[dict[str, Flops]]) -> Iterator[list[str]]:
+    """The headings of a table, then the cells of each recipe."""
+    (heading, first, _), *others = columns
+    yield ["recipe", heading, "ratio", *(column[0] for column in others)]
+    for cost, own in zip(costs, flops, strict=True):
+        value, *rest = (f"{read(cost, own):{how}}" for _, read, how in columns)
+        yield [cost.title, value, f"{first(cost, own) / first(costs[0], flops[0]):.2f}", *rest]
+
+
+def same_step(costs: list[StepCost]) -> str:
+    """What the rows share."""
+    return f"One training step, {same(costs, 'model')}, batch {same(costs, 'batch_size')}"
 
 
 def same(costs: list[StepCost], name: str) -> str:

@@ -29,7 +29,7 @@ from leanmim.data.strings import Strings
 from leanmim.data.tar import BLOCK, MAGIC, OWN, Index, is_image
 from leanmim.errors import UserError
 from leanmim.files import cannot_write, existing, megabytes
-from leanmim.progress import track
+from leanmim.progress import console_of, track
 
 OPTIONS = f"{OWN}pack.json"  # the first member
 UNREAD = f"{OWN}skipped/"  # below it the files that could not be read, with the reason
@@ -107,7 +107,7 @@ def pack(config: Pack) -> Path:
             room for it.
     """
     config.check()
-    out, console = Path(config.out), Console(stderr=True)
+    out, console = Path(config.out), console_of(stderr=True)
     if out.suffix != ".tar":
         raise UserError(f"--out {config.out!r} must end in .tar, by which --data knows it")
     if out.is_dir():

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int, Integer
-from rich.console import Console
 from rich.markup import escape
 from torch import Tensor, nn
 
@@ -34,7 +33,7 @@ from leanmim.evaluators.cache import layer_name
 from leanmim.evaluators.features import Features, Subject, read_layers
 from leanmim.evaluators.knn import nearest, vote
 from leanmim.evaluators.probe import logistic_regression
-from leanmim.progress import track
+from leanmim.progress import track, working
 from leanmim.start import Start
 from leanmim.targets import patchify
 
@@ -195,7 +194,7 @@ class Dense:
             yield Measure((0, k), "knn", f"kNN, k = {k}", options, last, votes, values)
         for layer, (features, values, _) in enumerate(drawn):
             what = f"logistic regression on {len(features.y):,} patches"
-            with Console(stderr=True).status(f"{escape(self.subject.name)}: {what}"):
+            with working(f"{escape(self.subject.name)}: {what}"):
                 model = logistic_regression(features, config.c)
             options, scores = {"c": config.c}, logits(model, self.device)
             if layer == last:

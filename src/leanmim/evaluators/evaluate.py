@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from html import escape
 from io import StringIO
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ from leanmim.evaluators.features import Subject, layer_count, record, subjects
 from leanmim.evaluators.few_shot import Draws, few_shot
 from leanmim.evaluators.knn import knn_accuracy
 from leanmim.evaluators.probe import attentive, fast_probe
+from leanmim.notebook import framed
+from leanmim.page.html import row, soft, table
 
 WIDTH = 80
 COLUMNS = 3  # accuracies with their intervals that fit beside each other
@@ -43,37 +46,57 @@ class Evaluation:
 
     def __str__(self) -> str:
         text = StringIO()
-        console = Console(file=text, width=WIDTH, highlight=False, markup=False)
+        console = Console(file=text, width=WIDTH, highlight=False, markup=False, force_jupyter=False)
         console.print(self.title, soft_wrap=True)
         names = list(dict.fromkeys(result.name for result in self.results))
         for first in range(0, len(names), COLUMNS):
             console.print()
-            console.print(table(self.results, names[first : first + COLUMNS]))
-        kinds = {isinstance(result.accuracy, Resampled) for result in self.results}
-        if False in kinds:
-            console.print("In %; in brackets Wilson's 95 % interval, for the choice of validation images.")
-        if True in kinds:
-            console.print(f"mIoU and share of pixels, in %; in brackets 95 % of {DRAWS:,} bootstrap draws.")
+            console.print(form_of(self.results, names[first : first + COLUMNS]))
+        for note in self.notes:
+            console.print(note)
         lines = "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines())
         return lines.encode("utf-8", "backslashreplace").decode()  # the name of a folder need not be text
 
+    def _repr_html_(self) -> str:
+        names = list(dict.fromkeys(result.name for result in self.results))
+        rows = [row(measure, cells) for measure, *cells in lines_of(self.results, names)]
+        return framed(
+            f"<p>{escape(self.title)}</p>", table(("measure, %", *names), rows), f"<p>{soft(' '.join(self.notes))}</p>"
+        )
 
-def table(results: Sequence[Result], names: Sequence[str]) -> Table:
-    """Measures of some encoders."""
+    @property
+    def notes(self) -> list[str]:
+        """What stands in brackets."""
+        kinds = {isinstance(result.accuracy, Resampled) for result in self.results}
+        texts = {
+            False: "In %; in brackets Wilson's 95 % interval, for the choice of validation images.",
+            True: f"mIoU and share of pixels, in %; in brackets 95 % of {DRAWS:,} bootstrap draws.",
+        }
+        return [texts[kind] for kind in sorted(kinds)]
+
+
+def form_of(results: Sequence[Result], names: Sequence[str]) -> Table:
+    """Measures of some encoders, for a terminal."""
     form = Table(box=SIMPLE, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
     form.add_column("measure", no_wrap=True)
     for name in names:
         form.add_column(name, overflow="fold", justify="right")
+    for line in lines_of(results, names):
+        form.add_row(*line)
+    return form
+
+
+def lines_of(results: Sequence[Result], names: Sequence[str]) -> Iterator[list[str]]:
+    """For each measure its name and the cells of some encoders."""
     rows: dict[tuple[tuple[int, int], str], dict[str, Accuracy]] = {}
     for result in results:
         rows.setdefault((result.order, result.measure), {})[result.name] = result.accuracy
     for (_, measure), found in sorted(rows.items(), key=lambda item: item[0]):
-        form.add_row(measure, *(cell(found.get(name)) for name in names))
+        yield [measure, *(cell(found.get(name)) for name in names)]
         if spreads := {name: value for name, value in found.items() if isinstance(value, Draws)}:
             count = len(next(iter(spreads.values())).rights)
             deviations = (f"± {100 * spreads[name].deviation:.1f}" if name in spreads else "-" for name in names)
-            form.add_row(f"  ± of {count} draws", *deviations)
-    return form
+            yield [f"  ± of {count} draws", *deviations]
 
 
 def cell(accuracy: Accuracy | None) -> str:

@@ -27,7 +27,7 @@ from leanmim.encoders.backbone import Backbone, Truncated, as_tokens, full_depth
 from leanmim.errors import UserError
 from leanmim.evaluators.accuracy import Accuracy
 from leanmim.files import append_line
-from leanmim.progress import track
+from leanmim.progress import console_of, track
 from leanmim.run import Run
 from leanmim.start import Start, images_of, open_start, start_of
 from leanmim.weights import truncated
@@ -175,7 +175,7 @@ def labelled_sets(config: Evaluator, start: Start) -> tuple[Labelled, Labelled]:
     """The images that --data names, to train with and to validate, as an encoder takes them."""
     train, val = labelled_pair(config.data, start.model.read_as, centre_crop(start.model.size, config.crop))
     if val.held_out:
-        Console(stderr=True, markup=False).print(f"no val folder in {config.data}: {len(val)} images are held out")
+        console_of(stderr=True).print(f"no val folder in {config.data}: {len(val)} images are held out")
     return train, val
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from rich.console import Console
 from rich.markup import escape
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
@@ -33,6 +32,7 @@ from leanmim.evaluators.features import Features, Subject, extract, record, run_
 from leanmim.files import writable
 from leanmim.loop import Loop
 from leanmim.processes import ALONE
+from leanmim.progress import console_of, working
 from leanmim.run import Run
 from leanmim.schedule import learning_rate
 
@@ -218,11 +218,11 @@ def lars_in(run: Run, subject: Subject, config: Probe) -> Accuracy:
 
     order = image_order(len(train), config, batch, start, steps)
     feed = loader(augmented.pictures, order, subject.workers, device, collate_readable)
-    console, name = Console(stderr=True, highlight=False, soft_wrap=True), escape(subject.name)
+    console, name = console_of(stderr=True), escape(subject.name)
     with Loop(run, config, steps, state, ALONE, device, name, console) as loop:
         if start < steps:
             console.print(
-                f"{name}: MAE's protocol, {config.epochs} epochs of {len(train)} images, {steps} steps of {batch} "
+                f"{subject.name}: MAE's protocol, {config.epochs} epochs of {len(train)} images, {steps} steps of {batch} "
                 f"images, lr {peaks[0]:g}, of the bias {peaks[1]:g}; --solver fast reads each image once"
             )
         features = gather(loop.timed(iter(feed)), subject, batch)
@@ -281,8 +281,6 @@ def probe(config: Probe) -> Iterator[tuple[str, Accuracy]]:
                 accuracy = lars_probe(subject, config)
             else:
                 train, val = store.pair(subject)
-                with Console(stderr=True).status(
-                    f"{escape(subject.name)}: logistic regression on {len(train.y)} features"
-                ):
+                with working(f"{escape(subject.name)}: logistic regression on {len(train.y)} features"):
                     accuracy = fast_probe(train, val, config.c)
             yield record(config, "probe", subject, accuracy)

@@ -19,6 +19,7 @@ from leanmim.formats.onnx_format import onnx_classifier, onnx_encoder, onnx_load
 from leanmim.formats.timm_format import timm_classifier, timm_files, timm_lines, timm_loading
 from leanmim.formats.vitmae import vitmae_files, vitmae_loading
 from leanmim.mim import MIM
+from leanmim.progress import console_of
 from leanmim.run import Run, load, write_atomically, write_json
 from leanmim.start import Start, checkpoint_of, open_start
 from leanmim.weights import digest, rebuild
@@ -58,7 +59,7 @@ def export(config: Export) -> Path:
         UserError: as for `write_export`.
     """
     folders, classifier = write_export(config)
-    print(f"To load it in Python:\n{FORMATS[config.format].loading(folders[-1], classifier)}", file=sys.stderr)
+    console_of(stderr=True).print(f"To load it in Python:\n{FORMATS[config.format].loading(folders[-1], classifier)}")
     if not config.all_depths:
         return folders[0]
     return Path(config.out) if config.out else home(config)

@@ -31,6 +31,7 @@ class Loaded:
     What the run has not written yet is empty. Pictures are PNG.
     """
 
+    folder: Path
     name: str
     colour: str
     config: Config
@@ -131,6 +132,7 @@ def load(folder: Path, name: str, colour: str) -> Loaded:
             "or leave the run out"
         ) from error
     shared: dict[str, Any] = {
+        "folder": folder,
         "name": name,
         "colour": colour,
         "environment": read_object(folder / "environment.json"),

@@ -5,10 +5,12 @@ from datetime import timedelta
 from statistics import median
 from typing import Any
 
+from leanmim.config import Finetune, Pretrain
 from leanmim.page.accuracies import percent
 from leanmim.page.charts import Curve, chart
 from leanmim.page.html import NOT_YET, Html, row, safe, soft, table
 from leanmim.page.load import AXES, Finetuned, Loaded, Pretrained, by_kind, finetuned, pretrained
+from leanmim.progress import duration
 
 MACHINE_CHARTS = (  # key in metrics.jsonl, title with unit, factor to that unit, whether the axis includes 0
     ("lr", "learning rate (10⁻³)", 1e3, True),
@@ -110,6 +112,24 @@ def top1(run: Finetuned) -> str:
     return f"{percent({'value': best['val_top1'], 'interval': ends})}, best so far"
 
 
+def summary_of(run: Loaded) -> str:
+    """One run in one line."""
+    config, lines = run.config, run.lines("loss")
+    assert isinstance(config, Pretrain | Finetune)
+    start = config.model if isinstance(config, Pretrain) else f"from {config.start}"
+    parts = [config.recipe, start, f"{' x '.join(map(str, config.input_size))} px"]
+    if lines:
+        parts.append(
+            f"{lines[-1]['epoch']:.4g} of {config.epochs} epochs in {duration(sum(line['seconds'] for line in lines))}"
+        )
+        parts.append(f"loss {lines[-1]['loss']:.4f}")
+    if isinstance(run, Pretrained):
+        parts += [f"kNN {knn(run)} %"] if run.lines("knn") else []
+    elif isinstance(run, Finetuned):
+        parts.append(f"accuracy {top1(run)} %")
+    return ", ".join(map(str, parts))
+
+
 def machine_cells(run: Loaded) -> list[Any]:
     """Speed, waiting for data, memory, time and device of a run."""
     lines, device = run.lines("loss"), run.environment.get("device", NOT_YET)
@@ -141,9 +161,7 @@ def curves(runs: Sequence[Loaded]) -> Html:
     charts = FINETUNE_CHARTS if fine else PRETRAIN_CHARTS
     for key, title, factor, zero in charts:
         for axis in AXES if (key, title, factor, zero) not in MACHINE_CHARTS else AXES[:1]:
-            lines = [line for run in runs for line in segment_losses(run, axis)] if key == "loss" else []
-            lines += [Curve([(x, y * factor) for x, y in run.values(key, axis)], run.colour, run.name) for run in runs]
-            lines = [line for line in lines if line.points]
+            lines = lines_of(runs, key, factor, axis)
             if lines or axis == AXES[0]:
                 heading = title if axis == AXES[0] else f"{title} against {axis}"
                 svg = chart(heading, lines, zero, empty if key == "knn" else "not yet", axis)
@@ -159,6 +177,13 @@ def curves(runs: Sequence[Loaded]) -> Html:
     return Html(
         f'<div class="legend">{legend}</div>{remarks}<div>{choice}<div class="grid charts">{"".join(drawn)}</div></div>'
     )
+
+
+def lines_of(runs: Sequence[Loaded], key: str, factor: int | float, axis: str = AXES[0]) -> list[Curve]:
+    """A metric of each run that has it, times a factor; of the loss also that of each segment."""
+    lines = [line for run in runs for line in segment_losses(run, axis)] if key == "loss" else []
+    lines += [Curve([(x, y * factor) for x, y in run.values(key, axis)], run.colour, run.name) for run in runs]
+    return [line for line in lines if line.points]
 
 
 def axis_choice(name: str, axes: Sequence[str]) -> str:

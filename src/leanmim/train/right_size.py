@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leanmim.auto import HOURS, MOST, epochs_within, images_a_step, peak_rate
@@ -22,6 +21,7 @@ from leanmim.errors import UserError
 from leanmim.factory import decoder_shape
 from leanmim.planner import Trained, available, average_throughput, fit
 from leanmim.processes import Process
+from leanmim.progress import working
 from leanmim.recipes import hyphens
 from leanmim.run import Run
 from leanmim.schedule import phases
@@ -54,7 +54,7 @@ def right_sized(
         chosen.append(f"decoder {depth} x {width}")
     if config.epochs == "auto":
         hours = config.hours or HOURS
-        with Console(stderr=True).status("measuring the speed of some steps"):
+        with working("measuring the speed of some steps"):
             speed = process.world * min(process.gather(trial_speed(config, source, process, device)))
         config = replace(config, epochs=epochs_within(hours, speed, len(source)))
         chosen.append(f"{config.epochs:g} epochs, for {hours:g} hours at {speed:.0f} images/s")
