@@ -49,6 +49,11 @@ def megabytes(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
 
 
+def readable(size: int | float) -> str:
+    """Bytes for people, in MiB or GiB."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
 def write_atomically(
     path: Path, write: Callable[[Path], Any], before: Callable[[], Any] | None = None, size: int = 0
 ) -> None:

@@ -14,12 +14,13 @@ from torch import Tensor
 from leanmim.auto import EPOCHS, HOURS, MOST, epochs_within, few_steps, images_a_step, short
 from leanmim.calibration import IMAGES, READ, Calibration, Trial, calibrate
 from leanmim.config import Finetune, Plan, Pretrain, parse_bytes
-from leanmim.costs import StepCost, count, readable
+from leanmim.costs import StepCost, count
 from leanmim.data import IMAGENET, Normalise, Source, batches, open_source
 from leanmim.device import resolve_device, resolve_precision
 from leanmim.encoders.backbone import backbone_of, check_name
 from leanmim.errors import UserError
 from leanmim.factory import build
+from leanmim.files import readable
 from leanmim.names import slug
 from leanmim.placement import compile_parts, offloads, place
 from leanmim.processes import ALONE, Process

@@ -7,8 +7,9 @@ from leanmim.classifier.groups import blocks_of
 from leanmim.classifier.model import Made, heads
 from leanmim.classifier.tuning import Tuning
 from leanmim.config import Finetune
-from leanmim.costs import StepCost, readable
+from leanmim.costs import StepCost
 from leanmim.data.labels import Labels
+from leanmim.files import readable
 from leanmim.start import Start
 
 SHOWN = ("drop_path", "mixup", "cutmix", "smoothing", "randaugment", "erase", "ema", "clip_grad", "weight_decay")

@@ -20,9 +20,10 @@ from leanmim.classifier.recipes import choose, filled, small_batch, small_epochs
 from leanmim.classifier.tuning import Tuning
 from leanmim.config import Finetune
 from leanmim.config.base import Stored
-from leanmim.costs import StepCost, readable
+from leanmim.costs import StepCost
 from leanmim.data.labels import Labels
 from leanmim.encoders.backbone import backbone_of
+from leanmim.files import readable
 from leanmim.planner import counted_as, wait
 from leanmim.processes import ALONE, Process
 from leanmim.progress import working

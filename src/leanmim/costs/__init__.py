@@ -8,6 +8,6 @@ What a kernel allocates for itself and frees before it returns is not seen.
 
 from leanmim.costs.counting import StepCost, count, count_phase
 from leanmim.costs.flops import Flops
-from leanmim.costs.tables import Comparison, Uncounted, compare, cost, readable
+from leanmim.costs.tables import Comparison, Uncounted, compare, cost
 
-__all__ = ["Comparison", "Flops", "StepCost", "Uncounted", "compare", "cost", "count", "count_phase", "readable"]
+__all__ = ["Comparison", "Flops", "StepCost", "Uncounted", "compare", "cost", "count", "count_phase"]

@@ -125,11 +125,6 @@ def cost(config: Cost) -> str:
     return Text("\n".join(lines), compared._repr_html_())
 
 
-def readable(size: int | float) -> str:
-    """Bytes for people, in MiB or GiB."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
-
-
 Column = tuple[str, Callable[[StepCost, dict[str, Flops]], float], str]  # heading, value, format
 
 

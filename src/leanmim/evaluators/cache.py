@@ -32,14 +32,13 @@ from rich.markup import escape
 from torch import Tensor
 
 from leanmim.config import Evaluator
-from leanmim.costs import readable
 from leanmim.data import Bad, Files, Labelled, Shards, loader
 from leanmim.data.readable import collate_readable, tell_left_out
 from leanmim.data.source import nothing_readable
 from leanmim.encoders.backbone import Backbone, as_tokens
 from leanmim.errors import UserError
 from leanmim.evaluators.features import Features, Subject, pooled, read_layers, run_folder
-from leanmim.files import writable
+from leanmim.files import readable, writable
 from leanmim.progress import track
 from leanmim.version import __version__
 from leanmim.weights import digest

@@ -5,7 +5,8 @@ from typing import Any
 
 from leanmim.auto import few_steps
 from leanmim.config import Pretrain
-from leanmim.costs import StepCost, readable
+from leanmim.costs import StepCost
+from leanmim.files import readable
 from leanmim.mim import MIM
 from leanmim.placement import offloads
 from leanmim.train.phases import PhaseSteps

@@ -13,12 +13,13 @@ from leanmim.caches import empty_caches
 from leanmim.checkpoint import all_of
 from leanmim.config import Optimisation, Pretrain, parse_bytes
 from leanmim.config.base import Logging
-from leanmim.costs import StepCost, count, readable
+from leanmim.costs import StepCost, count
 from leanmim.data import Source
 from leanmim.encoders import Encoder, encoder_of
 from leanmim.encoders.backbone import backbone_of
 from leanmim.errors import UserError
 from leanmim.factory import decoder_shape
+from leanmim.files import readable
 from leanmim.planner import Trained, available, average_throughput, fit
 from leanmim.processes import Process
 from leanmim.progress import working
