@@ -160,6 +160,7 @@ def cell(monkeypatch: pytest.MonkeyPatch) -> Cell:
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as Jupyter does
     monkeypatch.setattr(progress, "PAUSE", -1.0)
     return own
 
@@ -188,7 +189,8 @@ def test_in_a_notebook_lines_go_to_the_standard_output(cell: Cell, capsys: pytes
 
 def test_in_a_notebook_texts_of_tables_are_texts(cell: Cell, capsys: pytest.CaptureFixture[str]) -> None:
     model = dict(model="vit_tiny_patch16_224", model_kwargs={"depth": 1}, input_size=32, batch_size=2)
-    assert "mae" in leanmim.cost(recipes="mae", **model)
+    cost = leanmim.cost(recipes="mae", **model)
+    assert "mae" in cost and "\x1b" not in cost
     found = Evaluation("run on data", [Result((0, 5), "kNN, k = 5", "pretrained", Accuracy(3, 4))])
     assert "kNN, k = 5" in str(found)
     assert capsys.readouterr() == ("", "") and cell.outputs in ([], [""])

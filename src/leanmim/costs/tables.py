@@ -167,7 +167,7 @@ TABLES: dict[str, tuple[Column, ...]] = {  # title -> columns; the first one is 
 def tables(costs: list[StepCost], flops: list[dict[str, Flops]], uncounted: Sequence[Uncounted] = ()) -> str:
     """One row for each recipe, as wide as the terminal."""
     text = StringIO()
-    console = Console(file=text, highlight=False, markup=False, force_jupyter=False)
+    console = Console(file=text, highlight=False, markup=False, force_jupyter=False, force_terminal=False)
     console.print(same_step(costs), soft_wrap=True)
     for title, columns in TABLES.items():
         form = Table(box=SIMPLE, padding=(0, 1, 0, 0), show_edge=False)

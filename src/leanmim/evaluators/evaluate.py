@@ -46,7 +46,9 @@ class Evaluation:
 
     def __str__(self) -> str:
         text = StringIO()
-        console = Console(file=text, width=WIDTH, highlight=False, markup=False, force_jupyter=False)
+        console = Console(
+            file=text, width=WIDTH, highlight=False, markup=False, force_jupyter=False, force_terminal=False
+        )
         console.print(self.title, soft_wrap=True)
         names = list(dict.fromkeys(result.name for result in self.results))
         for first in range(0, len(names), COLUMNS):
