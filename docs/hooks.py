@@ -48,7 +48,13 @@ def on_files(files: Any, config: Any) -> Any:
     """MkDocs asks which files the site has: these come in addition, those of the repository under their path there."""
     from mkdocs.structure.files import File
 
-    for pattern in ("*.md", "docs/*.jpg", "benchmarks/*.md", "benchmarks/*.py", "benchmarks/results/*.png"):
+    for pattern in (
+        "*.md",
+        "docs/reconstructions.jpg",
+        "benchmarks/*.md",
+        "benchmarks/*.py",
+        "benchmarks/results/*.png",
+    ):
         for path in ROOT.glob(pattern):
             if path != ROOT / "README.md":  # its sections stand in the pages
                 files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))

@@ -48,7 +48,7 @@ def test_a_wrong_command_or_recipe_names_the_right_one(line: str, said: str, ref
         ("pretrain mae --data d --out o --loss l3", ["--loss", "l3", "l1", "l2"]),
         ("pretrain mae --data d --out o --model-kwargs depth", ["--model-kwargs", "pairs"]),
         ("knn r", ["--data", "Labelled folder"]),
-        ("show", ["Run folder"]),
+        ("show", ["run folder"]),
     ],
 )
 def test_what_cannot_be_parsed(line: str, named: list[str], capsys: pytest.CaptureFixture[str]) -> None:
