@@ -90,8 +90,8 @@ def test_options_of_the_probe(captured: list[Any]) -> None:
 
 
 def words(text: str) -> str:
-    """Text without the layout that the terminal's width gave it, nor the frames of groups."""
-    return " ".join(text.replace("│", " ").split())
+    """Text without the layout that the terminal's width gave it: lines, which may end within a long word, and frames of groups."""
+    return "".join(text.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(
