@@ -3,6 +3,7 @@
 import inspect
 import textwrap
 from dataclasses import fields
+from functools import cache
 from typing import Any
 
 from docstring_parser import parse_from_object
@@ -35,8 +36,9 @@ class Explained:
         return kind.__doc__
 
 
+@cache
 def field_docstrings(kind: type[Any]) -> dict[str, str]:
-    """What the sources of a dataclass and its bases say of its fields, each on one line; empty without sources."""
+    """What the sources of a dataclass and its bases say of its fields, each on one line; empty without sources. Read once."""
     bases = [base for base in reversed(kind.__mro__) if base is not object]
     try:
         found = {doc.arg_name: doc.description or "" for base in bases for doc in parse_from_object(base).params}
