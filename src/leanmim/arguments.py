@@ -70,7 +70,7 @@ def parse_arguments(
 
 def arguments(kind: type[Config], defaults: Mapping[str, Any]) -> dict[str, tuple[str, Any, Any]]:
     """The fields of a configuration, by name, as `make_dataclass` takes them, explained by their docstrings."""
-    hints, texts = get_type_hints(kind, include_extras=True), field_docstrings(kind)
+    hints, texts = get_type_hints(kind, include_extras=True), field_docstrings(kind)  # type: ignore[arg-type]  # mypy asks for the hash of an instance
     found = {}
     for own in fields(kind):
         name, metavar = own.name, None

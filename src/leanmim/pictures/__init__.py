@@ -1,34 +1,26 @@
 """`leanmim show`: pictures of what a run does."""
 
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-
-from matplotlib.figure import Figure
 
 from leanmim.config import Show
 from leanmim.errors import CannotWrite
-from leanmim.pictures.attention import attention
-from leanmim.pictures.features import features
 from leanmim.pictures.figures import draw, save_figure
 from leanmim.pictures.images import stretched
-from leanmim.pictures.maps import embedding_map
-from leanmim.pictures.mistakes import mistakes
-from leanmim.pictures.neighbours import neighbours
-from leanmim.pictures.over_time import progress
-from leanmim.pictures.reconstructions import reconstructions
 
 __all__ = ["PICTURES", "draw", "save_figure", "show", "stretched"]
 
-PICTURES: dict[str, Callable[[Show], Figure]] = {
-    "reconstructions": reconstructions,
-    "progress": progress,
-    "features": features,
-    "attention": attention,
-    "neighbours": neighbours,
-    "map": embedding_map,
-    "mistakes": mistakes,
+PICTURES = {
+    "reconstructions": "reconstructions.reconstructions",
+    "progress": "over_time.progress",
+    "features": "features.features",
+    "attention": "attention.attention",
+    "neighbours": "neighbours.neighbours",
+    "map": "maps.embedding_map",
+    "mistakes": "mistakes.mistakes",
 }
-"""What --picture draws."""
+"""Where the function is that makes the figure of --picture. Imported when it is asked for: scikit-learn takes a second or two, and
+every pre-training ends with a picture."""
 
 
 def show(config: Show) -> Path:
@@ -42,7 +34,8 @@ def show(config: Show) -> Path:
             the picture cannot be written.
     """
     config.check()
-    figure = PICTURES[config.picture](config)
+    module, function = PICTURES[config.picture].split(".")
+    figure = getattr(import_module(f"leanmim.pictures.{module}"), function)(config)
     name = config.picture if config.segment is None else f"{config.picture}-segment{config.segment}"
     alone = len(config.runs) == 1 and Path(config.run).exists()  # published weights have no folder
     path = Path(config.out) if config.out else (Path(config.run) if alone else Path()) / f"{name}.png"
