@@ -88,6 +88,7 @@ def tiny(tmp_path: Path) -> Pretrain:
         workers=0,
         device="cpu",
         log_every=1,
+        show_every=0,
     )
 
 
@@ -110,6 +111,7 @@ def tiny_simmim(tiny: Pretrain) -> Pretrain:
                 "workers",
                 "device",
                 "log_every",
+                "show_every",
             )
         },
         input_size=(64,),

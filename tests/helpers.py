@@ -277,7 +277,7 @@ def growing(tiny: Pretrain, name: str = "vit", **changes: object) -> Pretrain:
     model, arguments, size = GROWING[name]
     config = replace(
         FASTMIM_P,
-        **{key: getattr(tiny, key) for key in ("data", "out", "workers", "device", "log_every")},
+        **{key: getattr(tiny, key) for key in ("data", "out", "workers", "device", "log_every", "show_every")},
         model=model,
         model_kwargs=arguments,
         input_size=(size,),

@@ -269,7 +269,7 @@ def test_both_trials_step_under_every_setting(tiny: Pretrain, tmp_path: Path, mo
 
 
 def test_channels_last_trains_alike_and_is_continued(tiny: Pretrain, tmp_path: Path) -> None:
-    shape = dict(masking="pixel", model="resnet18", model_kwargs={}, input_size=(64,), target="hog", decoder_depth=1)
+    shape = dict(masking="pixel", model="resnet10t", model_kwargs={}, input_size=(64,), target="hog", decoder_depth=1)
     own = replace(tiny, **shape, epochs=2, channels_last=False)
     last = replace(own, out=str(tmp_path / "last"), channels_last=True)
     pretrain(own)

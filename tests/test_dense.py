@@ -152,8 +152,9 @@ def test_what_has_no_pyramid(tmp_path: Path) -> None:
         hiera(torch.randn(1, 3, 96, 64))
 
 
-@pytest.mark.parametrize("name", ["vit", "swin", "resnet"])
-@pytest.mark.parametrize("detector", [FasterRCNN, MaskRCNN])
+@pytest.mark.parametrize(
+    ("detector", "name"), [(FasterRCNN, "vit"), (FasterRCNN, "swin"), (FasterRCNN, "resnet"), (MaskRCNN, "vit")]
+)
 def test_torchvisions_detectors_train_and_detect(name: str, detector: Any, tmp_path: Path) -> None:
     pyramid = leanmim.pyramid(run_of(name, tmp_path / "run").out, out_channels=16, pool=True)
     model = detector(pyramid, num_classes=3, min_size=96, max_size=160, image_mean=pyramid.mean, image_std=pyramid.std)

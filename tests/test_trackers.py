@@ -161,7 +161,7 @@ def logged(folder: Path) -> list[tuple[int, dict[str, float]]]:
 
 
 def test_pre_training_reports_to_both_and_goes_on_in_their_runs(tiny: Pretrain, services: dict[str, Service]) -> None:
-    config = replace(tiny, track=NAMES, epochs=1)
+    config = replace(tiny, track=NAMES, epochs=1, show_every="auto")
     run = pretrain(config)
     pretrain(replace(config, epochs=2))
     drawn = {step: path.read_bytes() for step, path in Run(run).strips().items()}

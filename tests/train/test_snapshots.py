@@ -22,7 +22,7 @@ def kept(folder: Path) -> list[tuple[int, bytes]]:
 
 def test_with_and_without_pictures_training_is_bit_identical(tiny: Pretrain, tmp_path: Path) -> None:
     """And a run that was killed and continued has the pictures of one that was not."""
-    config = replace(tiny, epochs=3)
+    config = replace(tiny, epochs=3, show_every="auto")
     folder = pretrain(config)
     without = replace(config, out=str(tmp_path / "without"), show_every=0)
     pretrain(without)
@@ -63,7 +63,7 @@ def test_a_full_disk_costs_pictures_only(
         raise CannotWrite("'step.png' cannot be written: no room")
 
     monkeypatch.setattr(snapshots, "write_strip", full)
-    pretrain(replace(tiny, epochs=1))
+    pretrain(replace(tiny, epochs=1, show_every="auto"))
     assert capsys.readouterr().out.count("no room. Training goes on, and tries again to write the picture") == 1
     assert len(lines(tiny)) == 4
 
@@ -79,5 +79,5 @@ def test_pictures_take_no_time_of_training(tiny: Pretrain, monkeypatch: pytest.M
             yield
 
     monkeypatch.setattr(snapshots.Loop, "paused", noted)
-    pretrain(replace(tiny, epochs=1))
+    pretrain(replace(tiny, epochs=1, show_every="auto"))
     assert entered == [0, 1, 2, 4]
