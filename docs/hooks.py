@@ -66,12 +66,19 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """MkDocs asks for a page's text: a folder of the repository is a page here."""
-    return markdown.replace("](results)", "](results/index.md)") if page.file.src_uri == "benchmarks/README.md" else markdown
+    return (
+        markdown.replace("](results)", "](results/index.md)")
+        if page.file.src_uri == "benchmarks/README.md"
+        else markdown
+    )
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """MkDocs asks for a page's HTML: no line ends within the name of an option, as browsers like to after its hyphens."""
-    return re.sub(r"<code\b.*?</code>", lambda code: OPTION.sub(r'<span class="option">\g<0></span>', code[0]), html, flags=re.S)
+    """MkDocs asks for a page's HTML: no line ends within the name of an option or before a deviation."""
+    html = html.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+    return re.sub(
+        r"<code\b.*?</code>", lambda code: OPTION.sub(r'<span class="option">\g<0></span>', code[0]), html, flags=re.S
+    )
 
 
 def pages() -> dict[str, str]:
@@ -201,7 +208,9 @@ def heading(name: str, kind: Any, default: Any) -> str:
             takes = takes.replace(before, after)
     if default is MISSING:
         return " · ".join(filter(None, [shown, takes, "" if positional else "required"]))
-    return " · ".join(filter(None, [shown, takes, "" if default in (None, (), {}, "") else f"default {value(default)}"]))
+    return " · ".join(
+        filter(None, [shown, takes, "" if default in (None, (), {}, "") else f"default {value(default)}"])
+    )
 
 
 def value(given: Any) -> str:
