@@ -41,6 +41,7 @@ AS_WORDS = {  # types of Python, on a command line
     " or None": "",
     "'": "`",
 }
+OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*(?![^<>]*>)")  # not within a tag
 UNSEARCHED = "---\nsearch:\n  exclude: true\n---\n"
 
 
@@ -61,6 +62,23 @@ def on_files(files: Any, config: Any) -> Any:
     for uri, text in pages().items():
         files.append(File.generated(config, uri, content=text))
     return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """MkDocs asks for a page's text: a folder of the repository is a page here."""
+    return (
+        markdown.replace("](results)", "](results/index.md)")
+        if page.file.src_uri == "benchmarks/README.md"
+        else markdown
+    )
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """MkDocs asks for a page's HTML: no line ends within the name of an option or before a deviation."""
+    html = html.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+    return re.sub(
+        r"<code\b.*?</code>", lambda code: OPTION.sub(r'<span class="option">\g<0></span>', code[0]), html, flags=re.S
+    )
 
 
 def pages() -> dict[str, str]:
@@ -190,7 +208,9 @@ def heading(name: str, kind: Any, default: Any) -> str:
             takes = takes.replace(before, after)
     if default is MISSING:
         return " · ".join(filter(None, [shown, takes, "" if positional else "required"]))
-    return " · ".join(filter(None, [shown, takes, "" if default in ((), {}, "") else f"default {value(default)}"]))
+    return " · ".join(
+        filter(None, [shown, takes, "" if default in (None, (), {}, "") else f"default {value(default)}"])
+    )
 
 
 def value(given: Any) -> str:

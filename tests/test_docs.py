@@ -65,6 +65,12 @@ def test_pages_quote_sections_that_the_readme_has(made: dict[str, str]) -> None:
     assert quoted == set(begun)
 
 
+def test_no_line_ends_within_an_option(hooks: dict[str, Any]) -> None:
+    html = '<a href="--x">a --b</a> <code class="--c">show --knn-data <span>d--e</span></code>'
+    marked = html.replace("--knn-data", '<span class="option">--knn-data</span>')
+    assert hooks["on_page_content"](html) == marked
+
+
 def test_pages_show_pictures_that_are_small_and_can_be_drawn() -> None:
     drawing = runpy.run_path(str(DOCS / "draw.py"))
     shown = {name for page in DOCS.glob("*.md") for name in re.findall(r"\(pictures/(\w+)\.webp\)", page.read_text())}

@@ -21,6 +21,8 @@ INTERVAL = (
     "In brackets: Wilson's 95 % interval, of mIoU and pixel accuracy that of a bootstrap, for the choice of validation images; seeds "
     "and training images add to it."
 )
+BELOW = "Below each accuracy: that of what is not pre-trained."
+ALONE = "An accuracy alone says little: --baselines measures random weights and raw pixels beside it."
 DEVIATION = "After ±: the standard deviation over repeated draws of training images."
 MEASURES = {"knn": "kNN", "probe": "linear probe", "attentive": "attentive probe"}
 IRRELEVANT = {  # options of an evaluation on which its result does not depend, or that have a column of their own
@@ -87,7 +89,8 @@ def accuracies(runs: Sequence[Loaded]) -> Html:
         cells = [measure(of_runs.get(run.title, {}), run.colour) for run in measured]
         rows.append(row(what, [*cells, " or ".join(images) or "-", data, options]))
     head = ["measure (%)", *(run.title for run in measured), "validation images", "data", "options"]
-    notes = ["Below each accuracy: that of what is not pre-trained.", INTERVAL]
+    baselines = any(line["name"] != "pretrained" for run in measured for line in run.evaluations)
+    notes = [BELOW if baselines else ALONE, INTERVAL]
     if any("deviation" in line for run in measured for line in run.evaluations):
         notes.append(DEVIATION)
     return Html(f"{table(head, rows, 'short notes')}<p>{soft(' '.join(notes))}</p>")

@@ -19,9 +19,9 @@ RECIPE = (  # settings that a recipe of fine-tuning gives
 )  # fmt: skip
 
 CAPTIONS = {
-    "features": "features of patches, alike where the colours are",
-    "attention": "attention",
-    "neighbours": "images and those whose features are nearest",
+    "features": "patch features as colours; equal colours, equal features",
+    "attention": "attention of the last block",
+    "neighbours": "images, and those with the nearest features",
     "map": "images by their features, in two dimensions",
     "mistakes": "images that were taken for another class",
 }
