@@ -23,6 +23,7 @@ from leanmim import costs, planner
 from leanmim.cli import main
 from leanmim.comparison import plan
 from leanmim.config import Config, Pretrain
+from leanmim.config.tools import COUNTS
 from leanmim.costs import StepCost
 from leanmim.costs.flops import Flops
 from leanmim.recipes import MAE, SIMMIM
@@ -34,6 +35,7 @@ from tests.runs import Refused
 
 torch.set_num_threads(1)
 matplotlib.rcParams["savefig.dpi"] = 20  # every run ends with a picture; tests of pictures draw them whole
+COUNTS["reconstructions"] = 1
 for _kind in vars(configurations).values():  # they take more than they declare, and check it
     if inspect.isclass(_kind) and issubclass(_kind, Config):
         _kind.__init__ = inspect.unwrap(_kind.__init__)  # type: ignore[method-assign]
@@ -43,6 +45,7 @@ for _kind in vars(configurations).values():  # they take more than they declare,
 def whole_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawn at the size that a user sees."""
     monkeypatch.setitem(matplotlib.rcParams, "savefig.dpi", "figure")
+    monkeypatch.setitem(COUNTS, "reconstructions", 8)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -169,6 +169,7 @@ def test_a_picture_elsewhere(tiny: Pretrain, tmp_path: Path) -> None:
 # Which images
 
 
+@pytest.mark.usefixtures("whole_pictures")
 def test_a_file_and_a_folder(tiny: Pretrain, photos: Path, tmp_path: Path, drawn: Drawn) -> None:
     folder = tmp_path / "chosen"
     (folder / "deeper").mkdir(parents=True)
@@ -306,6 +307,7 @@ def test_stored_values_are_drawn_between_their_percentiles(channels: int, shown:
     assert seen(torch.zeros_like(originals)).unique().numel() == 2 * shown
 
 
+@pytest.mark.usefixtures("whole_pictures")
 def test_of_stored_values_the_picture_says_what_is_drawn(tiny: Pretrain, tmp_path: Path) -> None:
     config = replace(tiny, channels=5, data=str(tmp_path / "data"))
     write(tmp_path / "data", 2)

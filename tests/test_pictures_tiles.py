@@ -43,6 +43,7 @@ def test_an_image_stays_whole(size: tuple[int, int], fits: tuple[int, int]) -> N
 
 
 @pytest.mark.parametrize("target", ["raw-pixels", "hog"])
+@pytest.mark.usefixtures("whole_pictures")
 def test_whole_photos_are_drawn(tiny: Pretrain, photos: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
     drawn = Drawn(monkeypatch)
     images = tuple(str(photos / name) for name in ("castle.jpg", "astronaut.jpg"))

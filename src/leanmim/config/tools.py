@@ -1,7 +1,7 @@
 """The configurations of the commands that look at a run, and of those that look ahead."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from tyro.conf import Positional
 
@@ -9,7 +9,7 @@ from leanmim.config.base import Auto, Config, Machine, Model, Precision, Valued,
 from leanmim.errors import UserError
 
 Picture = Literal["reconstructions", "progress", "features", "attention", "neighbours", "map", "mistakes"]
-COUNTS = {"mistakes": 16, "map": 400}
+COUNTS = dict.fromkeys(get_args(Picture), 8) | {"mistakes": 16, "map": 400}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Show(Config):
     @property
     def most(self) -> int:
         """Images at most."""
-        return COUNTS.get(self.picture, 8) if self.count == "auto" else self.count
+        return COUNTS[self.picture] if self.count == "auto" else self.count
 
     def check(self) -> None:
         """Raise UserError for an impossible value, or an option of another picture."""
