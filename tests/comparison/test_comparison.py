@@ -122,7 +122,9 @@ def test_a_finished_comparison_trains_nothing_again(compared: tuple[Compare, Tab
 def test_every_depth_of_a_run_in_segments_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "launch", here)
     recipes = ("mae:batch-size=24", "mae:batch-size=24,segments=2")
-    config = tiny_comparison(tmp_path, recipes=recipes, seeds=1, depths=True, measures=("finetune", "knn"))
+    config = tiny_comparison(
+        tmp_path, recipes=recipes, seeds=1, depths=True, measures=("finetune", "knn"), finetune_epochs=1
+    )
     rows = by_name(compare(config))
     assert list(rows) == ["random initialisation", "raw pixels", "mae", "mae segments=2", "mae segments=2, first 1"]
     shallow = rows["mae segments=2, first 1"]
