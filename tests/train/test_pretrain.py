@@ -71,13 +71,15 @@ def test_too_many_readers_are_refused_before_anything_is_written(
 
 
 def test_the_run_folder_holds_everything(tiny: Pretrain, capsys: pytest.CaptureFixture) -> None:
-    folder = leanmim.pretrain(replace(tiny, epochs=3))
+    folder = leanmim.pretrain(replace(tiny, epochs=3, show_every="auto"))
     names = {path.name for path in folder.iterdir()}
     assert names == {
         ".lock", "config.json", "cost.json", "environment.json", "metrics.jsonl", "names.json", "tensorboard", "checkpoints", "export",
         "pictures", "reconstructions.png", "report.html",
     }  # fmt: skip
-    assert Pretrain.from_json(json.loads((folder / "config.json").read_text())) == replace(tiny, epochs=3)
+    assert Pretrain.from_json(json.loads((folder / "config.json").read_text())) == replace(
+        tiny, epochs=3, show_every="auto"
+    )
     assert json.loads((folder / "environment.json").read_text())["torch"] == torch.__version__
     assert list((folder / "tensorboard").glob("events*"))
     written = lines(tiny)
