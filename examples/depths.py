@@ -1,4 +1,4 @@
-"""One run, several devices: BIM trains each prefix of a ViT by a loss of its own, and each is a model. Which one fits?
+"""One run, several devices: BIM trains each segment of a ViT by a loss of its own, and the first ones alone are models too. Which one fits?
 
     python examples/depths.py --out depths --gflops 0.3
 

@@ -1,4 +1,4 @@
-"""Every command and every piece of Python in the README and on the pages of the site runs."""
+"""Every command of leanmim and every piece of Python in the README and on the pages of the site runs."""
 
 import os
 import re
@@ -136,6 +136,8 @@ def test_a_pages_commands_and_python_run(page: str, after_a_run: Path, monkeypat
             exec(compile(code, f"{page}.md", "exec"), {"__name__": "__main__"})
             continue
         for line in code.splitlines():
+            if line == "pip install .":
+                continue
             assert line.startswith("leanmim "), line
             main(shlex.split(shrunk(line))[1:])
 

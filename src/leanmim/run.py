@@ -345,7 +345,7 @@ class Run:
                 (self.folder / name).unlink(missing_ok=True)
             pictures = (
                 self.folder / "reconstructions.png",
-                self.folder / "progress.png",
+                self.folder / "over-time.png",
                 *self.folder.glob("reconstructions-segment*.png"),
             )
             for path in (

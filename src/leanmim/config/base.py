@@ -424,8 +424,9 @@ class Logging(Config):
     """Start afresh in a run folder that already holds another run. A job that torchrun or Slurm starts again continues what
     it has begun itself."""
     track: tuple[Literal["wandb", "mlflow"], ...] = ()
-    """Trackers that get each line of metrics.jsonl, beside TensorBoard: wandb (Weights & Biases), mlflow. They are told where to log by
-    their own variables, as WANDB_PROJECT, WANDB_MODE, MLFLOW_TRACKING_URI. A continued run goes on in the tracker's own."""
+    """Trackers that get each line of metrics.jsonl, beside TensorBoard, and of `pretrain` the pictures over training time, which show
+    four of your images (--show-every 0 sends none): wandb (Weights & Biases), mlflow. They are told where to log by their own
+    variables, as WANDB_PROJECT, WANDB_MODE, MLFLOW_TRACKING_URI. A continued run goes on in the tracker's own."""
 
     def check(self) -> None:
         """Raise UserError for an impossible value, and a tracker that is not installed."""

@@ -140,7 +140,7 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
     """Epochs between two kNN accuracies; there is always one at the end."""
 
     show_every: int | Auto = "auto"
-    """Epochs between two pictures of four images and what is reconstructed of them, for `leanmim show run --picture progress`,
+    """Epochs between two pictures of four images and what is reconstructed of them, for `leanmim show run --picture over-time`,
     the report and TensorBoard. auto draws eight: before the first step, after 1/64 of the steps, 1/32, and so on, doubling, to the last.
     0 draws none. A picture costs a forward pass of four images, and changes nothing in the training."""
 

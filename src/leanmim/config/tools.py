@@ -8,7 +8,7 @@ from tyro.conf import Positional
 from leanmim.config.base import Auto, Config, Machine, Model, Precision, Valued, check_values, parse_bytes
 from leanmim.errors import UserError
 
-Picture = Literal["reconstructions", "progress", "features", "attention", "neighbours", "map", "mistakes"]
+Picture = Literal["reconstructions", "over-time", "features", "attention", "neighbours", "map", "mistakes"]
 COUNTS = dict.fromkeys(get_args(Picture), 8) | {"mistakes": 16, "map": 400}
 
 
@@ -21,7 +21,7 @@ class Show(Config):
     size. Other pictures take one run, also one of `leanmim finetune`, or, with --images, an exported folder or timm's name of
     published weights."""
     picture: Picture = "reconstructions"
-    """reconstructions: original, masked image, reconstruction. progress: those that pre-training drew as it went (--show-every), rows of
+    """reconstructions: original, masked image, reconstruction. over-time: those that pre-training drew as it went (--show-every), rows of
     images, columns of steps. features: of patches, by colour. attention: of the last block, as heat. neighbours: the images most
     alike. map: all images by likeness, in two dimensions. mistakes: of a fine-tuned run, the most confident ones."""
     images: tuple[str, ...] = ()

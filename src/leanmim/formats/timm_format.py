@@ -144,6 +144,6 @@ def timm_loading(folder: Path, classifier: bool) -> str:
     return (
         "  import leanmim, timm\n"
         f"  model = timm.create_model({there}, pretrained=True{head})\n"
-        f"  maps = timm.create_model({there}, pretrained=True, features_only=True)  # of every stage or block\n"
+        f"  maps = timm.create_model({there}, pretrained=True, features_only=True)  # of every stage; of a ViT the last three blocks\n"
         f"  pyramid = leanmim.pyramid({str(folder)!r})  # maps of strides 4, 8, 16, 32, for detection and segmentation"
     )

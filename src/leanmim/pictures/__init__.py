@@ -12,7 +12,7 @@ __all__ = ["PICTURES", "draw", "save_figure", "show", "stretched"]
 
 PICTURES = {
     "reconstructions": "reconstructions.reconstructions",
-    "progress": "over_time.progress",
+    "over-time": "over_time.over_time",
     "features": "features.features",
     "attention": "attention.attention",
     "neighbours": "neighbours.neighbours",

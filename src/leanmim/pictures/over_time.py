@@ -118,14 +118,14 @@ def in_columns(strips: dict[int, Path]) -> tuple[dict[str, Image.Image], int]:
     return columns, rows
 
 
-def progress(config: Show) -> Figure:
+def over_time(config: Show) -> Figure:
     """Rows of images, columns of steps: what pre-training drew as it went.
 
     Raises:
         UserError: images are given, the run left no such pictures, or one of them is damaged.
     """
     if config.images:
-        raise UserError("--picture progress draws what pre-training left, of images of its own; leave --images out")
+        raise UserError("--picture over-time draws what pre-training left, of images of its own; leave --images out")
     run = Run(Path(config.run))
     strips = run.strips()
     if not strips:

@@ -23,7 +23,7 @@ from leanmim.mim import MIM
 from leanmim.names import run_names
 from leanmim.pictures.images import read_with, stretched
 from leanmim.pictures.layout import Column, Panel, compose
-from leanmim.pictures.tiles import Cut, cut, fitted
+from leanmim.pictures.tiles import Tiling, fitted, tiling
 from leanmim.targets import BINS, FLAT, HOG, Pixels, hog, unpatchify
 from leanmim.weights import restore
 
@@ -68,29 +68,29 @@ def reconstructions(config: Show) -> Figure:
 def panel_of(config: Show, trained: Pretrain, model: MIM, state: dict[str, Any], pictures: list[Tensor]) -> Panel:
     """What is drawn of a run; pictures are c H W, each of its own size. Errors as for `reconstructions`."""
     normalise = Normalise(state["mean"], state["std"], torch.device("cpu"))
-    cuts = [cut((own.shape[1], own.shape[2]), trained.size, model.encoder.stride) for own in pictures]
-    images = normalise(torch.cat([own.tiles(picture) for own, picture in zip(cuts, pictures, strict=True)]))
+    tilings = [tiling((own.shape[1], own.shape[2]), trained.size, model.encoder.stride) for own in pictures]
+    images = normalise(torch.cat([own.tiles(picture) for own, picture in zip(tilings, pictures, strict=True)]))
     masks, splits = hidden_parts(model.eval(), images, config.seed)
-    count, counts = len(masks), [len(own.corners) for own in cuts]
+    count, counts = len(masks), [len(own.corners) for own in tilings]
     if config.segment is not None and not 0 <= config.segment < count:
         raise UserError(f"--segment {config.segment}: this run has {count} segments, 0 to {count - 1}")
     segments = range(count) if config.segment is None else [config.segment]
     columns, remarks = make_columns(trained, model, normalise, images, masks, splits, segments, counts)
-    columns = [Column(title, *(together(tiles, cuts) for tiles in parts)) for title, *parts in columns]
+    columns = [Column(title, *(together(tiles, tilings) for tiles in parts)) for title, *parts in columns]
     note = f"{trained.recipe}, {trained.model}, step {state['step']}"
     if count > 1:
         note += f", {count} segments" if config.segment is None else f", segment {config.segment} of 0 to {count - 1}"
     if config.tiles:
         remarks.append(f"in tiles of {trained.size[0]} x {trained.size[1]} px, each seen alone")
-    return Panel(columns, [own.size for own in cuts], note, remarks)
+    return Panel(columns, [own.size for own in tilings], note, remarks)
 
 
-def together(tiles: Any, cuts: Sequence[Cut]) -> Any:
+def together(tiles: Any, tilings: Sequence[Tiling]) -> Any:
     """The images that the tiles of a column make; None of None."""
     if tiles is None:
         return None
-    parts = tiles.split([len(own.corners) for own in cuts])
-    return [own.whole(part) for own, part in zip(cuts, parts, strict=True)]
+    parts = tiles.split([len(own.corners) for own in tilings])
+    return [own.whole(part) for own, part in zip(tilings, parts, strict=True)]
 
 
 def hidden_parts(model: MIM, images: Float[Tensor, "b c H W"], seed: int) -> tuple[list[Mask], list[Split]]:

@@ -15,7 +15,7 @@ from leanmim.data import centre_crop
 from leanmim.data.read import Picture
 
 
-class Cut(NamedTuple):
+class Tiling(NamedTuple):
     """Where the tiles of an image lie. Where two overlap, the later one is seen."""
 
     size: tuple[int, int]
@@ -38,10 +38,10 @@ class Cut(NamedTuple):
         return image
 
 
-def cut(size: tuple[int, int], tile: tuple[int, int], step: int) -> Cut:
+def tiling(size: tuple[int, int], tile: tuple[int, int], step: int) -> Tiling:
     """As few tiles as cover an image, evenly spread. Sides are multiples of ``step``, px, and so is where tiles begin."""
     rows, columns = (evenly(own, side, step) for own, side in zip(size, tile, strict=True))
-    return Cut(size, tile, list(product(rows, columns)))
+    return Tiling(size, tile, list(product(rows, columns)))
 
 
 def evenly(length: int, tile: int, step: int) -> list[int]:

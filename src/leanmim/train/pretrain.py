@@ -30,7 +30,7 @@ from leanmim.train.data_list import DataList, check_alike, check_unchanged, keep
 from leanmim.train.header import continuing, header
 from leanmim.train.phases import plan_phases
 from leanmim.train.right_size import guard_memory, right_sized, split
-from leanmim.train.snapshots import Snapshots
+from leanmim.train.strips import Strips
 from leanmim.train.training import Training, begin
 
 
@@ -118,11 +118,11 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
             *told(adjusted, start),
         ):
             loop.console.print(line)
-        snapshots = Snapshots(config, source, steps)
+        strips = Strips(config, source, steps)
         if start < steps:
             bad.retry([source], loop.console)
         if start == 0:
-            snapshots.draw(training, loop, 0.0)
+            strips.draw(training, loop, 0.0)
         for phase in plan:
             if start >= phase.stop:
                 continue
@@ -139,7 +139,7 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
                     bad.merge()
                     if knn_sets and (epoch % config.knn_every == 0 or loop.done == steps):
                         online_knn(training, knn_sets, loop, epoch)
-                snapshots.draw(training, loop, epoch)
+                strips.draw(training, loop, epoch)
                 if loop.done == steps:
                     write_measured(loop, predicted, memory_before)
                 if loop.checkpoint_due:

@@ -14,7 +14,7 @@ from leanmim.train.training import Training
 COUNT = 4  # images
 
 
-class Snapshots:
+class Strips:
     """Draws a strip when one is due. Images and masks are always the same; in a phase of another input size, those of that size.
 
     Args:

@@ -10,7 +10,7 @@ import pytest
 from leanmim.config import Pretrain
 from leanmim.errors import CannotWrite
 from leanmim.run import Run
-from leanmim.train import snapshots
+from leanmim.train import strips
 from leanmim.train.pretrain import pretrain
 from tests.helpers import growing
 from tests.runs import contents, lines, pretrain_until, shown, weights
@@ -62,7 +62,7 @@ def test_a_full_disk_costs_pictures_only(
     def full(*_: object) -> bool:
         raise CannotWrite("'step.png' cannot be written: no room")
 
-    monkeypatch.setattr(snapshots, "write_strip", full)
+    monkeypatch.setattr(strips, "write_strip", full)
     pretrain(replace(tiny, epochs=1, show_every="auto"))
     assert capsys.readouterr().out.count("no room. Training goes on, and tries again to write the picture") == 1
     assert len(lines(tiny)) == 4
@@ -70,14 +70,14 @@ def test_a_full_disk_costs_pictures_only(
 
 def test_pictures_take_no_time_of_training(tiny: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
     entered = []
-    paused = snapshots.Loop.paused
+    paused = strips.Loop.paused
 
     @contextmanager
-    def noted(loop: snapshots.Loop) -> Iterator[None]:
+    def noted(loop: strips.Loop) -> Iterator[None]:
         entered.append(loop.done)
         with paused(loop):
             yield
 
-    monkeypatch.setattr(snapshots.Loop, "paused", noted)
+    monkeypatch.setattr(strips.Loop, "paused", noted)
     pretrain(replace(tiny, epochs=1, show_every="auto"))
     assert entered == [0, 1, 2, 4]

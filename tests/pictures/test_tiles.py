@@ -11,7 +11,7 @@ from PIL import Image
 from leanmim.config import Pretrain, Show
 from leanmim.pictures import show
 from leanmim.pictures.images import stretched
-from leanmim.pictures.tiles import cut, evenly, fitted
+from leanmim.pictures.tiles import evenly, fitted, tiling
 from tests.drawn import Drawn, run_of
 from tests.helpers import noisy
 
@@ -25,7 +25,7 @@ def test_as_few_tiles_as_cover_a_side(length: int, begins: list[int]) -> None:
 
 @pytest.mark.parametrize("cell", [1, 4])
 def test_tiles_make_the_image_again(cell: int) -> None:
-    own = cut((72, 104), (32, 40), 8)
+    own = tiling((72, 104), (32, 40), 8)
     image = torch.rand(3, 72, 104)
     tiles = own.tiles(image)
     assert tiles.shape == (9, 3, 32, 40)
@@ -63,7 +63,7 @@ def test_whole_photos_are_drawn(tiny: Pretrain, photos: Path, monkeypatch: pytes
 
 def test_tiles_of_stored_values_are_stretched_together() -> None:
     image = noisy(1, 5, 32, 64)[0]
-    own = cut((32, 64), (32, 32), 8)
+    own = tiling((32, 64), (32, 32), 8)
     tiles = torch.cat([own.tiles(image), own.tiles(1000 * image)])
     found = stretched(tiles, [2, 2])(tiles)
     assert torch.allclose(own.whole(found[:2]), stretched(image[None])(image[None])[0])

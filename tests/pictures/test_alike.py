@@ -118,7 +118,7 @@ def test_embedded_are_the_means_of_the_patches(tiny: Pretrain) -> None:
     assert places == [0, 4, 8, 12]
     with torch.no_grad():
         tokens = shown.backbone.forward_features(shown.normalise(shown.photos(places, 32)))
-    torch.testing.assert_close(x, normalize(tokens[:, 1:].mean(1), dim=1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(x, normalize(tokens[:, 1:].mean(1), dim=1).cpu(), atol=1e-5, rtol=1e-4)
 
 
 def test_one_image_has_no_neighbours(tiny: Pretrain) -> None:

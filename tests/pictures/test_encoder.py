@@ -1,8 +1,9 @@
 """Pictures of an encoder: colours are principal components, heat is softmax(q k), and what has neither is told so."""
 
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from leanmim import pictures
 from leanmim.config import Pretrain, Show
+from leanmim.config.tools import Picture
 from leanmim.data import Normalise, centre_crop, open_source
 from leanmim.encoders.backbone import as_tokens, create_backbone
 from leanmim.errors import UserError
@@ -156,7 +158,7 @@ def test_the_picture_of_attention(tiny: Pretrain, drawn: Drawn) -> None:
     shown = open_shown(Show(runs=(str(run),)))
     images = torch.stack([centre_crop(tiny.size)(shown.source.read(i)) for i in (0, 8)])
     expected = by_hand(shown.backbone, shown.normalise(images)).mean(1)[:, 0, 1:]
-    np.testing.assert_allclose(np.stack(heats).reshape(2, -1), expected.numpy(), atol=1e-5)
+    np.testing.assert_allclose(np.stack(heats).reshape(2, -1), expected.cpu().numpy(), atol=1e-5)
     assert f"at most {expected[0].max():.1%} to a patch" in drawn.texts
     assert "class token's attention" in drawn.texts[-1] and "6.25% to each of 16 patches" in drawn.texts[-1]
 
@@ -171,8 +173,11 @@ def test_a_fine_tuned_vit_that_pools_by_the_mean(tmp_path: Path, drawn: Drawn) -
 
 
 def test_every_picture_has_a_function() -> None:
-    for picture in PICTURES:
+    assert PICTURES.keys() == {*get_args(Picture)}
+    for picture, place in PICTURES.items():
         Show(runs=("run",), picture=picture).check()  # type: ignore[arg-type]
+        module, name = place.split(".")
+        assert callable(getattr(import_module(f"leanmim.pictures.{module}"), name))
     with pytest.raises(UserError, match=r"picture cannot be 'photo'; it takes 'reconstructions'"):
         Show(runs=("run",), picture="photo").check()  # type: ignore[arg-type]
 
@@ -188,8 +193,18 @@ def test_a_fine_tuned_run_without_list_of_images(tmp_path: Path) -> None:
         show(Show(runs=(str(tmp_path / "run"),), picture="features"))
 
 
-def test_grey_and_stored_images_are_drawn(tiny: Pretrain) -> None:
+def test_grey_and_stored_images_are_drawn(tiny: Pretrain, tmp_path: Path, drawn: Drawn) -> None:
     assert show(Show(runs=(str(run_of(replace(tiny, channels=1))),), picture="features", count=2)).is_file()
+    (tmp_path / "bands").mkdir()
+    for i in range(2):
+        np.save(
+            tmp_path / "bands" / f"{i}.npy", np.random.default_rng(i).integers(0, 5000, (48, 48, 5), dtype=np.uint16)
+        )
+    stored = replace(tiny, data=str(tmp_path / "bands"), out=str(tmp_path / "five"), channels=5, values="stored")
+    seen = len(drawn.pictures)
+    assert show(Show(runs=(str(run_of(stored)),), picture="features", count=2)).is_file()
+    photo = drawn.pictures[seen]
+    assert photo.shape[2] == 3 and photo.min() == 0 and photo.max() == 1  # three bands, stretched
 
 
 @pytest.mark.parametrize(("count", "across"), [(1, 1), (3, 1), (4, 2), (8, 2), (16, 3), (100, 6)])
