@@ -69,7 +69,7 @@ def pretrained(task: Task, arguments: argparse.Namespace) -> Path:
         folder = photos(task, arguments.data, arguments.work)
         epochs = round(state["step"] * like.batch_size * like.accum / len(list(folder.iterdir())), 3)
         leanmim.pretrain(
-            like, data=str(folder), out=str(run), epochs=epochs, memory="auto", threads=1, overwrite=True
+            like, data=str(folder), out=str(run), epochs=epochs, memory="auto", threads=1
         )  # fmt: skip
     return run
 

@@ -9,6 +9,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from tyro.conf import Positional
+
 import leanmim
 from leanmim import recipes
 from leanmim.cli import COMMANDS, DESCRIPTIONS
@@ -197,7 +199,7 @@ def options(kind: type[Config]) -> list[str]:
 
 def heading(name: str, kind: Any, default: Any) -> str:
     """An option, what it takes, and its default."""
-    positional = any("ositional" in repr(mark) for mark in getattr(kind, "__metadata__", ()))
+    positional = Positional in getattr(kind, "__metadata__", ())
     shown = f"`{name.upper()}`" if positional else f"`--{hyphens(name)}`"
     kind = get_args(kind)[0] if hasattr(kind, "__metadata__") else kind
     if get_origin(kind) is Literal:

@@ -31,10 +31,10 @@ def tile(ground: int, channels: int, size: int, draw: np.random.Generator) -> np
 def draw_tiles(data: Path, channels: int, size: int, count: int) -> None:
     """So many training tiles of each ground, and a quarter of that for validation."""
     draw = np.random.default_rng(0)
-    for part, several in (("train", count), ("val", count // 4)):
+    for part, number in (("train", count), ("val", count // 4)):
         for i, ground in enumerate(GROUNDS):
             (data / part / ground).mkdir(parents=True, exist_ok=True)
-            for j in range(several):
+            for j in range(number):
                 values = tile(i, channels, size, draw)
                 tifffile.imwrite(
                     data / part / ground / f"{j}.tif", values, photometric="minisblack", planarconfig="contig"

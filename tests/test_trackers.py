@@ -214,6 +214,29 @@ def test_a_tracker_that_is_away_is_told_once_and_gets_its_lines_later(
         assert own.log == logged(tmp_path)
 
 
+def test_no_line_waits_for_a_picture_that_is_not_taken(
+    services: dict[str, Service], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("no room for files")
+
+    for kind in (trackers.WandB, trackers.MLflow):
+        monkeypatch.setattr(kind, "show", refuse)
+    said: list[str] = []
+    for name in NAMES:
+        sender = trackers.Sender(
+            name, trackers.TRACKERS[name](Run(tmp_path), replace(MAE, data="-", out="-"), None), said.append
+        )
+        for what in (trackers.Picture(0, "drawn", tmp_path / "step-0.png"), {"step": 1, "loss": 1.0}):
+            sender.add(what)
+        sender.close(True)
+    assert said == [
+        f"{name} did not take step-0.png (PermissionError: no room for files); pictures that it does not take are left out"
+        for name in NAMES
+    ]
+    assert [own.log for service in services.values() for own in service.runs.values()] == 2 * [[(1, {"loss": 1.0})]]
+
+
 def test_what_a_tracker_missed_it_gets_when_the_run_is_continued(services: dict[str, Service], tmp_path: Path) -> None:
     said = trained(tmp_path, services, 0, 4, range(2, 4))
     assert sum("lacks the last lines of metrics.jsonl (nobody answers)" in text for text in said) == 2

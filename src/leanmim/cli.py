@@ -148,7 +148,7 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
         recipe = choose(rest, f"{prog} RECIPE", "recipe", table)
         prog, rest, about = f"{prog} {recipe}", rest[1:], table[recipe]
         given = command.recipes[recipe]
-        defaults = {own.name: getattr(given, own.name) for own in fields(given) if own.name not in ("data", "out")}
+        defaults = {own.name: getattr(given, own.name) for own in fields(given) if own.name not in given.LEFT_EMPTY}
     return name, parse_arguments(command.config, rest, prog, about, defaults)
 
 

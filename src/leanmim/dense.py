@@ -178,7 +178,7 @@ def at_any_size(start: Start) -> tuple[Backbone, tuple[int, int] | None]:
     """
     own = start.model
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(start.pretrained.seed if start.pretrained else 0)
+        torch.default_generator.manual_seed(start.pretrained.seed if start.pretrained else 0)
         taken = signature(type(backbone_of(own, device="meta"))).parameters
         flexible = "dynamic_img_size" in taken
         backbone = backbone_of(own, **({"dynamic_img_size": True} if flexible else {}))

@@ -8,6 +8,7 @@ import shutil
 import struct
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class Growing:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.kept = path, b""
+        self.path, self.kept = path, bytearray()
 
     def add(self, data: bytes) -> None:
         """Keep more to write."""
@@ -50,7 +51,7 @@ class Growing:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise cannot_write(self.path, error, len(self.kept)) from error
-        self.kept = b""
+        self.kept = bytearray()
 
 
 class Log:
@@ -72,7 +73,8 @@ class Log:
         for values in readable_lines(run.metrics):
             self.events.add(event(values))
         for step, path in run.strips().items():
-            self.add_picture("reconstructions_over_time", step, path)
+            with suppress(OSError, struct.error):  # damaged, gone: the report tells of it
+                self.add_picture("reconstructions_over_time", step, path)
 
     def add(self, values: Mapping[str, int | float]) -> None:
         """Keep a line to write."""

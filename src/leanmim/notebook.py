@@ -1,20 +1,20 @@
 """What a notebook shows of what the commands return. Everywhere else the values are what they were."""
 
 import csv
-import io
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from importlib.resources import files
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from leanmim.data.read import UNREADABLE
 from leanmim.evaluators.accuracy import Accuracy
 from leanmim.page.accuracies import depths
 from leanmim.page.charts import COLOURS, chart
-from leanmim.page.html import Html, bar, picture, row, soft, table
+from leanmim.page.html import Html, bar, picture, png, row, soft, table
 from leanmim.page.load import Finetuned, Loaded, load
 from leanmim.page.training import FINETUNE_CHARTS, PRETRAIN_CHARTS, lines_of, summary_of
 from leanmim.progress import in_notebook
@@ -51,19 +51,19 @@ class Text(str):
 
     Args:
         text: as it is printed.
-        html: as a notebook shows it.
+        html: makes what a notebook shows.
     """
 
-    html: str
+    html: Callable[[], str]
 
-    def __new__(cls, text: str, html: str) -> "Text":
+    def __new__(cls, text: str, html: Callable[[], str]) -> "Text":
         """A string with one thing more."""
         self = super().__new__(cls, text)
         self.html = html
         return self
 
     def _repr_html_(self) -> str:
-        return self.html
+        return self.html()
 
 
 class Pairs(Iterator[tuple[str, Any]]):
@@ -151,23 +151,22 @@ def image_of(path: Path, side: int = WIDTH) -> Html:
     try:
         with Image.open(path) as image:
             own = image.convert("RGB")
-    except OSError:
+    except UNREADABLE:
         return Html("")
     own.thumbnail((side, 4 * side))
-    png = io.BytesIO()
-    own.save(png, "PNG")
-    return picture(png.getvalue(), path.name)
+    return picture(png(own), path.name)
 
 
 def rows_of(path: Path) -> Html:
     """The first rows of a table of predictions, with their images."""
     with open(path, encoding="utf-8", errors="backslashreplace", newline="") as file:
-        head, *rows = csv.reader(file)
+        lines = csv.reader(file)
+        head, first_rows, others = next(lines, []), list(islice(lines, ROWS)), sum(1 for _ in lines)
     shown = [
         row(Html(f"{image_of(Path(first), THUMB)}{escape(first)}"), map(number, rest))
-        for first, *rest in (cells[:COLUMNS] for cells in rows[:ROWS])
+        for first, *rest in (cells[:COLUMNS] for cells in first_rows)
     ]
-    more = f"and {len(rows) - ROWS:,} more" if len(rows) > ROWS else "all"
+    more = f"and {others:,} more" if others else "all"
     return Html(f"{table(head[:COLUMNS], shown)}<p>{soft(f'{more} in {path}')}</p>")
 
 

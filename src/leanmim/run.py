@@ -34,6 +34,8 @@ PATIENCE = (
 )
 SCHEDULERS = {"TORCHELASTIC_RUN_ID": "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID": "SLURM_RESTART_COUNT"}
 """Variables of the environment: the number of a job, and how often it has been started again."""
+PICTURES = ("features", "attention", "neighbours", "map")
+"""What `leanmim show` may have drawn in a run folder, as NAME.png, beside reconstructions and mistakes."""
 AT_THE_END = ("export", "report.html", "results.json")
 AT_THE_BEGINNING = {".lock", ".lock.json", ".lock.json.part", "config.json", "config.json.part", "checkpoints"}
 """What a run has written before its configuration is whole, and after its last step."""
@@ -344,8 +346,7 @@ class Run:
                          "confusion.png", "mistakes.png", "job.json"):  # fmt: skip
                 (self.folder / name).unlink(missing_ok=True)
             pictures = (
-                self.folder / "reconstructions.png",
-                self.folder / "over-time.png",
+                *(self.folder / f"{name}.png" for name in ("reconstructions", "over-time", *PICTURES)),
                 *self.folder.glob("reconstructions-segment*.png"),
             )
             for path in (
@@ -374,3 +375,10 @@ class Run:
 def text_of(config: Config) -> bytes:
     """What config.json holds."""
     return (json.dumps(config.to_json(), indent=2) + "\n").encode()
+
+
+def run_of(path: Path) -> Run:
+    """The run whose folder is named, or a checkpoint in it."""
+    if path.is_file():
+        path = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    return Run(path)

@@ -69,7 +69,7 @@ class Start:
         if self.checkpoint:
             return load_backbone(self.checkpoint, size, self.depth)[0]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             backbone = backbone_of(replace(self.model, input_size=size))
         if self.weights is not None:
             fit_backbone(backbone, self.weights, self.origin)

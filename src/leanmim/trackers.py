@@ -55,6 +55,12 @@ class Tracker(Protocol):
     def show(self, picture: Picture) -> None:
         """Send a picture; raises as `log`."""
 
+    def tell_lost(self) -> None:
+        """Say once that pictures are not taken."""
+        if self.lost and not self.told_lost:
+            self.say(f"{self.name} did not take {self.lost}; pictures that it does not take are left out")
+            self.told_lost = True
+
     def close(self, good: bool) -> None:
         """Nothing more comes; ``good`` if the run is done."""
 
@@ -158,6 +164,8 @@ class Sender:
         self.kept: list[Line | Picture] = []
         self.fault: Exception | None = None
         self.told = False
+        self.lost = ""  # the first picture that was not taken, and why
+        self.told_lost = False
         self.thread = Thread(target=self.send, daemon=True, name=f"leanmim {name}")  # a hang must not outlive the run
         self.thread.start()
 
@@ -179,11 +187,14 @@ class Sender:
                 self.fault = None
 
     def send_kept(self) -> None:
-        """One by one, so that none is sent twice."""
+        """One by one, so that none is sent twice. No line waits for a picture: one that is not taken is left out."""
         while self.kept:
             first = self.kept[0]
             if isinstance(first, Picture):
-                self.tracker.show(first)
+                try:
+                    self.tracker.show(first)
+                except Exception as error:  # of the network, of the tracker, of the file: `tell` has it
+                    self.lost = self.lost or f"{first.file.name} ({type(error).__name__}: {error})"
             else:
                 self.tracker.log([first])
             self.kept.pop(0)
@@ -195,6 +206,7 @@ class Sender:
 
     def tell(self) -> None:
         """Say what cannot be sent, once until it can be again."""
+        self.tell_lost()
         if (fault := self.fault) and not self.told:
             self.say(
                 f"{self.name}: {type(fault).__name__}: {fault}. Training goes on, and tries again with the next line"
@@ -205,6 +217,7 @@ class Sender:
         """Nothing more comes; wait for what is on its way."""
         self.coming.put(good)
         self.thread.join(PATIENCE)
+        self.tell_lost()
         if self.thread.is_alive() or self.fault:
             self.say(
                 f"{self.name} lacks the last lines of metrics.jsonl ({self.fault or f'no answer in {PATIENCE:g} s'}); they are sent "

@@ -87,21 +87,25 @@ def test_a_class_that_a_draw_lacks_does_not_count_in_it() -> None:
 
 
 def test_votes_are_those_of_a_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also of a few patches at once."""
+    """Also of a few patches at once; of other patches other ones."""
     random = np.random.default_rng(0)
-    bank, x, y = random.normal(size=(50, 8)), random.normal(size=(23, 8)), random.integers(0, 4, 50)
-    expected = np.zeros((23, 4))
-    unit, own = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in (bank, x))
-    for row, similarity in enumerate(own @ unit.T):
-        near = np.argsort(-similarity)[:7]
+    bank, x, y = random.normal(size=(50, 8)), random.normal(size=(2, 23, 8)), random.integers(0, 4, 50)
+    ks = (3, 7, 50)
+    expected = np.zeros((2, len(ks), 23, 4))
+    unit, own = (part / np.linalg.norm(part, axis=-1, keepdims=True) for part in (bank, x))
+    for batch, which, row in np.ndindex(2, len(ks), 23):
+        similarity = unit @ own[batch, row]
+        near = np.argsort(-similarity)[: ks[which]]
         weights = np.exp(similarity[near] / 0.07)
         for place, weight in zip(near, weights / weights.sum(), strict=True):
-            expected[row, y[place]] += weight
+            expected[batch, which, row, y[place]] += weight
     features = Features(torch.tensor(unit, dtype=torch.float32), torch.tensor(y))
     for at_once in (2**20, 100):
         monkeypatch.setattr(dense, "AT_ONCE", at_once)
-        votes = neighbours(features, 4, 7, 0.07)(torch.tensor(x, dtype=torch.float32))
-        assert votes.numpy() == pytest.approx(expected, abs=1e-5)
+        functions = neighbours(features, 4, ks, 0.07)
+        for patches, wanted in zip(torch.tensor(x, dtype=torch.float32), expected, strict=True):
+            votes = torch.stack([function(patches) for function in functions])
+            assert votes.numpy() == pytest.approx(wanted, abs=1e-5)
 
 
 def test_the_largest_upsampled_score(monkeypatch: pytest.MonkeyPatch) -> None:

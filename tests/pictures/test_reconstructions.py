@@ -19,7 +19,7 @@ from leanmim.factory import build
 from leanmim.masking import Mask, take
 from leanmim.mim import MIM
 from leanmim.pictures import show
-from leanmim.pictures.images import read_images, spread_out, stretched
+from leanmim.pictures.images import read_with, spread_out, stretched
 from leanmim.pictures.reconstructions import make_columns, reconstruct
 from leanmim.targets import TARGETS, patchify
 from leanmim.weights import restore
@@ -191,7 +191,7 @@ def test_the_runs_own_data_evenly_spread(tiny: Pretrain, photos: Path, drawn: Dr
 
 @pytest.mark.parametrize(("total", "count"), [(16, 8), (16, 5), (3, 8), (9, 9), (17, 4), (1, 1)])
 def test_images_are_evenly_spread_and_the_others_follow(total: int, count: int) -> None:
-    chosen = spread_out(total, count)
+    chosen = list(spread_out(total, count))
     assert sorted(chosen) == list(range(total))
     assert len({b - a for a, b in pairwise(chosen[:count])}) <= 1
 
@@ -312,7 +312,8 @@ def test_of_stored_values_the_picture_says_what_is_drawn(tiny: Pretrain, tmp_pat
     config = replace(tiny, channels=5, data=str(tmp_path / "data"))
     write(tmp_path / "data", 2)
     trained, model, _ = restore(untrained(config))
-    names, values = read_images(Show(runs=(config.out,)), trained)
+    names, found = read_with(centre_crop(trained.size), Show(runs=(config.out,)), trained)
+    values = torch.stack(found)
     assert names == ["0.npy", "1.npy"] and values.shape == (2, 5, 32, 32) and values.dtype == torch.float32
     normalise = Normalise([3e4] * 5, [2e4] * 5, torch.device("cpu"))
     images = normalise(values)

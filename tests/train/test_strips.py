@@ -68,6 +68,19 @@ def test_a_full_disk_costs_pictures_only(
     assert len(lines(tiny)) == 4
 
 
+def test_a_damaged_picture_does_not_end_a_run_and_an_old_one_is_not_the_next_runs(tiny: Pretrain) -> None:
+    config = replace(tiny, epochs=1, show_every="auto")
+    folder = pretrain(config)
+    Run(folder).strip(1).write_bytes(b"\x89PNG")
+    (folder / "features.png").write_bytes(b"of this run")
+    assert pretrain(replace(config, epochs=2)) == folder and len(lines(config)) == 8
+    assert [step for step, _ in shown(folder)["reconstructions_over_time"]] == [0, 2, 4, 8]
+    assert "cannot be read as pre-training wrote it" in (folder / "report.html").read_text()
+    assert (folder / "features.png").exists()
+    pretrain(replace(config, seed=1, overwrite=True))
+    assert not (folder / "features.png").exists()
+
+
 def test_pictures_take_no_time_of_training(tiny: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
     entered = []
     paused = strips.Loop.paused

@@ -122,7 +122,7 @@ def cost(config: Cost) -> str:
     offloaded = [entry.title for entry, own in zip(compared.entries, configs, strict=True) if own.offload]
     if offloaded and device == "cpu":
         lines.append(f"{', '.join(offloaded)}: nothing to offload: cpu has no memory of its own")
-    return Text("\n".join(lines), compared._repr_html_())
+    return Text("\n".join(lines), compared._repr_html_)
 
 
 Column = tuple[str, Callable[[StepCost, dict[str, Flops]], float], str]  # heading, value, format

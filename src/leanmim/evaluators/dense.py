@@ -12,7 +12,6 @@ b batch, c channels, H W pixels, h w patches of n, d width, k classes, i images,
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from math import log
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +29,7 @@ from leanmim.encoders.backbone import as_tokens
 from leanmim.errors import UserError
 from leanmim.evaluators.accuracy import Resampled
 from leanmim.evaluators.cache import layer_name
-from leanmim.evaluators.features import Features, Subject, read_layers
+from leanmim.evaluators.features import Features, Subject, grid_of, read_layers
 from leanmim.evaluators.knn import nearest, vote
 from leanmim.evaluators.probe import logistic_regression
 from leanmim.progress import track, working
@@ -77,13 +76,6 @@ class Drawn(NamedTuple):
 def masked_sets(config: Evaluate, start: Start) -> tuple[Masked, Masked]:
     """The images and masks that --masks names, to train with and to validate, as an encoder takes the images."""
     return masked_pair(config.masks or "", start.model.read_as, start.model.size, config.crop)
-
-
-def grid_of(n: int, size: tuple[int, int]) -> Grid:
-    """Patches down and across: of the ways to lay out so many of them that whose patches are the squarest."""
-    rows = (h for h in range(1, n + 1) if n % h == 0)
-    h = min(rows, key=lambda h: abs(log(h * h * size[1] / (n * size[0]))))
-    return h, n // h
 
 
 def pixels_of_patches(images: Float[Tensor, "b c H W"], grid: Grid) -> Float[Tensor, "b h w d"]:
@@ -188,9 +180,9 @@ class Dense:
         config, last = self.config, len(drawn) - 1
         features, values, _ = drawn[last]
         bank = Features(nn.functional.normalize(features.x, dim=1), features.y)
-        for k in sorted({k for k in config.k if k <= len(bank.y)}):
+        ks = sorted({k for k in config.k if k <= len(bank.y)})
+        for k, votes in zip(ks, neighbours(bank, len(values), ks, config.temperature), strict=True):
             options: dict[str, Any] = {"k": k, "temperature": config.temperature}
-            votes = neighbours(bank, len(values), k, config.temperature)
             yield Measure((0, k), "knn", f"kNN, k = {k}", options, last, votes, values)
         for layer, (features, values, _) in enumerate(drawn):
             what = f"logistic regression on {len(features.y):,} patches"
@@ -215,10 +207,10 @@ class Dense:
         assert isinstance(data, Masked)
         tallies: list[list[np.ndarray]] = [[] for _ in measures]
         for _, layers, masks in self.read(data):
+            patches = [x.flatten(0, 2) for x in layers]
             for own, measure in zip(tallies, measures, strict=True):
-                x = layers[measure.layer]
-                b, h, w, _ = x.shape
-                scores = measure.scores(x.flatten(0, 2)).view(b, h, w, -1).permute(0, 3, 1, 2)
+                b, h, w, _ = layers[measure.layer].shape
+                scores = measure.scores(patches[measure.layer]).view(b, h, w, -1).permute(0, 3, 1, 2)
                 own += [
                     tally(mask, measure.values[largest(image, mask.shape)], void)
                     for image, mask in zip(scores, masks, strict=True)
@@ -244,16 +236,27 @@ def draw(total: int, limit: int, seed: int) -> Int[np.ndarray, " n"]:
 
 
 def neighbours(
-    bank: Features, classes: int, k: int, temperature: float
-) -> Callable[[Float[Tensor, "n d"]], Float[Tensor, "n k"]]:
-    """The votes of the k nearest patches, as in `knn_accuracy`; of so few patches at once that memory stays bounded."""
-    rows = max(1, AT_ONCE // len(bank.y))
+    bank: Features, classes: int, ks: Sequence[int], temperature: float
+) -> list[Callable[[Float[Tensor, "n d"]], Float[Tensor, "n k"]]]:
+    """For each k the votes of so many nearest patches, as in `knn_accuracy`. They are found once for all k, and for so few patches at
+    once that memory stays bounded.
+    """
+    rows, found = max(1, AT_ONCE // len(bank.y)), list[Any]()
 
-    def votes(x: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
-        parts = nn.functional.normalize(x, dim=1).split(rows)
-        return torch.cat([vote(*nearest(part, bank, k), classes, temperature) for part in parts])
+    def ranked(x: Float[Tensor, "n d"]) -> list[Any]:
+        if not found or found[0] is not x:
+            parts = [nearest(part, bank, max(ks)) for part in nn.functional.normalize(x, dim=1).split(rows)]
+            found[:] = x, *map(torch.cat, zip(*parts, strict=True))
+        return found[1:]
 
-    return votes
+    def votes(k: int) -> Callable[[Float[Tensor, "n d"]], Float[Tensor, "n k"]]:
+        def function(x: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
+            similarity, labels = ranked(x)
+            return vote(similarity[:, :k], labels[:, :k], classes, temperature)
+
+        return function
+
+    return [votes(k) for k in ks]
 
 
 def logits(model: Any, device: torch.device) -> Callable[[Float[Tensor, "n d"]], Float[Tensor, "n k"]]:
@@ -298,7 +301,8 @@ def judge(measure: Measure, counts: Integer[np.ndarray, "i 3 v"], values: Int[np
     """mIoU and pixel accuracy of all images, each with 95 % of a bootstrap: as many images, drawn with replacement."""
     images = len(counts)
     drawn = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=DRAWS)
-    sums = (drawn @ counts.reshape(images, -1)).reshape(DRAWS, *counts.shape[1:])
+    sums = drawn.astype(float) @ counts.reshape(images, -1).astype(float)  # exact, and by BLAS, as integers are not
+    sums = sums.astype(np.int64).reshape(DRAWS, *counts.shape[1:])
     whole = counts.sum(0)
 
     def resampled(function: Callable[[Any], Any]) -> Resampled:

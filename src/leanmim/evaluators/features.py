@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from math import log
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -260,7 +261,7 @@ def random_start(start: Start) -> Backbone:
 def random_backbone(config: Pretrain, size: tuple[int, int], depth: int | None = None) -> nn.Module:
     """The encoder as it was before pre-training started from nothing, or its first blocks or stages."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)
         sized = replace(config, input_size=size)
         return truncated(encoder_of(sized), sized, depth).eval()
 
@@ -298,3 +299,10 @@ def record(config: Evaluator, what: str, subject: Subject, accuracy: Accuracy, *
         except OSError as error:
             print(f"leanmim: {subject.name}'s {what} is not recorded in {str(folder)!r}: {error}", file=sys.stderr)
     return subject.name, accuracy
+
+
+def grid_of(n: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Patches down and across: of the ways to lay out so many of them that whose patches are the squarest."""
+    rows = (h for h in range(1, n + 1) if n % h == 0)
+    h = min(rows, key=lambda h: abs(log(h * h * size[1] / (n * size[0]))))
+    return h, n // h

@@ -20,7 +20,7 @@ from leanmim.formats.timm_format import timm_classifier, timm_files, timm_lines,
 from leanmim.formats.vitmae import vitmae_files, vitmae_loading
 from leanmim.mim import MIM
 from leanmim.progress import console_of
-from leanmim.run import Run, load, write_atomically, write_json
+from leanmim.run import Run, load, run_of, write_atomically, write_json
 from leanmim.start import Start, checkpoint_of, open_start
 from leanmim.weights import digest, rebuild
 
@@ -137,21 +137,13 @@ def card(config: Export, state: dict[str, Any], files: Files, repo: str | None, 
     if not FORMATS[config.format].card:
         return {}
     parameters = sum(tensor.numel() for tensor in files["model.safetensors"].values())
-    own = Card(run_of(config), state, files["config.json"], parameters, config.license, repo, **depths)
+    own = Card(run_of(Path(config.run)), state, files["config.json"], parameters, config.license, repo, **depths)
     return {"README.md": str(own).encode()}
-
-
-def run_of(config: Export) -> Run:
-    """The run folder, also of one of its checkpoints."""
-    path = Path(config.run)
-    if path.is_file():
-        path = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    return Run(path)
 
 
 def home(config: Export) -> Path:
     """The folder of a run's exports."""
-    return run_of(config).folder / "export"
+    return run_of(Path(config.run)).folder / "export"
 
 
 def folder_of(config: Export, depth: int | None) -> Path:

@@ -44,7 +44,7 @@ def timm_files(config: Pretrain, model: MIM, state: dict[str, Any], depth: int |
             "config.json": describe(backbone, config, state) | {"model_args": arguments},
         }
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)
         whole = backbone_of(config)
     description = describe(whole, config, state) | {"model_args": arguments}
     fresh = sorted(whole.state_dict().keys() - weights.keys())
@@ -145,5 +145,5 @@ def timm_loading(folder: Path, classifier: bool) -> str:
         "  import leanmim, timm\n"
         f"  model = timm.create_model({there}, pretrained=True{head})\n"
         f"  maps = timm.create_model({there}, pretrained=True, features_only=True)  # of every stage; of a ViT the last three blocks\n"
-        f"  pyramid = leanmim.pyramid({str(folder)!r})  # maps of strides 4, 8, 16, 32, for detection and segmentation"
+        f"  pyramid = leanmim.pyramid({str(folder)!r})  # for detection and segmentation; of maps of 4, 8, 16, 32 px, or one of them"
     )

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from leanmim.data.read import UNREADABLE
+
 
 class Html(str):
     """Text that is markup already; every other text is escaped."""
@@ -68,7 +70,7 @@ def soft(text: str) -> Html:
 def picture(png: bytes, alt: str) -> Html:
     """A PNG picture, embedded in the page; as WebP where that is smaller, as of photos it is by far. One that is damaged stays as it is."""
     kind, data = "png", png
-    with suppress(OSError), Image.open(io.BytesIO(png)) as own:
+    with suppress(*UNREADABLE), Image.open(io.BytesIO(png)) as own:
         webp = io.BytesIO()
         own.convert("RGB").save(webp, "WEBP", quality=85)
         kind, data = min(("webp", webp.getvalue()), ("png", png), key=lambda pair: len(pair[1]))

@@ -17,10 +17,8 @@ from leanmim.config.base import Config
 from leanmim.config.finetune import Finetune
 from leanmim.errors import UserError
 from leanmim.page.html import Html
-from leanmim.run import Run
+from leanmim.run import PICTURES, Run
 
-PICTURES = ("features", "attention", "neighbours", "map", "mistakes")
-"""What `leanmim show` and others may have drawn in a run folder, as NAME.png."""
 AXES = ("epoch", "million images", "minutes", "PFLOP")
 
 

@@ -7,7 +7,7 @@ from leanmim.errors import UserError
 from leanmim.names import one_line
 from leanmim.page.accuracies import accuracies, depths
 from leanmim.page.html import NOT_YET, Html, picture, png, row, safe, soft, table
-from leanmim.page.load import Finetuned, Loaded, finetuned, pretrained
+from leanmim.page.load import Loaded, finetuned, pretrained
 from leanmim.page.results import results
 from leanmim.page.training import each_kind, summary, training
 from leanmim.pictures.over_time import in_columns
@@ -23,7 +23,6 @@ CAPTIONS = {
     "attention": "attention of the last block",
     "neighbours": "images, and those with the nearest features",
     "map": "images by their features, in two dimensions",
-    "mistakes": "images that were taken for another class",
 }
 """Of the pictures that a run folder may hold, in their order."""
 
@@ -91,7 +90,7 @@ def pictures(runs: Sequence[Loaded]) -> Html:
         f'<figure class="card"><figcaption>{run.title}: {caption}</figcaption>\n{picture(run.pictures[name], caption)}</figure>'
         for name, caption in CAPTIONS.items()
         for run in runs
-        if name in run.pictures and not (name == "mistakes" and isinstance(run, Finetuned))  # among its results
+        if name in run.pictures
     ]
     return Html(f'<div class="grid">{"".join(figures)}</div>' if figures else "")
 

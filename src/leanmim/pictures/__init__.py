@@ -5,10 +5,9 @@ from pathlib import Path
 
 from leanmim.config import Show
 from leanmim.errors import CannotWrite
-from leanmim.pictures.figures import draw, save_figure
-from leanmim.pictures.images import stretched
+from leanmim.pictures.figures import save_figure
 
-__all__ = ["PICTURES", "draw", "save_figure", "show", "stretched"]
+__all__ = ["PICTURES", "save_figure", "show"]
 
 PICTURES = {
     "reconstructions": "reconstructions.reconstructions",

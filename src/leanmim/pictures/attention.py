@@ -13,12 +13,10 @@ from torch import Tensor
 from leanmim.config import Show
 from leanmim.encoders.backbone import Backbone, as_tokens
 from leanmim.errors import UserError
-from leanmim.evaluators.dense import grid_of
-from leanmim.evaluators.features import has_class_token, uncovered
-from leanmim.pictures.features import AT_ONCE
+from leanmim.evaluators.features import grid_of, has_class_token, uncovered
 from leanmim.pictures.figures import draw, overlay, pairs_of
 from leanmim.pictures.images import drawable
-from leanmim.pictures.shown import open_shown, read_shown
+from leanmim.pictures.shown import AT_ONCE, open_shown, read_shown
 
 
 class Attention(NamedTuple):

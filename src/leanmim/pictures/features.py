@@ -10,17 +10,16 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
+from sklearn.decomposition import PCA
 from torch import Tensor
 
 from leanmim.config import Show
 from leanmim.encoders.backbone import as_tokens
 from leanmim.errors import UserError
-from leanmim.evaluators.dense import grid_of
+from leanmim.evaluators.features import grid_of
 from leanmim.pictures.figures import draw, overlay, pairs_of
 from leanmim.pictures.images import drawable
-from leanmim.pictures.shown import open_shown, read_shown
-
-AT_ONCE = 32  # images per forward pass
+from leanmim.pictures.shown import AT_ONCE, open_shown, read_shown
 
 
 class Coloured(NamedTuple):
@@ -38,8 +37,6 @@ def coloured(maps: Float[Tensor, "b h w d"]) -> Coloured:
     Raises:
         UserError: there are too few patches.
     """
-    from sklearn.decomposition import PCA  # seconds that a training need not wait
-
     b, h, w, d = maps.shape
     if min(b * h * w, d) < 4:
         raise UserError(f"{b} images of {h} x {w} patches are too few for three components; give more images")

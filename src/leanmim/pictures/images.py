@@ -3,7 +3,7 @@
 b batch, c channels, H W pixels, k channels drawn.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +12,15 @@ from jaxtyping import Float, Real
 from torch import Tensor
 
 from leanmim.config import Pretrain, Show
-from leanmim.data import UNREADABLE, Files, Source, centre_crop, list_images, open_source
+from leanmim.data import UNREADABLE, Files, Source, list_images, open_source
 from leanmim.data.read import Picture
 from leanmim.errors import UserError
 
 
-def read_images(config: Show, trained: Pretrain) -> tuple[list[str], Real[Tensor, "b c H W"]]:
-    """The names of the images to draw, at most ``config.most``, and their centre crops.
+def read_with(
+    transform: Callable[[Picture], Tensor], config: Show, trained: Pretrain
+) -> tuple[list[str], list[Tensor]]:
+    """The names of the images to draw, at most ``config.most``, and the images, c H W of any sizes.
 
     Of the run's own data and of folders, images that cannot be read are replaced by others.
 
@@ -26,14 +28,6 @@ def read_images(config: Show, trained: Pretrain) -> tuple[list[str], Real[Tensor
         UserError: a file or folder is missing, a folder holds no images, or a file given by name or all images cannot be
             read.
     """
-    names, found = read_with(centre_crop(trained.size), config, trained)
-    return names, torch.stack(found)
-
-
-def read_with(
-    transform: Callable[[Picture], Tensor], config: Show, trained: Pretrain
-) -> tuple[list[str], list[Tensor]]:
-    """As `read_images`, c H W of any sizes."""
     source = open_images(config.images, trained)
     found = read_some(source, config.most, transform, config.images)
     if not found:
@@ -89,10 +83,10 @@ def given_images(images: Sequence[str], channels: int) -> Files:
     return Files("", paths, channels)
 
 
-def spread_out(total: int, count: int) -> list[int]:
+def spread_out(total: int, count: int) -> Iterator[int]:
     """The numbers below ``total``, beginning with ``count`` evenly spread ones."""
     step = max(1, total // count)
-    return [i for start in range(step) for i in range(start, total, step)]
+    return (i for start in range(step) for i in range(start, total, step))
 
 
 def stretched(

@@ -13,6 +13,8 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.patches import Patch
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
 from torch import Tensor
 
 from leanmim.config import Show
@@ -32,9 +34,6 @@ OTHERS = "#b0b0b0"
 
 def arranged(x: Float[Tensor, "b d"], seed: int) -> Float[np.ndarray, "b 2"]:
     """By t-SNE of the first 50 principal components; from five images on."""
-    from sklearn.decomposition import PCA  # seconds that a training need not wait
-    from sklearn.manifold import TSNE
-
     reduced = PCA(min(COMPONENTS, *x.shape), random_state=seed).fit_transform(x.numpy())
     perplexity = min(30.0, (len(x) - 1) / 3)
     return TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(reduced)

@@ -18,8 +18,7 @@ from leanmim.errors import UserError
 from leanmim.names import shortened
 from leanmim.pictures.figures import abreast, draw
 from leanmim.pictures.images import drawable
-from leanmim.pictures.shown import run_folder
-from leanmim.run import Run
+from leanmim.run import run_of
 from leanmim.start import open_start
 
 SIZE = (160, 160)  # of a photo, px
@@ -104,13 +103,13 @@ def mistakes(config: Show) -> Figure:
     Raises:
         UserError: it is no finished run of `leanmim finetune`, images are given, or there are no mistakes to draw.
     """
-    start, folder = open_start(config.run), run_folder(config.run)
-    if not start.classes or folder is None or not Run(folder).labels.is_file():
+    start, run = open_start(config.run), run_of(Path(config.run))
+    if not start.classes or not run.labels.is_file():
         raise UserError(f"{config.run!r} is no run folder of `leanmim finetune`: only a classifier makes mistakes")
     if config.images:
         raise UserError("--picture mistakes draws the run's validation images; leave --images out")
-    found = read_predictions(folder)
-    labels = Labels.from_json(Run(folder).read_labels())
+    found = read_predictions(run.folder)
+    labels = Labels.from_json(run.read_labels())
     source = images_at(labels.root, [one.name for one in found], start.model.read_as)
     chosen = worst_mistakes(found, source.read, config.most)
     wrong = sum(one.predicted != one.label for one in found)

@@ -4,6 +4,7 @@ q queries, b images, k neighbours, d width.
 """
 
 import math
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ def neighbours(config: Show) -> Figure:
     places, x = embedded(config, shown, config.among)
     if len(places) < 2:
         raise UserError("neighbours need two images or more; give more with --images")
-    queries = torch.tensor(sorted(spread_out(len(places), config.most)[: config.most]))
+    queries = torch.tensor(sorted(islice(spread_out(len(places), config.most), config.most)))
     similarities, rows = most_alike(x, queries)
     size, names = shown.start.model.size, shown.source.names
     classes = [shown.classes[place] for place in places] if shown.classes else []

@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from leanmim.config import Pretrain, Show
-from leanmim.data import Normalise
+from leanmim.data import UNREADABLE, Normalise
 from leanmim.errors import UserError
 from leanmim.files import write_atomically
 from leanmim.masking import magnify
@@ -99,9 +99,9 @@ def read_strip(path: Path) -> tuple[list[Image.Image], int]:
         with Image.open(path) as strip:
             strip.load()
             rows, columns = int(strip.info["rows"]), int(strip.info["columns"])
-    except (OSError, KeyError, ValueError) as error:
+        width = strip.width // columns
+    except (*UNREADABLE, KeyError, ZeroDivisionError) as error:
         raise UserError(f"{str(path)!r} cannot be read as pre-training wrote it ({error}); remove it") from error
-    width = strip.width // columns
     return [strip.crop((x, 0, x + width, strip.height)) for x in range(0, columns * width, width)], rows
 
 

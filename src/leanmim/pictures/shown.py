@@ -5,7 +5,7 @@ b images, c channels, H W pixels, d width.
 
 import os
 from collections.abc import Sequence
-from itertools import takewhile
+from itertools import islice, takewhile
 from operator import eq
 from pathlib import Path
 from typing import NamedTuple
@@ -28,8 +28,10 @@ from leanmim.errors import UserError
 from leanmim.evaluators.cache import KEPT, storage
 from leanmim.evaluators.features import subject_of
 from leanmim.pictures.images import given_images, open_images, read_some, spread_out
-from leanmim.run import Run
+from leanmim.run import run_of
 from leanmim.start import Start, open_start
+
+AT_ONCE = 32  # images per forward pass
 
 
 class Shown(NamedTuple):
@@ -84,19 +86,11 @@ def own_images(run: str, start: Start) -> Source:
     """The data of a pre-training, the validation images of a fine-tuning."""
     if start.pretrained is not None:
         return open_images((), start.pretrained)
-    folder = run_folder(run)
-    if folder is None or not Run(folder).labels.is_file():
+    found = run_of(Path(run))
+    if not found.labels.is_file():
         raise UserError(f"{run!r} has no images of its own; give some with --images")
-    labels = Labels.from_json(Run(folder).read_labels())
+    labels = Labels.from_json(found.read_labels())
     return images_at(labels.root, labels.val, start.model.read_as)
-
-
-def run_folder(run: str) -> Path | None:
-    """The run folder that is named, or that of the checkpoint that is named; None if it is neither."""
-    path = Path(run)
-    if path.is_dir():
-        return path
-    return path.parent.parent if path.parent.name == "checkpoints" else None
 
 
 def class_names(source: Source) -> list[str]:
@@ -134,7 +128,7 @@ def embedded(config: Show, shown: Shown, most: int) -> tuple[list[int], Float[Te
     Raises:
         UserError: none can be read, or the source is of a kind whose features cannot be kept.
     """
-    start, places = shown.start, sorted(spread_out(len(shown.source), most)[:most])
+    start, places = shown.start, sorted(islice(spread_out(len(shown.source), most), most))
     data = Labelled.holding(
         part_of(shown.source, places), [0] * len(places), [], centre_crop(start.model.size, start.crop)
     )
