@@ -55,12 +55,6 @@ class Tracker(Protocol):
     def show(self, picture: Picture) -> None:
         """Send a picture; raises as `log`."""
 
-    def tell_lost(self) -> None:
-        """Say once that pictures are not taken."""
-        if self.lost and not self.told_lost:
-            self.say(f"{self.name} did not take {self.lost}; pictures that it does not take are left out")
-            self.told_lost = True
-
     def close(self, good: bool) -> None:
         """Nothing more comes; ``good`` if the run is done."""
 
@@ -212,6 +206,12 @@ class Sender:
                 f"{self.name}: {type(fault).__name__}: {fault}. Training goes on, and tries again with the next line"
             )
         self.told = fault is not None
+
+    def tell_lost(self) -> None:
+        """Say once that pictures are not taken."""
+        if self.lost and not self.told_lost:
+            self.say(f"{self.name} did not take {self.lost}; pictures that it does not take are left out")
+            self.told_lost = True
 
     def close(self, good: bool) -> None:
         """Nothing more comes; wait for what is on its way."""
