@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from leanmim.config import Pretrain, Show
-from leanmim.data import Normalise
+from leanmim.data import Normalise, centre_crop
 from leanmim.errors import UserError
 from leanmim.factory import build
 from leanmim.masking import Mask, take
