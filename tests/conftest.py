@@ -2,9 +2,10 @@
 
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pytest
@@ -19,13 +20,11 @@ import torch
 from timm import create_model
 
 from leanmim import config as configurations
-from leanmim import costs, planner
+from leanmim import costs, planner, weights
 from leanmim.cli import main
 from leanmim.comparison import plan
 from leanmim.config import Config, Pretrain
 from leanmim.config.tools import COUNTS
-from leanmim.costs import StepCost
-from leanmim.costs.flops import Flops
 from leanmim.recipes import MAE, SIMMIM
 from leanmim.train import pretrain as pretraining
 from leanmim.train import right_size
@@ -48,21 +47,35 @@ def whole_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(COUNTS, "reconstructions", 8)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def counted_once() -> Iterator[None]:
-    """Every run says what a step costs; of one configuration it is counted once. Tests of the counting do not go this way."""
-    known: dict[str, tuple[StepCost, dict[str, Flops]]] = {}
-    count = costs.count
+@pytest.fixture(autouse=True)
+def only_weights(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pre-training ends with its last checkpoint. The export, picture and page that follow are for tests marked ``results``."""
+    if not request.node.get_closest_marker("results"):
+        monkeypatch.setattr(pretraining, "write_results", lambda run, loop: None)
 
-    def looked_up(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[str, Flops]]:
-        key = repr((replace(config, data="", out="", knn_data="", seed=0), device))
+
+def once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, called once for a configuration, whatever its folders and seed."""
+    known: dict[str, Any] = {}
+
+    def looked_up(config: Pretrain, *rest: str) -> Any:
+        key = repr((replace(config, data="", out="", knn_data="", seed=0), rest))
         if key not in known:
-            known[key] = count(config, device)
+            known[key] = function(config, *rest)
         return known[key]
 
+    return looked_up
+
+
+@pytest.fixture(autouse=True, scope="session")
+def counted_once() -> Iterator[None]:
+    """Every run counts what a step costs, and looks at models without memory. Tests of the counting do not go this way."""
     with pytest.MonkeyPatch.context() as patch:
+        count = once(costs.count)
         for module in (pretraining, right_size, planner, plan):
-            patch.setattr(module, "count", looked_up)
+            patch.setattr(module, "count", count)
+        patch.setattr(right_size, "untrained_encoder", once(right_size.untrained_encoder))
+        patch.setattr(weights, "without_memory", once(weights.without_memory))
         yield
 
 

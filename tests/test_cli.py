@@ -168,6 +168,7 @@ def test_python_m_leanmim() -> None:
 # A whole day's work
 
 
+@pytest.mark.results
 def test_from_photos_to_report(tiny: Pretrain, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, data = Path(tiny.out), labelled(tmp_path / "labelled")
     here = [str(run)]

@@ -78,6 +78,7 @@ def test_auto_chooses_accum_itself(tiny: Pretrain) -> None:
         pretrain(replace(tiny, batch_size="auto", accum=2))
 
 
+@pytest.mark.results
 def test_every_run_records_prediction_and_measurement(tiny: Pretrain) -> None:
     pretrain(tiny)
     cost = json.loads((Path(tiny.out) / "cost.json").read_text())
@@ -102,6 +103,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leanmim.planner, "SECONDS", 0.0)
 
 
+@pytest.mark.results
 def test_the_plan_measures_and_its_commands_run(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: None
 ) -> None:

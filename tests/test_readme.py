@@ -88,6 +88,7 @@ def prepared(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.results
 def test_the_readmes_commands_and_python_run(place: Path, monkeypatch: pytest.MonkeyPatch, hub: Hub) -> None:
     """In the README's own order; models shrunk, every option of the README kept."""
     monkeypatch.chdir(place)

@@ -35,6 +35,7 @@ def named(folder: Path, *, broken: bool = True) -> Path:
     return folder
 
 
+@pytest.mark.results
 def test_pre_training_and_its_page_end_well(tiny: Pretrain, tmp_path: Path) -> None:
     config = replace(tiny, data=str(named(tmp_path / "photos")), max_bad_share=0.5)
     pretrain(config)

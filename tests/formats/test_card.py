@@ -29,6 +29,7 @@ def blocks(card: ModelCard) -> list[str]:
     return [part.removeprefix("python\n") for part in card.text.split("```")[1::2]]
 
 
+@pytest.mark.results
 def test_the_card_of_a_run(tiny: Pretrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = pretrain(tiny)
     before = card_of(run / "export" / "timm")

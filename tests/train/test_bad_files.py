@@ -39,6 +39,7 @@ def skipped(config: Pretrain) -> Iterator[tuple[str, str]]:
         yield Path(line["path"]).name, line["reason"]
 
 
+@pytest.mark.results
 def test_a_few_broken_files_are_skipped_counted_and_listed(
     spoilt: Pretrain, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -78,6 +78,7 @@ def test_from_pretraining_to_a_classifier_in_use(
         assert loaded(torch.zeros(1, 5, 32, 32)).shape == (1, 2)
 
 
+@pytest.mark.results
 def test_hog_of_five_channels_is_learned_and_drawn(five: Pretrain) -> None:
     pretrain(replace(five, recipe="fastmim", masking="pixel", mask_unit=8, target=FASTMIM.target, hog_cell=4))
     head = next(

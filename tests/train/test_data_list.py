@@ -101,6 +101,7 @@ def test_whatever_changes_is_refused_and_nothing_is_written(begun: Pretrain, pho
     assert contents(Path(begun.out)) == before
 
 
+@pytest.mark.results
 @pytest.mark.parametrize("change", [add, lose_most])
 def test_accepted_images_leave_steps_and_learning_rates(
     begun: Pretrain, change, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -5,12 +5,15 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from leanmim.cli import main
 from leanmim.config import Pretrain
 from leanmim.run import Run, load
 from tests.runs import ENVIRONMENT, arguments, command, lines
 
 
+@pytest.mark.results
 def test_a_checkpoint_that_is_too_large_ends_the_run_and_with_room_the_same_command_continues(tiny: Pretrain) -> None:
     """Until the last step it trains on."""
     config = replace(tiny, epochs=1)

@@ -70,6 +70,7 @@ def test_too_many_readers_are_refused_before_anything_is_written(
     assert not Path(tiny.out).exists()
 
 
+@pytest.mark.results
 def test_the_run_folder_holds_everything(tiny: Pretrain, capsys: pytest.CaptureFixture) -> None:
     folder = leanmim.pretrain(replace(tiny, epochs=3, show_every="auto"))
     names = {path.name for path in folder.iterdir()}
@@ -213,6 +214,7 @@ def test_it_trains_on_a_gpu(tiny: Pretrain) -> None:
     assert sum(losses[-8:]) < sum(losses[:8])
 
 
+@pytest.mark.results
 def test_a_source_of_a_third_party_trains(tiny: Pretrain, tmp_path: Path) -> None:
     """Stripes that no file holds; --data names it, from the command line too."""
 

@@ -92,6 +92,7 @@ def test_stopped_in_any_phase_and_continued_ends_alike(
         assert all(torch.equal(value[part], again["optimizers"][0]["state"][key][part]) for part in value)
 
 
+@pytest.mark.results
 @pytest.mark.parametrize("name", GROWING)
 def test_what_comes_out_loads_in_timm_at_its_size_and_a_larger_one(tiny: Pretrain, name: str) -> None:
     pretrain(growing(tiny, name))

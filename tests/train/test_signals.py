@@ -76,6 +76,7 @@ def test_during_a_change_of_phase(tiny: Pretrain, tmp_path: Path, monkeypatch: p
     assert same_end(config, whole)
 
 
+@pytest.mark.results
 @pytest.mark.parametrize(("moment", "number"), [("open_source", signal.SIGHUP), ("write_export", signal.SIGTERM)])
 def test_before_and_after_the_steps_it_ends_at_once(
     moment: str, number: signal.Signals, tiny: Pretrain, monkeypatch: pytest.MonkeyPatch,

@@ -20,6 +20,7 @@ def kept(folder: Path) -> list[tuple[int, bytes]]:
     return [(step, path.read_bytes()) for step, path in Run(folder).strips().items()]
 
 
+@pytest.mark.results
 def test_with_and_without_pictures_training_is_bit_identical(tiny: Pretrain, tmp_path: Path) -> None:
     """And a run that was killed and continued has the pictures of one that was not."""
     config = replace(tiny, epochs=3, show_every="auto")
@@ -68,6 +69,7 @@ def test_a_full_disk_costs_pictures_only(
     assert len(lines(tiny)) == 4
 
 
+@pytest.mark.results
 def test_a_damaged_picture_does_not_end_a_run_and_an_old_one_is_not_the_next_runs(tiny: Pretrain) -> None:
     config = replace(tiny, epochs=1, show_every="auto")
     folder = pretrain(config)

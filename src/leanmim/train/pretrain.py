@@ -148,13 +148,18 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
     if process.first:
         if bad.seen:
             loop.console.print(f"{len(bad.seen)} unreadable files were skipped; they are listed in {run.skipped}")
-        (folder,), _ = write_export(Export(run=config.out, overwrite=True))
-        picture = show(Show(runs=(config.out,)))
-        loop.picture("reconstructions", picture)
-        page = report(Report(runs=(config.out,)))
-        loop.console.print(f"done: encoder in {folder}, reconstructions in {picture}, report in {page}")
+        write_results(config.out, loop)
     process.wait()
     return run.folder
+
+
+def write_results(run: str, loop: Loop) -> None:
+    """What a run ends with: its encoder, a picture, a page."""
+    (folder,), _ = write_export(Export(run=run, overwrite=True))
+    picture = show(Show(runs=(run,)))
+    loop.picture("reconstructions", picture)
+    page = report(Report(runs=(run,)))
+    loop.console.print(f"done: encoder in {folder}, reconstructions in {picture}, report in {page}")
 
 
 def normalised(mean: list[float], std: list[float]) -> str:
