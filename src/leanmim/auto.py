@@ -46,5 +46,5 @@ def few_steps(steps: int) -> Iterator[str]:
     if steps < FEW_STEPS:
         yield (
             f"only {steps} optimizer steps: too few to learn much. Give more --epochs (or --hours), a smaller --batch-size, or "
-            "a smaller --input-size, which makes a step cheaper"
+            "a smaller --model or --input-size, which make a step cheaper"
         )
