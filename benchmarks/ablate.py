@@ -140,6 +140,12 @@ EXPERIMENTS: dict[str, Experiment] = {
         ),
         common="{rival}",
     ),
+    # HOG is out: with four rows of photos-one all combinations of throwing, segments and growing
+    "photos-together": replace(
+        PHOTOS,
+        recipes=("pr-mim:segments=4", f"pr-mim:{GROWING}", f"mae:segments=4,{GROWING}", f"pr-mim:segments=4,{GROWING}"),
+        common="{rival}",
+    ),
     "photos-painted": replace(PHOTOS, recipes=("fastmim:{swin}", "simmim:{swin}", "fastmim:model=pvt_v2_b0")),
     "photos-depths": replace(
         PHOTOS,
