@@ -98,7 +98,7 @@ def hidden_parts(model: MIM, images: Float[Tensor, "b c H W"], seed: int) -> tup
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the devices too
         masks = model.draw_masks(images.cpu())
-        splits = [model.draw_split(mask) for mask in masks]
+        splits = model.draw_splits(masks)
     return [moved(mask, images.device) for mask in masks], [moved(split, images.device) for split in splits]
 
 
