@@ -19,7 +19,7 @@ from leanmim.caches import empty_caches
 from leanmim.config import Pretrain
 from leanmim.costs.counting import with_state
 from leanmim.data import Normalise
-from leanmim.encoders.backbone import backbone_of
+from leanmim.encoders.backbone import Backbone, backbone_of
 from leanmim.factory import build
 from leanmim.mim import MIM
 from leanmim.recipes import BIM, FASTMIM, MAE, SIMMIM
@@ -58,9 +58,8 @@ class Crossings(TorchDispatchMode):
         return result
 
 
-def on_cuda(config: Pretrain) -> tuple[MIM, list[AdamW]]:
+def on_cuda(config: Pretrain, backbone: Backbone) -> tuple[MIM, list[AdamW]]:
     """Fake."""
-    backbone = backbone_of(config, config.depth, device="meta")
     with CUDA:
         model = build(config, backbone.to_empty(device=CUDA)).train()
         model.target = with_levels(model.target, config.read_as, [0.5] * 3, [0.5] * 3)
@@ -77,9 +76,11 @@ def on_cuda(config: Pretrain) -> tuple[MIM, list[AdamW]]:
     ],
     ids=["mae", "nested masks and thrown patches", "hog in fine masks", "tokens"],
 )
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available:UserWarning")
 def test_the_host_does_not_wait_for_the_device(config: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = backbone_of(config, config.depth, device="meta")
     with empty_caches(), FakeTensorMode(allow_non_fake_inputs=True):
-        model, optimizers = on_cuda(config)
+        model, optimizers = on_cuda(config, backbone)
 
         def backward(loss: Tensor) -> None:
             for parameter in model.parameters():

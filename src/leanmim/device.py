@@ -81,7 +81,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     """The tensor on the device. From pinned memory a GPU copies it beside what it is still computing: the host, which is ahead,
     asks for the next batch while the device works on the one before.
     """
-    if device.type != "cuda" or not x.is_pinned():
+    if device.type != "cuda" or x.is_cuda or not x.is_pinned():
         return x.to(device, non_blocking=True)
     work = torch.cuda.current_stream(device)
     with torch.cuda.stream(lane(device)):

@@ -202,6 +202,14 @@ def test_compiled_training_is_the_same_training(tiny: Pretrain, tmp_path: Path) 
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
+def test_deterministic_algorithms_change_nothing_on_a_cpu(tiny: Pretrain, tmp_path: Path) -> None:
+    other = replace(tiny, out=str(tmp_path / "deterministic"), deterministic=True)
+    for config in (tiny, other):
+        pretrain(replace(config, epochs=1, target="hog", hog_cell=4, throw=0.25))
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert equal(dict(weights(tiny)), dict(weights(other)))
+
+
 def test_bf16_trains(tiny: Pretrain) -> None:
     pretrain(replace(tiny, precision="bf16"))
     assert all(value.dtype != torch.bfloat16 for value in weights(tiny).values())
