@@ -102,9 +102,8 @@ class ViTEncoder(nn.Module):
 
     def patches(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b n d"]:
         """The embedding of every patch."""
-        return self.backbone.patch_embed(images).flatten(
-            1, -2
-        )  # with a dynamic image size it keeps the grid's two axes
+        x = self.backbone.patch_embed(images)
+        return x.flatten(1, -2)  # models with a dynamic image size keep the grid's two axes
 
     def visible_patches(self, images: Float[Tensor, "b c H W"], ids: Int[Tensor, "b v"]) -> Float[Tensor, "b v d"]:
         """The embedding of the patches ``ids`` alone: their pixels are gathered first, and the stem's convolution is a linear
