@@ -62,7 +62,7 @@ class Clock:
         self.spent: Counter[str] = Counter()
         self.part, self.since = "", time.perf_counter()
         wrap(model, "draw_mask", self.inside("sampling"))
-        wrap(model, "draw_split", self.inside("sampling"))
+        wrap(model, "draw_splits", self.inside("sampling"))
         model.target = Around(model.target, self.inside("target"))
         wrap(model.encoder, "embed", self.before("embedding", after="blocks", back="embedding"))
         for decoder in model.decoders:

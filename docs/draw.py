@@ -121,7 +121,7 @@ def thrown() -> Figure:
     for axis, select in zip(axes[1:], ("random", "furthest"), strict=True):
         model = small(replace(PR_MIM, select=select))
         (mask,) = model.draw_masks(image)  # the same in both
-        split = model.draw_split(mask)
+        split = model.draw_splits([mask])[0]
         paint(axis, image, ~hidden_pixels(model, image, mask))
         tint(axis, split.kept, model, 224, BLUE)
         tint(axis, split.thrown, model, 224, ORANGE)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+import leanmim.device
 from leanmim import calibration, planner
 from leanmim.calibration import Setting, Trial, calibrate
 from leanmim.classifier import right_size as classifier_right_size
@@ -61,7 +62,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Calibrates on such a machine of four cores, which has bfloat16."""
     monkeypatch.setattr(calibration, "threads_given", lambda: False)
     monkeypatch.setattr(calibration, "bf16_in_hardware", lambda device: True)
-    monkeypatch.setattr(calibration, "cpus", lambda: 4)
+    for module in (calibration, leanmim.device):
+        monkeypatch.setattr(module, "cpus", lambda: 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(calibration.psutil, "cpu_count", lambda logical: 2)
 
@@ -123,6 +125,11 @@ def test_what_is_given_stays_and_is_not_tried(measured: Any) -> None:
     assert clock.steps == steps  # nothing to measure
     plain = Clock(lambda own: 0.1, LINEAR)  # without convolutions there is no choice of memory format
     assert measured(plain, threads=3, precision="fp32", workers=0).setting.threads == 3 and plain.steps == 0
+
+
+def test_deterministic_runs_measure_the_readers_alone(measured: Any) -> None:
+    found = measured(Clock(lambda own: 0.1 if own.threads == 2 else 0.2, CONVOLUTION, read=0.05), deterministic=True)
+    assert found.setting == Setting("fp32", 4, 1, False, False) and not found.tried
 
 
 def test_the_environment_gives_the_threads(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,8 +37,8 @@ def test_a_share_that_leaves_nothing_is_an_error(changes: dict[str, Any], throw:
     least, most = (build(small(throw=share, **changes)) for share in (low, high))
     size = small(**changes).size
     mask = least.draw_mask(torch.zeros(1, 3, *size))
-    assert least.draw_split(mask).thrown.shape[1] == 1
-    assert 1 <= most.draw_split(mask).kept.shape[1] <= 1 + math.ceil(0.005 * least.encoder.grid.n)
+    assert least.draw_splits([mask])[0].thrown.shape[1] == 1
+    assert 1 <= most.draw_splits([mask])[0].kept.shape[1] <= 1 + math.ceil(0.005 * least.encoder.grid.n)
 
 
 @pytest.mark.parametrize("throw", [-0.1, -1e-9, 1.001, 2.0, math.nan, math.inf, -math.inf])

@@ -52,7 +52,7 @@ def test_nothing_thrown_takes_no_random_numbers_beside_the_masks() -> None:
     list(model.losses(images_of(config)))
     assert torch.equal(torch.get_rng_state(), state)
     mask = model.draw_mask(torch.zeros(2, 3, 32, 32))
-    for got, want in zip(model.draw_split(mask), keep_all(mask), strict=True):
+    for got, want in zip(model.draw_splits([mask])[0], keep_all(mask), strict=True):
         assert torch.equal(got, want)
 
 
@@ -86,7 +86,7 @@ def test_the_throwing_ratio_is_a_share_of_all_patches(
     arguments = {**VIT[1], "patch_size": patch}
     model = build(small(backbone=(VIT[0], arguments), input_size=size, throw=throw))
     mask = model.draw_mask(torch.zeros(3, 3, *model.encoder.backbone.patch_embed.img_size))
-    split = model.draw_split(mask)
+    split = model.draw_splits([mask])[0]
     assert split.thrown.shape == (3, thrown)
     assert split.kept.shape == (3, mask.masked.shape[1] - thrown)
     assert torch.equal(split.visible, mask.visible)
@@ -110,11 +110,11 @@ def test_a_model_selects_as_it_is_told(
     noise = torch.rand(8, 16)
     after = torch.get_rng_state()
     torch.manual_seed(5)
-    split = model.draw_split(mask)
+    split = model.draw_splits([mask])[0]
     assert torch.equal(torch.get_rng_state(), after)
     for got, want in zip(split, expected(mask, Grid(4, 4), 4, noise), strict=True):
         assert torch.equal(got, want)
-    other = model.draw_split(mask)
+    other = model.draw_splits([mask])[0]
     assert not torch.equal(other.kept, split.kept)  # every step draws anew
 
 
@@ -128,7 +128,7 @@ def test_layers_see_visible_kept_and_prefix_tokens(recipe: Pretrain, registers: 
     seen = tokens_of_layers(model)
     images = images_of(config)
     mask = model.draw_mask(images)
-    split = model.draw_split(mask)
+    split = model.draw_splits([mask])[0]
     ((ids, prediction),) = model.predictions(images, [mask], [split])
     assert split.thrown.shape == (2, 6)
     assert seen == [4 + 6 + 1 + registers] * 2
@@ -182,7 +182,7 @@ def test_thrown_patches_count_only_if_they_are_filled() -> None:
         images = images_of(config)
         mask = model.draw_mask(images)
         torch.manual_seed(1)
-        split = model.draw_split(mask)
+        split = model.draw_splits([mask])[0]
         for what in ("nothing", "visible", "kept", "thrown"):
             changed = images.clone()
             if what != "nothing":
@@ -211,7 +211,7 @@ def test_every_segment_decodes_a_share_of_what_is_masked_for_it() -> None:
     seen, images = tokens_of_layers(model), torch.randn(3, 3, 32, 32)
     masks = model.draw_masks(images)
     torch.manual_seed(1)
-    splits = [model.draw_split(mask) for mask in masks]
+    splits = model.draw_splits(masks)
     assert [split.kept.shape[1] for split in splits] == [4, 5]
     torch.manual_seed(1)
     predictions = list(model.predictions(images, masks))

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 import leanmim.targets
-from leanmim.targets import FLAT, hog
+from leanmim.config.base import Stored
+from leanmim.targets import FLAT, HOG, Pixels, hog, with_levels
 from tests.helpers import noisy
 
 NAMES = ["astronaut", "bee", "canyon", "coffee", "kitten", "rocket"]
@@ -69,9 +70,10 @@ def bins_last(histogram: np.ndarray) -> np.ndarray:
     return histogram.reshape(b, k // 9, 9, y, x).transpose(0, 1, 3, 4, 2)
 
 
-def oracle(images: torch.Tensor, cell: int) -> np.ndarray:
+def oracle(images: torch.Tensor, cell: int, unit: np.ndarray | float = 1.0) -> np.ndarray:
+    """Of images in multiples of a unit for each channel."""
     gx, gy = gradients(images.numpy())
-    sums = cell_sums(np.hypot(gx, gy), np.floor(np.arctan2(gx, gy) / np.pi * 9) % 9, cell)
+    sums = cell_sums(np.hypot(gx, gy) / unit, np.floor(np.arctan2(gx, gy) / np.pi * 9) % 9, cell)
     return bins_first(sums / np.maximum(np.sqrt((sums**2).sum(-1, keepdims=True)), FLAT))
 
 
@@ -147,6 +149,43 @@ def test_photos_shrunk_in_floats_agree(cell: int, photos: Path) -> None:
     images = normalised(torch.cat([photo_of(photos / f"{name}.jpg", 100, 80, 2) for name in NAMES]))
     images = torch.nn.functional.interpolate(images, (61, 48), mode="bicubic", antialias=True)
     np.testing.assert_allclose(hog(images, cell).numpy(), oracle(images, cell), atol=1e-5)
+
+
+# Whole numbers of 8-bit images.
+
+LEVELS = tuple(MEAN.flatten().tolist()), tuple(STD.flatten().tolist())
+
+
+@pytest.mark.parametrize(("height", "width", "cell"), CROPS)
+def test_photos_of_8_bits_agree_in_every_cell(height: int, width: int, cell: int, photos: Path) -> None:
+    """Ties are exact, and their bin is not arbitrary."""
+    photo = torch.cat([photo_of(photos / f"{name}.jpg", height, width) for name in NAMES])
+    got = hog(normalised(photo), cell, *LEVELS).numpy()
+    np.testing.assert_allclose(got, oracle(photo, cell, 255 * STD.double().numpy()), atol=1e-5)
+    plain = hog(normalised(photo), cell).numpy()
+    assert 0.5 < (np.abs(got - plain) < 1e-4).mean() < 1  # elsewhere normalisation has rounded
+
+
+def test_every_gradient_of_8_bits_has_its_bin_in_float32() -> None:
+    levels = torch.arange(-1020, 1021)  # four times 255
+    for gx in levels.split(200):
+        turns = [
+            (gx[:, None].to(kind) / levels.to(kind)).atan().mul(9 / np.pi) for kind in (torch.float32, torch.float64)
+        ]
+        assert torch.equal(*(turn.nan_to_num(0).floor().long() for turn in turns))
+
+
+def test_bytes_are_told_of_and_stored_values_are_as_they_are() -> None:
+    for given, read_as, want in (
+        (HOG(16), 3, HOG(16, 3, 8, *LEVELS)),
+        (HOG(16, 5), Stored(5), HOG(16, 5)),
+        (Pixels(16), 3, Pixels(16)),
+    ):
+        assert with_levels(given, read_as, *LEVELS) == want
+    photo = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0)).float()
+    target = HOG(16, 3, 8, *LEVELS)
+    assert torch.equal(target.histograms(normalised(photo)), hog(normalised(photo), 8, *LEVELS))
+    assert torch.equal(target(normalised(photo)), target(normalised(photo).requires_grad_()))
 
 
 # Bins, by hand.

@@ -5,7 +5,6 @@ slows both; a change must pay. How many readers keep up with such steps follows 
 """
 
 import math
-import os
 import platform
 import time
 from abc import ABC, abstractmethod
@@ -21,7 +20,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from leanmim.config.base import Computing
-from leanmim.device import bf16_in_hardware, cpus, device_name, resolve_precision, threads_given
+from leanmim.device import bf16_in_hardware, cores_of_a_process, cpus, device_name, resolve_precision, threads_given
 from leanmim.errors import UserError
 from leanmim.processes import Process
 from leanmim.progress import console_of, working
@@ -36,7 +35,6 @@ compiled steps start late."""
 LONG = 1200.0
 """Seconds of a run on a GPU, from which on compilation is tried, which takes about one minute. On a CPU it is not tried."""
 READ = 9  # images, to time that
-MOST_READERS = 32
 SPARE = 1.25  # times the readers that keep up on average
 Configured = TypeVar("Configured", bound=Computing)
 
@@ -211,9 +209,11 @@ def calibrate(
     fixed = {**process.gather(kept(stored, machine, device))[0], **given(config)}
     begin = Setting(**{**first_guess(device), **fixed})
     calibration = Calibration(begin, machine, [])
+    measures = not config.deterministic  # a measurement may end otherwise the next time
     choices = [(name, values) for name, values in alternatives(backbone, device) if values and name not in fixed]
+    choices = choices if measures else []
     # in several processes one whose compilation fails would leave the others waiting
-    compiles = device.type == "cuda" and "compile" not in fixed and process.world == 1
+    compiles = measures and device.type == "cuda" and "compile" not in fixed and process.world == 1
     if not choices and not compiles and "workers" in fixed:
         return calibration
     console = console_of(stderr=True)
@@ -316,5 +316,4 @@ def seconds_to_read(read_one: Callable[[], object]) -> float:
 
 def readers(needed: float) -> int:
     """So many that they keep up with ``needed`` images read at a time, but a core is left for each process that computes."""
-    spare = cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1
-    return max(0, min(spare, MOST_READERS, math.ceil(SPARE * needed)))
+    return min(cores_of_a_process() - 1, math.ceil(SPARE * needed))

@@ -5,9 +5,12 @@ import math
 import os
 import resource
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from leanmim.errors import UserError
 
@@ -61,6 +64,62 @@ def cpus() -> int:
     quota = Path("/sys/fs/cgroup/cpu.max")
     share, _, period = quota.read_text().partition(" ") if quota.is_file() else ("max", "", "")
     return allowed if share == "max" else max(1, min(allowed, math.ceil(int(share) / int(period))))
+
+
+def cores_of_a_process() -> int:
+    """Of `cpus`, the share of each process that torchrun has started here."""
+    return max(1, cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+@cache
+def lane(device: torch.device) -> torch.cuda.Stream:
+    """A GPU's stream for copies of batches."""
+    return torch.cuda.Stream(device)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device. From pinned memory a GPU copies it beside what it is still computing: the host, which is ahead,
+    asks for the next batch while the device works on the one before.
+    """
+    if device.type != "cuda" or x.is_cuda or not x.is_pinned():
+        return x.to(device, non_blocking=True)
+    work = torch.cuda.current_stream(device)
+    with torch.cuda.stream(lane(device)):
+        copied = x.to(device, non_blocking=True)
+    work.wait_stream(lane(device))
+    copied.record_stream(work)  # its memory, which the copying stream has allocated, is not given away before that
+    return copied
+
+
+@contextlib.contextmanager
+def deterministic(asked: bool, device: str) -> Iterator[None]:
+    """Inside, if asked, torch takes algorithms that give the same bits each time, and refuses operators that have none.
+
+    Raises:
+        UserError: an operator of the model has none, or it is too late for this process.
+    """
+    if not asked:
+        yield
+        return
+    key, sizes = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
+    if device != "cpu" and os.environ.get(key) not in sizes:
+        if torch.cuda.is_initialized() or key in os.environ:
+            raise UserError(f"--deterministic needs {key}={sizes[0]} in the environment before Python first uses a GPU")
+        os.environ[key] = sizes[0]
+    before, cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn
+    flags = cudnn.deterministic, cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_deterministic_algorithms" not in str(error):
+            raise
+        what = str(error).partition(" does not have a deterministic")[0]
+        raise UserError(f"--deterministic: torch has no deterministic {what}; leave --deterministic out") from error
+    finally:
+        torch.use_deterministic_algorithms(before)
+        cudnn.deterministic, cudnn.benchmark = flags
 
 
 def forget_peak(device: torch.device) -> None:

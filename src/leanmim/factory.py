@@ -52,8 +52,8 @@ def build(config: Pretrain, backbone: Backbone | None = None) -> MIM:
         start=config.select_start,
         loss=config.loss,
     )
-    for mask in model.draw_masks(torch.zeros(1, config.channels, *config.size)):
-        model.draw_split(mask)  # an impossible ratio is an error now, not in the first step
+    # an impossible ratio is an error now, not in the first step
+    model.draw_splits(model.draw_masks(torch.zeros(1, config.channels, *config.size)))
     return model
 
 

@@ -4,6 +4,11 @@ b batch, n patches of the grid, v visible, m masked, k kept, t thrown, u mask un
 """
 
 import math
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -52,7 +57,8 @@ def take(x: Float[Tensor, "b n d"], ids: Int[Tensor, "b k"]) -> Float[Tensor, "b
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def mask_units(grid: Grid, unit: int) -> Int[Tensor, "u p"]:
+@cached
+def mask_units(grid: Grid, unit: int, device: torch.device | None = None) -> Int[Tensor, "u p"]:
     """The patches of every ``unit`` x ``unit`` square of the grid, units numbered row by row.
 
     Raises:
@@ -64,7 +70,7 @@ def mask_units(grid: Grid, unit: int) -> Int[Tensor, "u p"]:
             "choose --mask-unit so that it divides --input-size, or 0 for one patch"
         )
     ids = torch.arange(grid.n).view(grid.height // unit, unit, grid.width // unit, unit)
-    return ids.permute(0, 2, 1, 3).reshape(-1, unit * unit)
+    return ids.permute(0, 2, 1, 3).reshape(-1, unit * unit).to(device)
 
 
 def count_visible(units: int, ratio: float) -> int:
@@ -93,7 +99,7 @@ def random_mask(noise: Float[Tensor, "b u"], grid: Grid, ratio: float, unit: int
     Raises:
         UserError: the ratio leaves nothing visible or nothing masked, or the unit does not divide the grid.
     """
-    units = mask_units(grid, unit).to(noise.device)
+    units = mask_units(grid, unit, noise.device)
     order = noise.argsort(dim=1, stable=True)
     ids = units[order].flatten(1)
     visible = count_visible(len(units), ratio) * unit * unit
@@ -186,20 +192,75 @@ def select_furthest(mask: Mask, grid: Grid, kept: int, noise: Float[Tensor, "b n
         start: what counts as chosen at first. ``visible``: the visible patches; where a mask finer than the grid leaves
             none, the same as ``random``. ``random``: nothing, the first pick is random, visible patches are not looked at.
     """
-    between = distances(grid, noise.device)
+    return select_all_furthest([mask], grid, [kept], [noise], start)[0]
+
+
+def select_all_furthest(
+    masks: list[Mask], grid: Grid, kept: list[int], noises: list[Float[Tensor, "b n"]], start: Start = "visible"
+) -> list[Split]:
+    """`select_furthest` of several masks in one loop, since the first picks do not depend on how many follow."""
+    nearest: list[Tensor] = []
+    for i, mask in enumerate(masks):
+        same = i > 0 and mask is masks[i - 1]
+        nearest.append(nearest[-1] if same else before_any_pick(mask, grid, start))
+    picks = furthest(torch.cat(nearest), torch.cat(noises), grid, max(kept)).split([len(noise) for noise in noises])
+    splits = []
+    for mask, count, own in zip(masks, kept, picks, strict=True):
+        chosen = own[:, :count]
+        rest = torch.ones(len(own), grid.n, device=own.device)
+        rest.scatter_(1, torch.cat([mask.visible, chosen], dim=1), 0.0)
+        thrown = rest.argsort(dim=1, descending=True, stable=True)[:, : mask.masked.shape[1] - count]
+        splits.append(Split(mask.visible, chosen, thrown))
+    return splits
+
+
+def before_any_pick(mask: Mask, grid: Grid, start: Start) -> Float[Tensor, "b n"]:
+    """The squared distance of every patch to the nearest one that counts as chosen at first; 0 for visible ones."""
     outside = float(grid.height**2 + grid.width**2)  # further than any patch of the grid
-    nearest = torch.full_like(noise, outside)
-    if start == "visible" and mask.visible.shape[1]:
-        for part in mask.visible.split(64, dim=1):  # on a large grid all at once would be a large tensor
+    nearest = torch.full((len(mask.visible), grid.n), outside, device=mask.visible.device)
+    if start == "random":
+        return nearest.scatter_(1, mask.visible, 0.0)
+    between = distances(grid, nearest.device)
+    for part in mask.visible.split(64, dim=1):  # on a large grid all at once would be a large tensor
+        if part.shape[1]:
             nearest = torch.minimum(nearest, between[part].amin(dim=1))
-    nearest = nearest.scatter(1, mask.visible, 0.0)
-    picks = []
-    for _ in range(kept):
+    return nearest
+
+
+def furthest(
+    nearest: Float[Tensor, "b n"], noise: Float[Tensor, "b n"], grid: Grid, kept: int
+) -> Int[Tensor, "b {kept}"]:
+    """The patches picked by furthest sampling, in order. Where all are chosen, any follow.
+
+    Args:
+        nearest: squared distance of each patch to the nearest chosen one, 0 for those chosen.
+        noise: in [0, 1), to order patches equally far away.
+        grid: the patch grid.
+        kept: how many to pick.
+    """
+    if kernel := furthest_kernel(noise.device):
+        return kernel(nearest, noise, grid.width, kept)
+    between, half = distances(grid, noise.device), noise / 2
+    nearest, score = nearest.clone(), torch.empty_like(nearest)
+    picks = torch.empty(kept, len(noise), dtype=torch.int64, device=noise.device)
+    for pick in picks:
         # squared distances are whole numbers: noise orders equal ones only, and nothing chosen (0) is picked again
-        pick = (nearest + noise / 2).argmax(dim=1)
-        nearest = torch.minimum(nearest, between[pick])
-        picks.append(pick)
-    chosen = torch.stack(picks, dim=1)
-    rest = torch.ones_like(noise).scatter(1, torch.cat([mask.visible, chosen], dim=1), 0.0)
-    thrown = rest.argsort(dim=1, descending=True, stable=True)[:, : mask.masked.shape[1] - kept]
-    return Split(mask.visible, chosen, thrown)
+        torch.argmax(torch.add(nearest, half, out=score), dim=1, out=pick)
+        torch.minimum(nearest, between.index_select(0, pick), out=nearest)
+    return picks.T
+
+
+@cache
+def furthest_kernel(device: torch.device) -> Callable[[Tensor, Tensor, int, int], Tensor] | None:
+    """The kernel that does the same in one launch, where there is a GPU and Triton can compile for it."""
+    if device.type != "cuda" or not torch.cuda.is_available() or find_spec("triton") is None:
+        return None
+    from leanmim.furthest import furthest
+
+    try:
+        furthest(torch.ones(1, 1, device=device), torch.zeros(1, 1, device=device), 1, 1)
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:  # no C compiler, an old GPU, a full disk
+        reason = str(error).strip().partition("\n")[0]
+        print(f"leanmim: furthest sampling runs without its Triton kernel, same picks: {reason}", file=sys.stderr)
+        return None
+    return furthest

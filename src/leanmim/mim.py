@@ -23,7 +23,7 @@ from leanmim.masking import (
     narrower,
     random_fine_mask,
     random_mask,
-    select_furthest,
+    select_all_furthest,
     select_random,
     take,
 )
@@ -96,24 +96,29 @@ class MIM(nn.Module):
             masks.append(masks[-1] if same else narrower(masks[-1], self.encoder.grid, ratio, self.mask_unit))
         return masks
 
-    def draw_split(self, mask: Mask) -> Split:
-        """Which of the masked patches are decoded; at random where that is asked for, or patches are equally far.
+    def draw_splits(self, masks: list[Mask]) -> list[Split]:
+        """Of each segment's masked patches those that are decoded; at random where that is asked for, or patches are equally far.
 
         Raises:
             UserError: so many are thrown that nothing is left to decode.
         """
-        n, masked = self.encoder.grid.n, mask.masked.shape[1]
         if not self.throw:
-            return keep_all(mask)
+            return [keep_all(mask) for mask in masks]
+        grid, kept = self.encoder.grid, [self.count_kept(mask) for mask in masks]
+        noises = [torch.rand(len(mask.masked), grid.n, device=mask.masked.device) for mask in masks]
+        if self.select == "random":
+            return [select_random(*own) for own in zip(masks, kept, noises, strict=True)]
+        return select_all_furthest(masks, grid, kept, noises, self.start)
+
+    def count_kept(self, mask: Mask) -> int:
+        """How many of the masked patches are decoded. Raises UserError where that is none or all, though some are thrown."""
+        n, masked = self.encoder.grid.n, mask.masked.shape[1]
         thrown = int(n * self.throw + 1e-9)
         if not 0 < thrown < masked:
             low, high = math.ceil(1e4 / n) / 1e4, math.floor(1e4 * (masked - 1) / n) / 1e4
             remedy = f"choose it between {low:g} and {high:g}, or 0 to decode all" if masked > 1 else "choose 0"
             raise UserError(f"--throw {self.throw} is {thrown} of all {n} patches, and {masked} are masked; {remedy}")
-        noise = torch.rand(len(mask.masked), n, device=mask.masked.device)
-        if self.select == "random":
-            return select_random(mask, masked - thrown, noise)
-        return select_furthest(mask, self.encoder.grid, masked - thrown, noise, self.start)
+        return masked - thrown
 
     def predictions(
         self,
@@ -133,7 +138,7 @@ class MIM(nn.Module):
         """
         encoder, grid = self.encoder, self.encoder.grid
         masks = self.draw_masks(images) if masks is None else masks
-        splits = [self.draw_split(mask) for mask in masks] if splits is None else splits
+        splits = self.draw_splits(masks) if splits is None else splits
         x = images
         for i, (decoder, mask, split) in enumerate(zip(self.decoders, masks, splits, strict=True)):
             # Closed before each yield: an open autocast would leak into the caller's backward.

@@ -2,7 +2,7 @@
 
 Block-wise training computes one segment at a time. So the device needs weights, gradients and optimizer state of that
 segment only, and of the next one, which is copied during the computation. The results are bit-identical to training
-without offloading.
+without offloading, on a GPU where its kernels are (``--deterministic``).
 """
 
 from collections.abc import Callable, Iterator

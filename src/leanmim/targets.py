@@ -4,14 +4,16 @@ b batch, c channels, H W pixels, n patches, p target width.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from leanmim.caches import cached
+from leanmim.config.base import Stored
 from leanmim.errors import UserError
 from leanmim.masking import Grid
 
@@ -99,8 +101,16 @@ CHUNK = {"cpu": 2**16}  # values processed at a time: they fit into the cache
 CHUNK_ELSEWHERE = 2**23
 
 
+@cached
+def grey_levels(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Float[Tensor, "2 c 1 1"]:
+    """What brings normalised images back to 0 to 255: times the first numbers, plus the second ones."""
+    return 255 * torch.tensor([std, mean], dtype=torch.float64).float().to(device)[..., None, None]
+
+
 @torch.no_grad()
-def hog(images: Float[Tensor, "b c H W"], cell: int = 8) -> Float[Tensor, "b k y x"]:
+def hog(
+    images: Float[Tensor, "b c H W"], cell: int = 8, mean: tuple[float, ...] = (), std: tuple[float, ...] = ()
+) -> Float[Tensor, "b k y x"]:
     """Histograms of oriented gradients, as FastMIM defines them (section 3.2).
 
     Per channel: 3x3 Sobel on the reflected border, unsigned orientation ``atan2(gx, gy)`` in nine bins by hard
@@ -110,6 +120,10 @@ def hog(images: Float[Tensor, "b c H W"], cell: int = 8) -> Float[Tensor, "b k y
     Args:
         images: normalised images of any number of channels.
         cell: side of a cell, px. Pixels on the right and bottom border that do not fill a cell are ignored.
+        mean: by which images of 8 bits were normalised, on the scale 0 to 1. Gradients are then those of their whole numbers,
+            exact in float32: where two pixels are equal, normalisation has not made them differ by its rounding, and the
+            orientation is not arbitrary. Empty: of other images, as they are.
+        std: likewise.
 
     Returns:
         k = 9 c values for each cell, at index ``channel * 9 + bin``; float32.
@@ -124,9 +138,13 @@ def hog(images: Float[Tensor, "b c H W"], cell: int = 8) -> Float[Tensor, "b k y
     planes = images.flatten(0, 1)
     chunk = max(1, CHUNK.get(device.type, CHUNK_ELSEWHERE) // (height * width))
     histogram = torch.zeros(b * c, rows * columns * turns, device=device)
-    for some, out in zip(planes.split(chunk), histogram.split(chunk), strict=True):
-        # Sums of float32 are exact in float64, so rounding cannot change the sign of a gradient.
-        x = nn.functional.pad(some, (1, 1, 1, 1), mode="reflect").double()
+    scale, shift = (
+        grey_levels(mean, std, device).repeat(1, b, 1, 1) if mean else torch.ones(2, b * c, 1, 1, device=device)
+    )
+    for some, out, times, plus in zip(*(x.split(chunk) for x in (planes, histogram, scale, shift)), strict=True):
+        some = torch.addcmul(plus, some, times).round_() if mean else some
+        x = nn.functional.pad(some, (1, 1, 1, 1), mode="reflect")
+        x = x if mean else x.double()  # in which sums of float32 are exact: rounding cannot change a gradient's sign
         smooth = (x[:, :-2] + x[:, 2:]).add_(x[:, 1:-1], alpha=2)
         gx = (smooth[..., 2:] - smooth[..., :-2])[:, : rows * cell, : columns * cell].flatten(1).float()
         smooth = (x[..., :-2] + x[..., 2:]).add_(x[..., 1:-1], alpha=2)
@@ -134,7 +152,7 @@ def hog(images: Float[Tensor, "b c H W"], cell: int = 8) -> Float[Tensor, "b k y
         # atan(gx / gy) is atan2(gx, gy) modulo pi, and exact where atan2 would be rounded to pi
         turn = (gx / gy).atan_().nan_to_num_(0).mul_(BINS / math.pi).floor_().long().add_(place)
         out.scatter_add_(1, turn, gx.square_().addcmul_(gy, gy).sqrt_())
-    histogram = histogram.view(b, c, rows, columns, turns)
+    histogram = histogram.div_(scale.flatten(1)).view(b, c, rows, columns, turns)
     bins = nn.functional.pad(histogram[..., 5:], (0, 4)) + nn.functional.pad(histogram[..., :5], (4, 0))
     return nn.functional.normalize(bins, dim=-1, eps=FLAT).permute(0, 1, 4, 2, 3).flatten(1, 2)
 
@@ -146,6 +164,8 @@ class HOG:
     patch: int
     channels: int = 3
     cell: int = 8
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()  # see `with_levels`
 
     @property
     def width(self) -> int:
@@ -153,10 +173,22 @@ class HOG:
         return (self.patch // self.cell) ** 2 * self.channels * BINS
 
     @torch.no_grad()
+    def histograms(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b k y x"]:
+        """`hog` of the images."""
+        with torch.autocast(images.device.type, enabled=False):
+            return hog(images.float(), self.cell, self.mean, self.std)
+
+    @torch.no_grad()
     def __call__(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b n p"]:
         """The histograms of every patch, cell by cell."""
-        with torch.autocast(images.device.type, enabled=False):
-            return patchify(hog(images.float(), self.cell), self.patch // self.cell)
+        return patchify(self.histograms(images), self.patch // self.cell)
+
+
+def with_levels(target: Target, read_as: int, mean: Sequence[float], std: Sequence[float]) -> Target:
+    """The target of images that are normalised by these: HOG of 8-bit ones then computes with their whole numbers."""
+    if isinstance(target, HOG) and not isinstance(read_as, Stored):
+        return replace(target, mean=tuple(mean), std=tuple(std))
+    return target
 
 
 def make_hog(patch: int, channels: int, cell: int) -> HOG:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from leanmim.costs import count
+from leanmim.costs.flops import flop_counter
 from leanmim.data import Normalise
 from leanmim.factory import build
 from leanmim.step import make_optimizers, update
@@ -19,6 +20,19 @@ def test_bf16_on_cuda_keeps_more_than_on_the_cpu_and_less_than_fp32() -> None:
         for precision, device in (("bf16", "cpu"), ("bf16", "cuda"), ("fp32", "cuda"))
     )
     assert cpu < cuda < full
+
+
+def test_cudnns_attention_keeps_and_costs_what_flash_does() -> None:
+    """On Hopper torch prefers it; what is counted is flash."""
+    q, found = torch.empty(2, 6, 196, 64, dtype=torch.bfloat16, device="meta"), []
+    for kernel, arguments in (
+        (torch.ops.aten._scaled_dot_product_flash_attention, (0.0,)),
+        (torch.ops.aten._scaled_dot_product_cudnn_attention, (None, True, 0.0)),
+    ):
+        with flop_counter() as counter:
+            kept = kernel(q, q, q, *arguments)[:2]  # the output, and the sum of each row
+        found.append((sum(x.nbytes for x in kept), counter.get_total_flops()))
+    assert found[0] == found[1]
 
 
 @pytest.mark.gpu

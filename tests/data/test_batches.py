@@ -100,12 +100,15 @@ def test_nothing_readable_is_an_error_without_traceback(tmp_path: Path, workers:
 
 
 def test_workers_are_counted_from_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cores, want, most in ((1, 0, 32), (2, 1, 32), (9, 8, 144), (64, 8, 1024), (256, 8, 1024)):
-        monkeypatch.setattr(sys.modules["leanmim.data.batches"], "cpus", lambda cores=cores: cores)
+    for cores, want, most in ((1, 0, 32), (2, 1, 32), (9, 8, 144), (16, 8, 256), (64, 32, 1024), (256, 128, 1024)):
+        for module in ("leanmim.data.batches", "leanmim.device"):
+            monkeypatch.setattr(sys.modules[module], "cpus", lambda cores=cores: cores)
         assert resolve_workers(-1) == want
         assert resolve_workers(0) == 0 and resolve_workers(20) == 20 and resolve_workers(most) == most
         with pytest.raises(UserError, match=f"--workers {most + 1} is too many .* give {most} at most"):
             resolve_workers(most + 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert resolve_workers(-1) == 16  # of the 32 cores that each of eight processes has
 
 
 def test_the_feed_leaves_torchs_random_numbers_alone(tiny: Pretrain, photos: Path) -> None:

@@ -318,7 +318,7 @@ def test_of_stored_values_the_picture_says_what_is_drawn(tiny: Pretrain, tmp_pat
     normalise = Normalise([3e4] * 5, [2e4] * 5, torch.device("cpu"))
     images = normalise(values)
     masks = model.draw_masks(images)
-    splits = [model.draw_split(mask) for mask in masks]
+    splits = model.draw_splits(masks)
     columns, remarks = make_columns(trained, model, normalise, images, masks, splits, [0])
     assert [column.pictures.shape[1] for column in columns] == [3, 3, 3]
     assert remarks[0] == "channels 1 to 3 of 5, stretched from the 1st to the 99th percentile of each image"

@@ -186,7 +186,9 @@ print("graphs:", torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def test_compiled_training_is_the_same_training(tiny: Pretrain, tmp_path: Path) -> None:
+    """Also in a second phase, of another size: shapes stay static, and every segment of every phase is compiled."""
     config = replace(tiny, epochs=1, blr=0.1, segments=2, mask_ratio=(0.5, 0.7), throw=0.25)
+    config = replace(config, phase_scales=(0.75, 1.0), phase_starts=(0.0, 0.5))
     pretrain(config)
     compiled = replace(config, out=str(tmp_path / "compiled"), compile=True)
     done = subprocess.run(
@@ -194,11 +196,19 @@ def test_compiled_training_is_the_same_training(tiny: Pretrain, tmp_path: Path) 
     )
     assert done.returncode == 0, done.stderr
     assert "compiled" in done.stdout
-    assert int(done.stdout.rpartition("graphs:")[2]) >= 4  # of two segments and their decoders
+    assert int(done.stdout.rpartition("graphs:")[2]) >= 8  # of two segments and their decoders, in two phases
     assert "lru_cache" not in done.stderr  # the decoder's positions are a constant, not computed in every step
     assert weights(compiled).keys() == weights(config).keys()
     for a, b in zip(lines(config), lines(compiled), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_deterministic_algorithms_change_nothing_on_a_cpu(tiny: Pretrain, tmp_path: Path) -> None:
+    other = replace(tiny, out=str(tmp_path / "deterministic"), deterministic=True)
+    for config in (tiny, other):
+        pretrain(replace(config, epochs=1, target="hog", hog_cell=4, throw=0.25))
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert equal(dict(weights(tiny)), dict(weights(other)))
 
 
 def test_bf16_trains(tiny: Pretrain) -> None:

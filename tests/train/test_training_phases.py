@@ -70,7 +70,7 @@ def test_the_next_phase_keeps_what_filling_has_learned(tiny: Pretrain) -> None:
             assert torch.equal(parameter, learned[name])
             assert torch.equal(fresh[0].state[parameter]["exp_avg"], optimizers[0].state[learned[name]]["exp_avg"])
     mask = larger.draw_mask(images_of(second))
-    assert larger.draw_split(mask).thrown.shape == (2, 18)
+    assert larger.draw_splits([mask])[0].thrown.shape == (2, 18)
 
 
 @pytest.mark.parametrize(("backbone", "masking"), [("vit", "pixel"), ("vit", "drop"), ("swin", "pixel")])

@@ -21,7 +21,7 @@ from leanmim.classifier.tuning import Batch, Tuning
 from leanmim.config import Export, Finetune, Report
 from leanmim.data import Normalise, images_at, order_of_steps, resolve_workers, seed_of
 from leanmim.data.labels import Labels, choose_labels
-from leanmim.device import forget_peak
+from leanmim.device import deterministic, forget_peak, to_device
 from leanmim.environment import environment
 from leanmim.errors import Damaged, UserError
 from leanmim.formats import write_export
@@ -66,7 +66,8 @@ def finetune(config: Finetune) -> Path:
     ):
         if not getattr(config, name):
             raise UserError(f"{'START' if name == 'start' else f'--{name}'} is needed: {what}")
-    with processes(config.device, config.process_timeout) as (process, device), ExitStack() as held:
+    exact = deterministic(config.deterministic, config.device)
+    with exact, processes(config.device, config.process_timeout) as (process, device), ExitStack() as held:
         return tune(config, process, device, held)
 
 
@@ -136,7 +137,7 @@ def tune(config: Finetune, process: Process, device: torch.device, held: ExitSta
             bad.add(found)
             seed = seed_of(config.seed, process.rank, step, micro)
             inputs, soft = mix(mixup, images, targets, seed)
-            yield inputs.to(device, non_blocking=True), soft.to(device, non_blocking=True)
+            yield to_device(inputs, device), to_device(soft, device)
 
     def diagnose(step: int) -> dict[str, Any]:
         """What reproduces a step of this process, and what in it is not finite first."""

@@ -152,7 +152,7 @@ def on_this_machine(config: Compare, device: torch.device, jobs: int) -> Compare
     """The configuration with each training's part of the machine: device, reading processes, memory."""
     changes: dict[str, Any] = {"device": device.type}
     if config.workers < 0:  # where all cores compute, a training reads its own images
-        changes["workers"] = min(8, max(0, cpus() // jobs - 1)) if device.type == "cuda" else 0
+        changes["workers"] = max(0, cpus() // jobs - 1) if device.type == "cuda" else 0
     if config.memory == "auto" and device.type != "cuda":  # a GPU has one training, which asks it
         changes["memory"] = str(available(device) // jobs)
     return replace(config, **changes)

@@ -33,9 +33,10 @@ Segments = int | tuple[int, ...]  # so many equal ones, or the block or stage af
 FREE_IN_TRAINING = frozenset({
     "data", "out", "workers", "overwrite", "checkpoint_minutes", "log_every", "memory", "effective_batch", "hours",
     "keep", "max_bad_share", "max_bad_steps", "data_changed", "data_patience", "process_timeout", "threads", "channels_last",
-    "compile", "track",
+    "compile", "deterministic", "track",
 })  # fmt: skip
-"""Fields of a training that may differ when it is continued: none of them changes a weight, but by rounding the last three."""
+"""Fields of a training that may differ when it is continued: none of them changes a weight, but by rounding the last ones before
+track."""
 
 AGAINST_DIVERGENCE = frozenset({"blr", "lr", "clip_grad", "precision"})
 """Fields of a training that may differ when it is continued before its end; the change is written down."""
@@ -294,7 +295,7 @@ class Machine(Config):
     """Where to run; auto takes the GPU if there is one."""
     workers: int = -1
     """Processes that read images, for each process that computes. -1 is as many as keep up with a training's measured step,
-    for other commands the CPU count less one, 8 at most."""
+    for other commands the CPU's cores less one, of more than 16 half of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +312,10 @@ class Computing(Machine):
     compile: bool | Auto = "auto"
     """Whether to torch.compile, for a later start and perhaps faster steps. auto measures on a GPU, for runs of 20 minutes or
     more; on CPUs it is no."""
+    deterministic: bool = False
+    """On a GPU only algorithms whose results do not depend on the order in which its threads end, which are slower: made for runs
+    that are repeated and continued bit for bit, as they are on a CPU without it, but not yet tried on a GPU. What auto would
+    measure is then not measured, but for the workers."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,7 +80,7 @@ class Compare(Machine, Model):
 
     workers: int = -1
     """Processes that read images, for each training. -1 is none on a CPU, whose cores all compute, and with a GPU its share of the CPU's
-    cores less one, 8 at most."""
+    cores less one."""
     jobs: int | Auto = "auto"
     """Trainings side by side. auto is one for each core of a CPU, with one thread each, or one for each GPU."""
     memory: str = "auto"

@@ -128,7 +128,7 @@ class Pack(Config):
     channels: int = 3
     """Image channels, 1 or 3: what is packed has 8 bits."""
     workers: int = -1
-    """Processes that read and shrink; -1 is the CPU count less one, 8 at most."""
+    """Processes that read and shrink; -1 is the CPU's cores less one, of more than 16 half of them."""
     overwrite: bool = False
     """Replace the file, and what is left of an interrupted command."""
 

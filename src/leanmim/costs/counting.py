@@ -30,6 +30,7 @@ from leanmim.offload import Offload
 from leanmim.recipes import titles
 from leanmim.schedule import phase_named, phases
 from leanmim.step import make_optimizers, update
+from leanmim.targets import with_levels
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,9 @@ def count_step(
         The storages, the FLOPs of an image, and the tokens of encoder and decoder.
     """
     batch = int(config.batch_size)
-    normalise = Normalise([0.5] * config.channels, [0.5] * config.channels, torch.device("cpu"))
+    half = [0.5] * config.channels  # whatever they are
+    normalise = Normalise(half, half, torch.device("cpu"))
+    model.target = with_levels(model.target, config.read_as, half, half)
     kind = torch.float32 if isinstance(config.read_as, Stored) else torch.uint8  # of what the readers hand over
     images = torch.empty(batch, config.channels, *config.size, dtype=kind)
     storages = follow_all(model, optimizers, cuda)

@@ -29,7 +29,7 @@ from leanmim.data.crops import Crops
 from leanmim.data.order import order_of_steps
 from leanmim.data.read import Bad
 from leanmim.data.source import REMEDY, Away, Source
-from leanmim.device import cpus
+from leanmim.device import cores_of_a_process, cpus
 from leanmim.errors import UserError
 from leanmim.processes import ALONE, Process
 from leanmim.signals import SIGNALS
@@ -82,7 +82,7 @@ def collate(items: list[tuple[Tensor, list[Bad]]]) -> tuple[Real[Tensor, "b c H 
 
 
 def resolve_workers(workers: int) -> int:
-    """-1 is the CPU count less one, 8 at most.
+    """-1 is this process's share of the CPU's cores less one; of more than 16, half.
 
     Raises:
         UserError: they are more than any machine has a use for.
@@ -90,7 +90,8 @@ def resolve_workers(workers: int) -> int:
     cores = cpus()
     if workers > (most := max(32, min(1024, 16 * cores))):
         raise UserError(f"--workers {workers} is too many for {cores} CPU cores; give {most} at most, or -1")
-    return min(8, max(0, cores - 1)) if workers < 0 else workers
+    own = cores_of_a_process()
+    return min(own - 1, max(8, own // 2)) if workers < 0 else workers
 
 
 def loader(

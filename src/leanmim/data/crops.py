@@ -21,6 +21,7 @@ from leanmim.data.order import seed_of
 from leanmim.data.read import Bad, Cut, Picture, cut_whole
 from leanmim.data.source import Source, nothing_readable, read, read_box
 from leanmim.data.stored import as_float
+from leanmim.device import to_device
 
 IMAGENET = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.449,), (0.226,))}
 LARGE = 2**24  # pixels of a resized image
@@ -151,7 +152,7 @@ class Normalise:
     def __call__(self, images: Real[Tensor, "b c H W"]) -> Float[Tensor, "b c H W"]:
         """Move, then normalise: bytes, or stored values in float32."""
         unit = 255 if images.dtype == torch.uint8 else 1
-        return (images.to(self.device, non_blocking=True).float() - self.mean * unit) / (self.std * unit)
+        return (to_device(images, self.device).float() - self.mean * unit) / (self.std * unit)
 
     def invert(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b c H W"]:
         """Of bytes: back to the scale 0 to 1, clipped, for people to look at."""

@@ -85,22 +85,36 @@ class ViTEncoder(nn.Module):
         vit = self.backbone
         if self.colour is not None:
             images = paint(images, mask, self.grid, self.colour)
-        x = vit.patch_embed(images)
-        x = x.flatten(1, -2)  # models with a dynamic image size keep the grid's two axes
+        x = self.patches(images) if self.full_grid else self.visible_patches(images, mask.visible)
         if self.mask_token is not None:
             hidden = hidden_squares(mask, self.grid).flatten(1)
             x = torch.where(hidden[..., None], self.mask_token.to(x.dtype), x)
-        positions = torch.zeros_like(x[:1]) if vit.pos_embed is None else vit.pos_embed
+        positions = x.new_zeros(1, self.grid.n, 1) if vit.pos_embed is None else vit.pos_embed
         split = positions.shape[1] - self.grid.n
-        x = x + positions[:, split:]
-        if not self.full_grid:
-            x = take(x, mask.visible)
+        places = positions[:, split:]
+        x = x + (places if self.full_grid else take(places.expand(len(x), -1, -1), mask.visible))
         tokens: list[Tensor] = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
         if tokens:
             prefix = torch.cat(tokens, dim=1)
             prefix = prefix + positions[:, :split] if split else prefix
             x = torch.cat([prefix.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
         return vit.norm_pre(vit.pos_drop(x))
+
+    def patches(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b n d"]:
+        """The embedding of every patch."""
+        x = self.backbone.patch_embed(images)
+        return x.flatten(1, -2)  # models with a dynamic image size keep the grid's two axes
+
+    def visible_patches(self, images: Float[Tensor, "b c H W"], ids: Int[Tensor, "b v"]) -> Float[Tensor, "b v d"]:
+        """The embedding of the patches ``ids`` alone: their pixels are gathered first, and the stem's convolution is a linear
+        layer on them (ours; the same but for rounding).
+        """
+        (b, c), (height, width), side = images.shape[:2], self.grid, self.stride
+        squares = images.view(b, c, height, side, width, side).permute(0, 2, 4, 1, 3, 5)
+        each = torch.arange(b, device=ids.device)[:, None]
+        pixels = squares[each, ids // width, ids % width].flatten(2)
+        stem = self.backbone.patch_embed
+        return stem.norm(nn.functional.linear(pixels, stem.proj.weight.flatten(1), stem.proj.bias))
 
     def segment(self, i: int, x: Float[Tensor, "b s d"]) -> Float[Tensor, "b s d"]:
         """Run the blocks of segment ``i``."""

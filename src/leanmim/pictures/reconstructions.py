@@ -24,7 +24,7 @@ from leanmim.names import run_names
 from leanmim.pictures.images import read_with, stretched
 from leanmim.pictures.layout import Column, Panel, compose
 from leanmim.pictures.tiles import Tiling, fitted, tiling
-from leanmim.targets import BINS, FLAT, HOG, Pixels, hog, unpatchify
+from leanmim.targets import BINS, FLAT, HOG, Pixels, unpatchify, with_levels
 from leanmim.weights import restore
 
 Parts = TypeVar("Parts", Mask, Split)
@@ -70,6 +70,7 @@ def panel_of(config: Show, trained: Pretrain, model: MIM, state: dict[str, Any],
     normalise = Normalise(state["mean"], state["std"], torch.device("cpu"))
     tilings = [tiling((own.shape[1], own.shape[2]), trained.size, model.encoder.stride) for own in pictures]
     images = normalise(torch.cat([own.tiles(picture) for own, picture in zip(tilings, pictures, strict=True)]))
+    model.target = with_levels(model.target, trained.read_as, state["mean"], state["std"])
     masks, splits = hidden_parts(model.eval(), images, config.seed)
     count, counts = len(masks), [len(own.corners) for own in tilings]
     if config.segment is not None and not 0 <= config.segment < count:
@@ -98,7 +99,7 @@ def hidden_parts(model: MIM, images: Float[Tensor, "b c H W"], seed: int) -> tup
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the devices too
         masks = model.draw_masks(images.cpu())
-        splits = [model.draw_split(mask) for mask in masks]
+        splits = model.draw_splits(masks)
     return [moved(mask, images.device) for mask in masks], [moved(split, images.device) for split in splits]
 
 
@@ -138,7 +139,7 @@ def make_columns(
         which = f"{'channels 1 to 3' if trained.channels > 2 else 'channel 1'} of {trained.channels}"
         remarks.append(f"{which}, stretched from the 1st to the 99th percentile of each image")
     if isinstance(model.target, HOG):
-        true = hog(images, model.target.cell)
+        true = model.target.histograms(images)
         columns.append(Column("HOG", true))
         middle = slice(model.target.cell // 2, None, model.target.cell)  # stands for its cell
         for i, name in names.items():
@@ -207,7 +208,7 @@ def histograms(
     """The true histograms, and those with a segment's predictions in place of its masked cells. The target is HOG."""
     assert isinstance(model.target, HOG)
     cells = model.target.patch // model.target.cell
-    true = hog(images, model.target.cell)
+    true = model.target.histograms(images)
     grid = model.encoder.grid
     predicted = unpatchify(predict(model, images, masks, splits, segment), cells, grid)
     hidden = magnify(hidden_squares(masks[segment], grid), (true.shape[2], true.shape[3]))

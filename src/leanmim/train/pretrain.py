@@ -14,7 +14,7 @@ from leanmim.config import Export, Pretrain, Report, Show
 from leanmim.config.base import Stored
 from leanmim.costs import StepCost, count
 from leanmim.data import Labelled, absolute, batches, centre_crop, labelled_pair, open_source, resolve_workers
-from leanmim.device import forget_peak, peak_memory
+from leanmim.device import deterministic, forget_peak, peak_memory
 from leanmim.environment import environment
 from leanmim.errors import UserError
 from leanmim.formats import write_export
@@ -50,7 +50,8 @@ def pretrain(config: Pretrain) -> Path:
     for name, what in (("data", "a folder of images"), ("out", "the run folder to write")):
         if not getattr(config, name):
             raise UserError(f"--{name} is needed: {what}")
-    with processes(config.device, config.process_timeout) as (process, device), ExitStack() as held:
+    exact = deterministic(config.deterministic, config.device)
+    with exact, processes(config.device, config.process_timeout) as (process, device), ExitStack() as held:
         return train(config, process, device, held)
 
 

@@ -33,6 +33,7 @@ from leanmim.placement import offloads, place
 from leanmim.processes import Process
 from leanmim.schedule import learning_rate
 from leanmim.step import load_state, make_optimizers, update
+from leanmim.targets import with_levels
 from leanmim.train.non_finite import first_not_finite, running_statistics, undo
 from leanmim.train.phases import PhaseSteps
 from leanmim.weights import carry_over, carry_over_moments, check_shapes, initialise, truncated
@@ -67,6 +68,7 @@ class Training:
         if not offloads(config, device):
             model.to(device)
         model.autocast = resolve_precision(phase.config.precision, device)
+        model.target = with_levels(model.target, config.read_as, mean, std)
         self.optimizers = make_optimizers(model, config)
         self.placement = place(model, self.optimizers, phase.config, device, process)
 
@@ -76,6 +78,7 @@ class Training:
             return
         self.placement.settle()
         self.model, self.optimizers = at_next_size(self.model, self.optimizers, phase.config, self.device)
+        self.model.target = with_levels(self.model.target, self.config.read_as, self.mean, self.std)
         self.placement = place(self.model, self.optimizers, phase.config, self.device, self.process)
         self.phase = phase
 
