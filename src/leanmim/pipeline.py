@@ -124,7 +124,7 @@ class Pipeline:
         self.last = process.rank == process.world - 1
         self.trained = [[p for group in one.param_groups for p in group["params"]] for one in optimizers]
         self.layouts = [[Layout.of(p) for p in own] for own in self.trained]
-        self.whole_here = True  # all weights, and in the first process all optimizer state
+        self.settled = True  # all weights, and in the first process all optimizer state
         self.done = self.begun = 0  # steps: of this process, of the one that is furthest
         self.known: dict[int, Tensor] = {}  # own losses, by the step
         self.incoming: list[Layout] = []  # of a message here, once the first one has come
@@ -146,7 +146,7 @@ class Pipeline:
         rank, world = self.process
         self.begun = next((done for done in range(step + 1, step + world) if meets(done)), step + world)
         self.done = max(self.done, step)
-        if self.whole_here:
+        if self.settled:
             self.drop()
         while self.done < min(step + world - rank, self.begun):
             self.known[self.done] = work(self.done)
@@ -198,7 +198,7 @@ class Pipeline:
         """What the first segment of this process runs on."""
         if self.process.first:
             return images
-        self.generator.set_state(self.state.cpu())
+        self.generator.set_state(self.state.cpu())  # a few bytes of a message that has come while the batch before was worked on
         return self.x
 
     def leave(self, x: Tensor) -> None:
@@ -223,11 +223,11 @@ class Pipeline:
                 self.optimizers[i].state.clear()
                 for parameter in parameters:
                     parameter.data = parameter.data.new_empty(0)
-        self.whole_here = False
+        self.settled = False
 
     def settle(self) -> None:
         """Give all weights to every process, and all optimizer state to the first one. All processes must call it."""
-        if self.whole_here:
+        if self.settled:
             return
         for rank, part in enumerate(self.parts):
             for i in part:
@@ -239,7 +239,7 @@ class Pipeline:
                     for buffer in module.buffers():
                         dist.broadcast(flat(buffer), rank)
         self.gather_state()
-        self.whole_here = True
+        self.settled = True
 
     def gather_state(self) -> None:
         """Send the optimizers' state to the first process, which keeps it on the host."""

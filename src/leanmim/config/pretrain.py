@@ -202,7 +202,7 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
             )
         if self.pipeline and self.offload:
             raise UserError(
-                "--pipeline keeps the segments of a process on its GPU, --offload only one of them; leave one of them out"
+                "--pipeline keeps the segments of a process on its GPU, --offload only one of them; give --no-offload, or leave it out"
             )
 
     def check_decoder(self) -> None:

@@ -20,8 +20,8 @@ from leanmim.formats import write_export
 from leanmim.loop import Loop
 from leanmim.page import report
 from leanmim.pictures import show
-from leanmim.planner import calibrated, counted_as
 from leanmim.pipeline import balanced
+from leanmim.planner import calibrated, counted_as
 from leanmim.processes import Process, Stage, processes
 from leanmim.run import Run, write_json
 from leanmim.train.adjusted import check_adjusted, note_adjusted, told

@@ -20,8 +20,8 @@ from leanmim.encoders.backbone import backbone_of
 from leanmim.errors import UserError
 from leanmim.factory import decoder_shape
 from leanmim.files import readable
-from leanmim.planner import Trained, available, average_throughput, fit
 from leanmim.pipeline import speed_up
+from leanmim.planner import Trained, available, average_throughput, fit
 from leanmim.processes import Process, Stage
 from leanmim.progress import working
 from leanmim.recipes import hyphens
