@@ -198,7 +198,7 @@ class Pipeline:
         """What the first segment of this process runs on."""
         if self.process.first:
             return images
-        self.generator.set_state(self.state.cpu())  # a few bytes of a message that has come while the batch before was worked on
+        self.generator.set_state(self.state.cpu())  # a few bytes that have come while the batch before was worked on
         return self.x
 
     def leave(self, x: Tensor) -> None:
@@ -254,7 +254,7 @@ class Pipeline:
                 state = self.optimizers[i].state
                 parameter = self.trained[i][k]
                 if rank == self.process.rank:
-                    dist.send(flat(state[parameter][name]), 0)
+                    dist.send(flat(state[parameter][name].to(self.device)), 0)
                 elif self.process.first:
                     dist.recv(flat(value := layout.empty(self.device)), rank)
                     state[parameter] = {**state.get(parameter, {}), name: value.cpu()}
