@@ -1,6 +1,6 @@
 """Segments in several processes (--pipeline) against one process: measured over gloo on a CPU, predicted for GPUs.
 
-    python benchmarks/block_parallel.py
+    GOMP_SPINCOUNT=1000 python benchmarks/block_parallel.py
 
 Measured: two processes of one thread each as a pipeline, and one of two threads, in turns; each turn fills and drains the pipeline.
 Predicted: from counted FLOPs of the segments and bytes of a message, for a share of the card's peak and links that are assumed.
@@ -12,7 +12,6 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import repeat
 from typing import Any
@@ -98,12 +97,13 @@ def predicted(batch: int) -> None:
                  "data parallelism what a ring all-reduce of fp32 gradients sends from each process in a step.")  # fmt: skip
 
 
-def rounds(rank: int, port: int, config: Pretrain, costs: Sequence[int], turns: int, steps: int, results: Any) -> None:
+def rounds(rank: int, port: int, config: Pretrain, turns: int, steps: int, results: Any) -> None:
     """In one of two processes: the seconds of so many steps, alone with two threads and in a pipeline with one, in turns."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     device = torch.device("cpu")
     torch.set_num_threads(1)
+    costs = count(config)[0].segment_flops
     with processes("cpu", 10.0) as (process, _):
         stage = Stage(*process)
         model = build(config)
@@ -135,7 +135,7 @@ def rounds(rank: int, port: int, config: Pretrain, costs: Sequence[int], turns: 
                     results.put((time.perf_counter() - before, together))
                 torch.set_num_threads(1)
         if process.first:
-            results.put(sum(layout.empty(device).nbytes for layout in pipeline.outgoing))
+            results.put((sum(layout.empty(device).nbytes for layout in pipeline.outgoing), costs))
 
 
 def measured(config: Pretrain, turns: int, steps: int) -> None:
@@ -143,16 +143,13 @@ def measured(config: Pretrain, turns: int, steps: int) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["leanmim.placement"])
-    costs, results = count(config)[0].segment_flops, context.Queue()
-    both = [
-        context.Process(target=rounds, args=(rank, port, config, costs, turns, steps, results)) for rank in range(2)
-    ]
+    context = multiprocessing.get_context("fork")  # nothing was computed here yet
+    results = context.Queue()
+    both = [context.Process(target=rounds, args=(rank, port, config, turns, steps, results)) for rank in range(2)]
     for one in both:
         one.start()
-    times = [results.get() for _ in range(turns)]
-    message = results.get()
+    times = [results.get(timeout=1800) for _ in range(turns)]
+    message, costs = results.get()
     for one in both:
         one.join()
     images = int(config.batch_size) * steps
@@ -167,7 +164,7 @@ def measured(config: Pretrain, turns: int, steps: int) -> None:
     }  # fmt: skip
     configuration = {
         "recipe": "bim", "segments": config.segments, "input": f"{config.size[0]} px", "rounds": turns, "steps of a round": steps,
-        "precision": "fp32", "other programs": f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores",
+        "precision": "fp32", "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "not set"), "other programs": f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores",
     }  # fmt: skip
     record.write("block-parallel-cpu", "A pipeline of two processes against one process, the same threads in all, measured", configuration,
                  [row], {"seconds": times, "message_bytes": message, "segment_flops": costs},
@@ -177,19 +174,19 @@ def measured(config: Pretrain, turns: int, steps: int) -> None:
 def main() -> None:
     """Both, or what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["predicted", "measured"])
+    parser.add_argument("--parts", nargs="+", default=["measured", "predicted"])
     parser.add_argument("--model", default="vit_tiny_patch16_224", help="of what is measured")
     parser.add_argument("--input-size", type=int, default=128, help="of what is measured")
     parser.add_argument("--batch-size", type=int, default=16, help="of what is measured")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=6, help="of a round")
     arguments = parser.parse_args()
-    if "predicted" in arguments.parts:
-        predicted(256)
     if "measured" in arguments.parts:
         size, batch = arguments.input_size, arguments.batch_size
         config = replace(BIM, model=arguments.model, input_size=(size,), batch_size=batch, precision="fp32")
         measured(config, arguments.rounds, arguments.steps)
+    if "predicted" in arguments.parts:
+        predicted(256)
 
 
 if __name__ == "__main__":
