@@ -130,8 +130,10 @@ def strike(fault: Fault) -> None:
     torch.optim.AdamW.step = counted  # type: ignore[method-assign]
 
 
-def all_that_happen_to(rank: int, faults: list[Fault]) -> None:
-    """Those faults that are this process's."""
+def all_that_happen_to(rank: int, faults: list[Fault], first: Callable[[], None] | None) -> None:
+    """What is done in every process, and those faults that are this one's."""
+    if first:
+        first()
     for fault in faults:
         if fault.rank == rank:
             strike(fault)
@@ -144,6 +146,7 @@ def together(
     faults: list[Fault] = (),
     each: list[str] | None = None,
     limit: float = 300,
+    first: Callable[[], None] | None = None,
 ) -> Ended:
     """Run a command in several processes. One that is stopped is killed when all others have ended.
 
@@ -154,6 +157,7 @@ def together(
         faults: that happen to them.
         each: for each process more options.
         limit: seconds; more is a hang.
+        first: called in each process before the command; it must pickle.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     outputs = [folder / f"output-{rank}.txt" for rank in range(world)]
@@ -165,7 +169,7 @@ def together(
             "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
         }  # fmt: skip
         own = [*words, *(each[rank].split() if each else [])]
-        ranks.append(launch(own, outputs[rank], environment, partial(all_that_happen_to, rank, list(faults))))
+        ranks.append(launch(own, outputs[rank], environment, partial(all_that_happen_to, rank, list(faults), first)))
     frozen = {fault.rank for fault in faults if fault.what == "stopped"}
     codes: dict[int, int] = {}
     while len(codes) < world:

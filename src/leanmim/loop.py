@@ -127,6 +127,9 @@ class Loop:
         self.signal = 0  # the first one that came here
         self.stop = 0  # the one that all processes know of
         self.early = state is None  # the first checkpoint does not wait for the clock
+        self.late = False  # whether by the clock of any process a checkpoint was due at the step at hand
+        self.begun = self.done  # steps; in a pipeline some processes are ahead
+        self.meeting = -1  # the step after which the checkpoint comes that was wanted while some were ahead
         self.written = -1  # step of the newest checkpoint of this call
         self.faults: set[str] = set()  # of the disk, that were told
         self.trackers: list[Sender] = []
@@ -193,7 +196,16 @@ class Loop:
             self.waited += time.perf_counter() - before
             yield item
 
-    def record(self, losses: Float[Tensor, " s"], *, images: int, epoch: float, lr: float, line: bool = False) -> None:
+    def record(
+        self,
+        losses: Float[Tensor, " s"],
+        *,
+        images: int,
+        epoch: float,
+        lr: float,
+        line: bool = False,
+        begun: int | None = None,
+    ) -> None:
         """The step at hand is done; from time to time write a line.
 
         Args:
@@ -202,6 +214,7 @@ class Loop:
             epoch: epochs done, a fraction.
             lr: learning rate of this step.
             line: write a line now, whatever --log-every says.
+            begun: steps that a process has begun: in a pipeline some are ahead. None is those that are done.
 
         Raises:
             UserError: too many steps in a row were skipped.
@@ -212,7 +225,7 @@ class Loop:
         self.images += images
         every = self.config.log_every
         self.fresh = line or self.done % every == 0 or self.done == self.steps or not self.config.checkpoint_minutes
-        self.arriving.append(Arriving(self.with_signal(losses), self.done, lr))
+        self.arriving.append(Arriving(self.with_flags(losses), self.done, lr))
         now = self.fresh or self.early
         self.look(len(self.arriving) - (losses.is_cuda and not now))
         if now or self.stop:  # a checkpoint may follow
@@ -220,18 +233,22 @@ class Loop:
             self.losses = list(self.process.mean(torch.cat(self.losses)).split(len(losses)))
         if self.fresh:
             self.write_line(epoch, lr)
+        self.begun = begun or self.done
+        if self.checkpoint_wanted and self.meeting < self.done:
+            self.meeting = self.begun
 
-    def with_signal(self, losses: Float[Tensor, " s"]) -> Float[Tensor, " s+1"]:
-        """The losses, and behind them the signal that came to any process."""
-        signal = torch.full_like(losses[:1], self.signal)
-        return torch.cat([losses, self.process.most(signal)])
+    def with_flags(self, losses: Float[Tensor, " s"]) -> Float[Tensor, " s+2"]:
+        """The losses, and behind them the signal that came to any process, and whether it is late for any."""
+        late = time.perf_counter() - self.saved >= 60 * self.config.checkpoint_minutes
+        flags = torch.cat([torch.full_like(losses[:1], flag) for flag in (self.signal, late)])
+        return torch.cat([losses, self.process.most(flags)])
 
     def look(self, count: int) -> None:
         """Look at the losses of so many steps, and whether to stop. Errors as for `record`."""
         for _ in range(count):
             arrived = self.arriving.pop(0)
-            *losses, stop = arrived.read()
-            self.stop = self.stop or int(stop)
+            *losses, stop, late = arrived.read()
+            self.stop, self.late = self.stop or int(stop), bool(late)
             good = all(map(math.isfinite, losses))
             self.skipped = 0 if good else self.skipped + 1
             if not good:
@@ -242,7 +259,7 @@ class Loop:
         own = {"losses": [loss if math.isfinite(loss) else None for loss in losses], **self.diagnose(step - 1)}
         everywhere = self.process.gather(own)
         if self.process.first:
-            for rank, found in enumerate(everywhere):
+            for rank, found in enumerate(everywhere[: self.process.replica.world]):
                 self.bad.add(as_line({"step": step, "lr": lr, "rank": rank, **found}))
         self.flush()
         named = [found["first_not_finite"] for found in everywhere if found.get("first_not_finite")]
@@ -357,14 +374,22 @@ class Loop:
             self.look(len(self.arriving))
 
     @property
-    def checkpoint_due(self) -> bool:
+    def checkpoint_wanted(self) -> bool:
         """After `record`: whether this step ends the run, the clock says so, a signal came, or there is no checkpoint yet.
 
         Not after a step that was skipped, which may have been for the weights' sake, unless it is the last one.
         """
-        last = self.done == self.steps
-        late = time.perf_counter() - self.saved >= 60 * self.config.checkpoint_minutes
-        return bool(self.stop) or last or (not self.skipped and (self.early or (self.fresh and late)))
+        last, late = self.done == self.steps, self.fresh and self.late
+        return bool(self.stop) or last or (not self.skipped and (self.early or late or self.done == self.meeting))
+
+    @property
+    def checkpoint_due(self) -> bool:
+        """Whether one is wanted, and no process is ahead."""
+        return self.checkpoint_wanted and self.begun == self.done
+
+    def meets(self, done: int) -> bool:
+        """Whether all processes must be there after so many steps, as far as is known: a checkpoint may be due then."""
+        return self.early or not self.config.checkpoint_minutes or done in (self.meeting, self.steps)
 
     def save(self, state: dict[str, Any]) -> None:
         """Write a checkpoint of this step, from the first process.

@@ -4,7 +4,8 @@ b batch, c channels, H W pixels, n patches, r predicted, p target width.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -28,6 +29,16 @@ from leanmim.masking import (
     take,
 )
 from leanmim.targets import Target, patchify
+
+
+class Part(NamedTuple):
+    """Consecutive segments, where other processes run the others: see `leanmim.pipeline`."""
+
+    segments: range
+    enter: Callable[[Tensor], Tensor]
+    """From the images to what the first of them runs on: images, or the output of the segment before."""
+    leave: Callable[[Tensor], None]
+    """Is given the output of the last of them."""
 
 
 class MIM(nn.Module):
@@ -125,6 +136,7 @@ class MIM(nn.Module):
         images: Float[Tensor, "b c H W"],
         masks: list[Mask] | None = None,
         splits: list[Split] | None = None,
+        part: Part | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """For each segment in order, the places of its predictions (b r) and the predictions (b r p).
 
@@ -135,32 +147,39 @@ class MIM(nn.Module):
             images: normalised images.
             masks: one for each segment; drawn at random when None.
             splits: which masked patches are decoded, for each segment; drawn at random when None.
+            part: the segments to run; None is all. What is drawn is drawn for all.
         """
         encoder, grid = self.encoder, self.encoder.grid
         masks = self.draw_masks(images) if masks is None else masks
         splits = self.draw_splits(masks) if splits is None else splits
-        x = images
-        for i, (decoder, mask, split) in enumerate(zip(self.decoders, masks, splits, strict=True)):
+        x, segments = (part.enter(images), part.segments) if part else (images, range(len(self.decoders)))
+        for i in segments:
+            decoder, mask, split = self.decoders[i], masks[i], splits[i]
             # Closed before each yield: an open autocast would leak into the caller's backward.
             with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
                 x = encoder.embed(images, mask) if i == 0 else encoder.narrow(i, x.detach(), masks[i - 1], mask)
                 x = encoder.segment(i, x)
                 ids, prediction = decoder(encoder.read(i, x), encoder.positions(mask), split, grid)
             prediction = prediction.float()
+            if part and i == segments[-1]:
+                part.leave(x.detach())
             yield ids, prediction
             del prediction  # the next segment must not find this one's memory still held
 
-    def losses(self, images: Float[Tensor, "b c H W"], masks: list[Mask] | None = None) -> Iterator[Float[Tensor, ""]]:
+    def losses(
+        self, images: Float[Tensor, "b c H W"], masks: list[Mask] | None = None, part: Part | None = None
+    ) -> Iterator[Float[Tensor, ""]]:
         """One loss per segment, in order; call backward on each before asking for the next.
 
         Args:
             images: normalised images.
             masks: one for each segment; drawn at random when None.
+            part: the segments whose losses are asked for; None is all.
         """
         target = self.target(images)
         masks = self.draw_masks(images) if masks is None else masks
-        predictions = self.predictions(images, masks)
-        for mask in masks:
+        predictions = self.predictions(images, masks, part=part)
+        for mask in masks[part.segments.start : part.segments.stop] if part else masks:
             ids, prediction = next(predictions)
             error = self.compare(prediction - take(target, ids))
             if mask.hidden is None:

@@ -1,6 +1,6 @@
-"""Where a model trains: on one device, in several processes, or one segment at a time on the device."""
+"""Where a model trains: on one device, in several processes that share images or segments, or one segment at a time on the device."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,6 +12,7 @@ from torch.optim import AdamW
 from leanmim.config import Pretrain
 from leanmim.mim import MIM
 from leanmim.offload import Offload
+from leanmim.pipeline import Pipeline
 from leanmim.processes import ALONE, Process
 from leanmim.step import align_state
 
@@ -68,9 +69,23 @@ def compile_parts(model: MIM) -> None:
 
 
 def place(
-    model: MIM, optimizers: list[AdamW], config: Pretrain, device: torch.device, process: Process = ALONE
+    model: MIM,
+    optimizers: list[AdamW],
+    config: Pretrain,
+    device: torch.device,
+    process: Process = ALONE,
+    parts: Sequence[range] = (),
 ) -> Placement:
-    """The model, compiled as asked, where it is to train; its optimizers exist already, and no value is ``auto``."""
+    """The model, compiled as asked, where it is to train; its optimizers exist already, and no value is ``auto``.
+
+    Args:
+        model: in host memory or on the device.
+        optimizers: one for each segment.
+        config: of a phase.
+        device: where this process trains.
+        process: this one among all.
+        parts: in a pipeline the segments of each process.
+    """
     model.train()
     if config.compile is True:
         compile_parts(model)
@@ -79,4 +94,6 @@ def place(
     if config.channels_last is True:
         model.to(memory_format=torch.channels_last)
         align_state(optimizers)
+    if parts:
+        return Pipeline(model, optimizers, device, process, parts, config.accum)
     return OnDevice(model, device, process)

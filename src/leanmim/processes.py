@@ -34,6 +34,11 @@ class Process(NamedTuple):
         """Whether it is the one that writes."""
         return self.rank == 0
 
+    @property
+    def replica(self) -> "Process":
+        """This process among those that have a part of each step's images; in a pipeline all have the same images."""
+        return self
+
     def wait(self) -> None:
         """Wait until all processes are here, however long one of them evaluates or reads.
 
@@ -65,6 +70,19 @@ class Process(NamedTuple):
 
 
 ALONE = Process(0, 1)
+
+
+class Stage(Process):
+    """One of several processes that share a model and have the same images: see `leanmim.pipeline`."""
+
+    @property
+    def replica(self) -> Process:
+        """As in one process."""
+        return ALONE
+
+    def mean(self, values: Float[Tensor, " s"]) -> Float[Tensor, " s"]:
+        """All have the same already."""
+        return values
 
 
 class Peers:

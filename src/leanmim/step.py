@@ -136,6 +136,7 @@ def update(
     accum: int = 1,
     clip_grad: float = 0.0,
     seeds: Sequence[int] = (),
+    average: bool = True,
 ) -> Float[Tensor, " s"]:
     """One step over ``accum`` batches: of normalised images, in fine-tuning with their targets.
 
@@ -150,12 +151,13 @@ def update(
         accum: batches whose gradients are averaged.
         clip_grad: largest norm of a segment's gradient; 0 is no clipping.
         seeds: for each batch that of torch's global generator, which draws masks; empty leaves it as it is.
+        average: whether several processes have each a part of the step's images.
 
     Returns:
         The loss of each segment, averaged over the batches; NaN where it did not step.
     """
     means: list[Any] = [0.0] * len(optimizers)
-    averages = dist.is_initialized() and not isinstance(losses, DistributedDataParallel)
+    averages = average and dist.is_initialized() and not isinstance(losses, DistributedDataParallel)
     for micro, images in enumerate(batches, start=1):
         if seeds:
             torch.manual_seed(seeds[micro - 1])

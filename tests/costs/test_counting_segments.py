@@ -28,7 +28,9 @@ def test_four_segments_hold_a_quarter_of_what_mae_holds() -> None:
     assert bim.saved_bytes < 0.31 * mae.saved_bytes
     assert bim.gradient_bytes < 0.3 * mae.gradient_bytes
     assert bim.encoder_parameters == mae.encoder_parameters + 3 * 2 * 64  # a norm at each border
-    recipe, _ = counted(segments=BIM.segments, mask_ratio=BIM.mask_ratio, decoder_depth=1)
+    recipe, flops = counted(segments=BIM.segments, mask_ratio=BIM.mask_ratio, decoder_depth=1)
+    assert sum(recipe.segment_flops) == flops["training"]["encoder"] + flops["training"]["decoder"]
+    assert list(recipe.segment_flops) == sorted(recipe.segment_flops, reverse=True)  # later ones see less
     assert recipe.saved_bytes < 0.25 * mae.saved_bytes and recipe.train_flops_per_image < mae.train_flops_per_image
 
 

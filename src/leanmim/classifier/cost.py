@@ -61,6 +61,7 @@ def count_tuning(
         batch_size=batch,
         forward_flops_per_image=flops["forward"]["encoder"],
         train_flops_per_image=flops["training"]["encoder"],
+        segment_flops=(flops["training"]["encoder"],),
         encoder_parameters=parameters,
         decoder_parameters=0,
         encoder_tokens=0,

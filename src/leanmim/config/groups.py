@@ -19,7 +19,7 @@ GROUPS = {
     "masking": "masking mask_ratio mask_unit",
     "target": "target hog_cell loss",
     "decoder": "decoder_depth decoder_width decoder_heads throw select select_start fill",
-    "block-wise": "segments offload",
+    "block-wise": "segments offload pipeline",
     "phase": "phase_scales phase_starts phase_batches phase_accums phase_blrs",
     "optimisation": (
         "accum effective_batch blr lr min_lr layer_decay schedule warmup_share warmup_epochs weight_decay betas clip_grad ema seed"

@@ -37,7 +37,7 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
     A value is checked by `check`, and names of maskings and targets where they are looked up: a third party may add some.
     """
 
-    FREE: ClassVar[frozenset[str]] = FREE_IN_TRAINING | {"offload", "knn_data", "knn_every", "show_every"}
+    FREE: ClassVar[frozenset[str]] = FREE_IN_TRAINING | {"offload", "pipeline", "knn_data", "knn_every", "show_every"}
     ADJUSTABLE: ClassVar[frozenset[str]] = AGAINST_DIVERGENCE | {"phase_blrs", "decode"}
     LEFT_EMPTY: ClassVar[frozenset[str]] = frozenset({"data", "out"})
     GROWING: ClassVar[frozenset[str]] = frozenset({"epochs"})
@@ -105,6 +105,9 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
     offload: bool = False
     """With --segments: keep only one segment and the next on the GPU; weights, gradients and optimizer state of the
     others wait in host memory. Same numbers, less GPU memory, more time."""
+    pipeline: bool = False
+    """With --segments, under torchrun: the processes share the segments and not the images. Each runs its segments on one batch
+    while the next process runs its own on the batch before. Same numbers as in one process."""
     throw: float = 0.0
     """Partial reconstruction (PR-MIM): share of all patches, masked ones, that the decoder's layers do not see. 0 is
     full reconstruction. With --decoder-depth 0 there are no layers, and little is saved."""
@@ -192,6 +195,15 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
             )
         if self.offload and not self.cut:
             raise UserError("--offload keeps one segment of several on the GPU; give --segments, or leave it out")
+        if self.pipeline and not self.cut:
+            raise UserError(
+                "--pipeline shares the segments among the processes, and training end to end is one segment; give --segments (as "
+                "`leanmim pretrain bim` does), or leave it out: then the processes share the images"
+            )
+        if self.pipeline and self.offload:
+            raise UserError(
+                "--pipeline keeps the segments of a process on its GPU, --offload only one of them; give --no-offload, or leave it out"
+            )
 
     def check_decoder(self) -> None:
         """Depth, width and heads."""

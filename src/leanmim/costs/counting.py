@@ -1,5 +1,6 @@
 """The cost of a training step: the real `update` on fake tensors."""
 
+import operator
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -46,6 +47,8 @@ class StepCost:
     forward_flops_per_image: int
     train_flops_per_image: int
     """Forward and backward."""
+    segment_flops: tuple[int, ...]
+    """The same of each segment: what a process of a pipeline computes for it. The target is in none."""
     encoder_parameters: int
     decoder_parameters: int
     weight_bytes: int
@@ -73,6 +76,7 @@ def count(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[str, Fl
         with phase_named(config, number, phase.config):
             counted.append(count_phase(phase.config, device))
     shares = [(phase.stop - phase.start) / table[-1].stop for phase in table]
+    of_segments = zip(*(cost.segment_flops for cost, _ in counted), strict=True)
     flops = {
         name: {part: round(sum(share * f[name][part] for share, (_, f) in zip(shares, counted, strict=True)))
                for part in parts}
@@ -84,6 +88,7 @@ def count(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[str, Fl
         title=titles([config])[0],
         forward_flops_per_image=sum(flops["forward"].values()),
         train_flops_per_image=sum(flops["training"].values()),
+        segment_flops=tuple(round(sum(map(operator.mul, shares, of_one))) for of_one in of_segments),
     )
     return cost, flops
 
@@ -111,7 +116,9 @@ def count_phase(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[s
         model = build(config, backbone.to_empty(device="cpu")).train()
         model.autocast = resolve_precision(config.precision, torch.device(device))
         parameters, of_decoders = (sum(p.numel() for p in part.parameters()) for part in (model, model.decoders))
-        storages, flops, tokens = count_step(model, with_state(make_optimizers(model, config), model), config, cuda)
+        storages, flops, tokens, segments = count_step(
+            model, with_state(make_optimizers(model, config), model), config, cuda
+        )
     cost = StepCost(
         title=titles([config])[0],
         recipe=config.recipe,
@@ -119,6 +126,7 @@ def count_phase(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[s
         batch_size=int(config.batch_size),
         forward_flops_per_image=sum(flops["forward"].values()),
         train_flops_per_image=sum(flops["training"].values()),
+        segment_flops=segments,
         encoder_parameters=parameters - of_decoders,
         decoder_parameters=of_decoders,
         encoder_tokens=tokens["encoder"],
@@ -164,7 +172,7 @@ def follow_all(model: nn.Module, optimizers: list[AdamW], cuda: bool) -> Storage
 
 def count_step(
     model: MIM, optimizers: list[AdamW], config: Pretrain, cuda: bool
-) -> tuple[Storages, dict[str, Flops], dict[str, int]]:
+) -> tuple[Storages, dict[str, Flops], dict[str, int], tuple[int, ...]]:
     """Run a step, with all who watch it.
 
     Args:
@@ -174,7 +182,7 @@ def count_step(
         cuda: whether to do as CUDA does, offloading included.
 
     Returns:
-        The storages, the FLOPs of an image, and the tokens of encoder and decoder.
+        The storages, the FLOPs of an image, the tokens of encoder and decoder, and the FLOPs of each segment.
     """
     batch = int(config.batch_size)
     half = [0.5] * config.channels  # whatever they are
@@ -196,7 +204,9 @@ def count_step(
     accum = min(config.accum, 2)  # a third batch finds what the second found
     with watched(model, storages, counter, cuda):
         update(watch.losses, optimizers, batches(images, normalise, accum), accum, config.clip_grad)
-    return storages, watch.per_image(batch * accum, of_target.get_total_flops() // batch), watch.tokens
+    target = of_target.get_total_flops() // batch  # which the first segment was counted with
+    segments = [watch.segments[i] // (batch * accum) - (0 if i else target) for i in range(len(model.decoders))]
+    return storages, watch.per_image(batch * accum, target), watch.tokens, tuple(segments)
 
 
 @contextmanager

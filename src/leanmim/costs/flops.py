@@ -111,6 +111,7 @@ class Stopwatch:
         self.counter, self.model = counter, model
         self.flops: Counter[tuple[str, str]] = Counter()
         self.tokens: Counter[str] = Counter()
+        self.segments: Counter[int] = Counter()  # FLOPs by segment
         self.seen, self.direction, self.part = 0, "forward", "encoder"
         for decoder in decoders:
             decoder.register_forward_pre_hook(self.into_decoder)
@@ -136,10 +137,13 @@ class Stopwatch:
 
     def losses(self, images: Tensor) -> Iterator[Tensor]:
         """The model's losses; the caller goes backward from each before it asks for the next."""
-        for loss in self.model(images):
+        before = self.counter.get_total_flops()
+        for i, loss in enumerate(self.model(images)):
             self.turn(direction="backward")
             yield loss
             self.turn(direction="forward", part="encoder")
+            self.segments[i] += self.seen - before
+            before = self.seen
 
     def per_image(self, images: int, target: int) -> dict[str, Flops]:
         """FLOPs of an image, of the forward pass alone and of training (forward and backward).

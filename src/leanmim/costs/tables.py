@@ -18,8 +18,11 @@ from leanmim.encoders.backbone import check_name
 from leanmim.errors import UserError
 from leanmim.notebook import Text, framed
 from leanmim.page.html import row, table
+from leanmim.pipeline import speed_up
 from leanmim.progress import track
 from leanmim.recipes import RECIPES, titles, variant
+
+MOST = 8  # processes of a pipeline that are spoken of
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class Comparison:
         for title, columns in TABLES.items():
             head, *lines = lines_of(columns, self.costs, self.flops)
             parts += [f"<p><b>{title}</b></p>", table(head, [row(name, cells) for name, *cells in lines])]
-        return framed(*parts, *(f"<p>{escape(reason(entry))}</p>" for entry in self.uncounted))
+        lines = [*pipelined(self.costs), *map(reason, self.uncounted)]
+        return framed(*parts, *(f"<p>{escape(line)}</p>" for line in lines))
 
     def json(self) -> str:
         """A list with one object for each configuration; one that cannot be counted has an "error"."""
@@ -179,9 +183,17 @@ def tables(costs: list[StepCost], flops: list[dict[str, Flops]], uncounted: Sequ
             form.add_row(*line)
         console.print(f"\n{title}\n", form, sep="\n")
     console.print()
-    for entry in uncounted:
-        console.print(reason(entry), soft_wrap=True)
+    for line in (*pipelined(costs), *map(reason, uncounted)):
+        console.print(line, soft_wrap=True)
     return "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines())
+
+
+def pipelined(costs: list[StepCost]) -> Iterator[str]:
+    """How fast several processes can be, for each recipe in segments."""
+    for cost in costs:
+        if (count := len(cost.segment_flops)) > 1:
+            speeds = (f"{speed_up(cost.segment_flops, n):.2f} on {n}" for n in range(2, min(count, MOST) + 1))
+            yield f"{cost.title}: with --pipeline at most so many times as fast as one process: {', '.join(speeds)}"
 
 
 def lines_of(columns: Sequence[Column], costs: list[StepCost], flops: list[dict[str, Flops]]) -> Iterator[list[str]]:

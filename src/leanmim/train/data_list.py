@@ -97,7 +97,7 @@ def read_list(run: Run, process: Process) -> DataList | None:
     try:
         found = json.loads(run.names.read_text())
         if isinstance(found, list):
-            return DataList(found, [None] * len(found), len(found), process.world)
+            return DataList(found, [None] * len(found), len(found), process.replica.world)
         data = DataList(**found)
         if len(data.names) != len(data.sizes):
             raise ValueError(f"{len(data.names)} names, {len(data.sizes)} sizes")

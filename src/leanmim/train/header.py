@@ -19,7 +19,7 @@ def header(
     config: Pretrain, plan: list[PhaseSteps], images: int, predicted: StepCost, training: Training
 ) -> Iterator[str]:
     """Model, data, schedule, predicted cost, and warnings."""
-    device, world, depths = training.device, training.process.world, training.model.encoder.depths
+    device, world, depths = training.device, training.process.replica.world, training.model.encoder.depths
     yield (
         f"{config.recipe}: {config.model}, {predicted.encoder_parameters / 1e6:.1f} M parameters, "
         f"decoder {predicted.decoder_parameters / 1e6:.1f} M, {'bf16' if training.model.autocast else 'fp32'} on {device}"
@@ -41,10 +41,23 @@ def header(
     )
     if len(depths) > 1:
         yield f"{len(depths)} segments, which end at {', '.join(map(str, depths))}: one loss each"
+    if config.pipeline:
+        yield shared_segments(predicted, training)
     if config.offload and not offloads(config, device):
         yield f"nothing to offload: {device.type} has no memory of its own"
     yield from coarse_masks(training.model, config)
     yield from few_steps(plan[-1].stop)
+
+
+def shared_segments(predicted: StepCost, training: Training) -> str:
+    """What each process of a pipeline has, and what that is worth."""
+    costs, parts = predicted.segment_flops, training.parts
+    if not parts:
+        return "pipeline: there is one process, which has all segments; torchrun starts several"
+    shares = [sum(costs[i] for i in part) / sum(costs) for part in parts]
+    named = [f"{part[0]} to {part[-1]}" if len(part) > 1 else f"{part[0]}" for part in parts]
+    listed = "; ".join(f"{name} ({share:.0%} of the FLOPs)" for name, share in zip(named, shares, strict=True))
+    return f"pipeline of {len(parts)} processes with the segments {listed}: {1 / max(shares):.2f} times as fast as one at most"
 
 
 def coarse_masks(model: MIM, config: Pretrain) -> Iterator[str]:

@@ -64,9 +64,10 @@ def first_not_finite(
     return "".join(found[:1])
 
 
-def running_statistics(model: nn.Module) -> list[Tensor]:
-    """The running statistics of its batch norms: what a forward pass changes, and a step that is skipped must not."""
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+def running_statistics(*parts: nn.Module | nn.Parameter) -> list[Tensor]:
+    """The running statistics of batch norms: what a forward pass changes, and a step that is skipped must not."""
+    modules = [module for part in parts if isinstance(part, nn.Module) for module in part.modules()]
+    norms = [module for module in modules if isinstance(module, nn.modules.batchnorm._NormBase)]
     return [buffer for norm in norms for buffer in norm.buffers()]
 
 

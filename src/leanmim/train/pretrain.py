@@ -3,7 +3,6 @@
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,15 @@ from leanmim.formats import write_export
 from leanmim.loop import Loop
 from leanmim.page import report
 from leanmim.pictures import show
+from leanmim.pipeline import balanced
 from leanmim.planner import calibrated, counted_as
-from leanmim.processes import Process, processes
+from leanmim.processes import Process, Stage, processes
 from leanmim.run import Run, write_json
 from leanmim.train.adjusted import check_adjusted, note_adjusted, told
 from leanmim.train.bad_files import BadFiles
 from leanmim.train.data_list import DataList, check_alike, check_unchanged, keep_list, other_images, read_list
 from leanmim.train.header import continuing, header
-from leanmim.train.phases import plan_phases
+from leanmim.train.phases import PhaseSteps, plan_phases
 from leanmim.train.right_size import guard_memory, right_sized, split
 from leanmim.train.strips import Strips
 from leanmim.train.training import Training, begin
@@ -60,8 +60,9 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
     # Everything that can be wrong is looked at before anything is written.
     resolve_workers(config.workers)
     run = Run(Path(config.out))
+    process = Stage(*process) if config.pipeline and process.world > 1 else process
     source = open_source(config.data, config.read_as)
-    images = DataList.of(source, len(source), process.world)
+    images = DataList.of(source, len(source), process.replica.world)
     check_alike(process, images.digest, "images in --data")
     config = replace(config, data=absolute(config.data))
     calibration = calibrated(config, run.calibration(afresh=config.overwrite), source, device, process)
@@ -76,7 +77,7 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
     if state:
         check_extension(config, state)
     own, other_split = split(calibration.applied(config), process)
-    plan = plan_phases(own, images.images, process.world)
+    plan = plan_phases(own, images.images, process.replica.world)
     steps, start = plan[-1].stop, state["step"] if state else 0
     adjusted = check_adjusted(config, run, start, steps)
     changes = check_unchanged(before, images, config.data_changed) if start < steps else None
@@ -85,7 +86,8 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
     knn_sets = labelled_pair(config.knn_data, config.read_as, centre_crop(config.size)) if config.knn_data else None
     forget_peak(device)
     memory_before = psutil.Process().memory_info().rss
-    training, origin = begin(config, plan, source, state, device, process)
+    parts = balanced(predicted.segment_flops, process.world) if isinstance(process, Stage) else []
+    training, origin = begin(config, plan, source, state, device, process, parts)
     if process.first and start < steps:
         run.check_room(training.model, config.keep)
 
@@ -128,14 +130,14 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
             if start >= phase.stop:
                 continue
             training.enter(phase)
-            begins = phase.own(max(start, phase.start))
-            feed = batches(phase.config, source, begins, phase.own(phase.stop), process, device, phase.per_epoch)
-            feed = loop.timed(feed)
+            begins, share = phase.own(max(start, phase.start)), process.replica
+            feed = batches(phase.config, source, begins, phase.own(phase.stop), share, device, phase.per_epoch)
+            read = map(bad.filter, loop.timed(feed))  # in a pipeline by the first process only
             for step in loop.until(phase.stop):
                 lr = training.set_learning_rate(step)
-                losses = training.step(step, map(bad.filter, islice(feed, phase.config.accum)))
-                epoch = phase.own(step + 1) / phase.per_epoch
-                loop.record(losses, images=phase.images, epoch=epoch, lr=lr, line=step + 1 == phase.stop)
+                losses = training.step(step, read, partial(meets, config, phase, loop, strips))
+                epoch, last = phase.own(step + 1) / phase.per_epoch, step + 1 == phase.stop
+                loop.record(losses, images=phase.images, epoch=epoch, lr=lr, line=last, begun=training.begun)
                 if epoch.is_integer() or loop.done == steps:
                     bad.merge()
                     if knn_sets and (epoch % config.knn_every == 0 or loop.done == steps):
@@ -168,8 +170,16 @@ def normalised(mean: list[float], std: list[float]) -> str:
     return " ".join(["normalised by --mean", *(f"{x:.6g}" for x in mean), "--std", *(f"{x:.6g}" for x in std)])
 
 
+def meets(config: Pretrain, phase: PhaseSteps, loop: Loop, strips: Strips, done: int) -> bool:
+    """Whether something is made of the weights after so many steps: then a pipeline has to be empty."""
+    epoch = phase.own(done) / phase.per_epoch
+    evaluated = config.knn_data is not None and epoch % config.knn_every == 0
+    return done == phase.stop or evaluated or strips.due(done, epoch) or loop.meets(done)
+
+
 def online_knn(training: Training, sets: tuple[Labelled, Labelled], loop: Loop, epoch: float) -> None:
     """Write the encoder's kNN accuracy into the log; one process measures it."""
+    training.placement.settle()
     with loop.paused():
         if loop.process.first:
             accuracy = training.knn(*sets, loop.console)

@@ -20,8 +20,9 @@ from leanmim.encoders.backbone import backbone_of
 from leanmim.errors import UserError
 from leanmim.factory import decoder_shape
 from leanmim.files import readable
+from leanmim.pipeline import speed_up
 from leanmim.planner import Trained, available, average_throughput, fit
-from leanmim.processes import Process
+from leanmim.processes import Process, Stage
 from leanmim.progress import working
 from leanmim.recipes import hyphens
 from leanmim.run import Run
@@ -56,14 +57,15 @@ def right_sized(
     if config.epochs == "auto":
         hours = config.hours or HOURS
         with working("measuring the speed of some steps"):
-            speed = process.world * min(process.gather(trial_speed(config, source, process, device)))
+            speed = faster(config, process) * min(process.gather(trial_speed(config, source, process, device)))
         config = replace(config, epochs=epochs_within(hours, speed, len(source)))
         chosen.append(f"{config.epochs:g} epochs, for {hours:g} hours at {speed:.0f} images/s")
         config.check()
     if config.batch_size == "auto":
         effective = config.effective_batch
         if effective == "auto":
-            effective = images_a_step(float(config.epochs) * len(source), len(source) // process.world) * process.world
+            world = process.replica.world
+            effective = images_a_step(float(config.epochs) * len(source), len(source) // world) * world
         elif effective > len(source):
             raise UserError(
                 f"--effective-batch {effective} is more than the {len(source)} images in {config.data!r}; give "
@@ -114,7 +116,7 @@ def processes_begun(config: Logging, run: Run, process: Process) -> int:
     """How many processes the run in the folder began with; those that there are, if it has no checkpoint."""
     afresh = not all_of(run.last) or (config.overwrite and not run.begun_by_this_job())
     began = None if afresh else read_list(run, process)
-    return began.processes if began else process.world
+    return began.processes if began else process.replica.world
 
 
 def split(config: Trained, process: Process) -> tuple[Trained, list[str]]:
@@ -133,7 +135,7 @@ def split(config: Trained, process: Process) -> tuple[Trained, list[str]]:
     Raises:
         UserError: a step's images do not divide among the processes.
     """
-    batch, world = int(config.batch_size), process.world
+    batch, world = int(config.batch_size), process.replica.world
     begun = int(config.effective_batch) // (batch * config.accum)
     if begun == world:
         return config, []
@@ -188,7 +190,14 @@ def trial(config: Pretrain, source: Source, process: Process, device: torch.devi
     """What is measured: the largest batch that fits, weights that stay."""
     most = min(MOST, len(source))
     config = replace(config, blr=0.0, phase_batches=(), phase_accums=(), phase_blrs=())
-    return batch_that_fits(config, most * process.world, process, device)[0]
+    return batch_that_fits(config, most * process.replica.world, process, device)[0]
+
+
+def faster(config: Pretrain, process: Process) -> float:
+    """How many times as fast all processes are as one."""
+    if not isinstance(process, Stage):
+        return process.world
+    return speed_up(count(replace(config, batch_size=1, accum=1))[0].segment_flops, process.world)
 
 
 def batch_that_fits(
@@ -199,7 +208,7 @@ def batch_that_fits(
     Raises:
         UserError: not even one image fits, or the images do not divide among the processes.
     """
-    world = process.world
+    world = process.replica.world
     if effective % world:
         raise UserError(f"--effective-batch {effective} does not divide among {world} processes")
     memory = memory_of(config, process, device)

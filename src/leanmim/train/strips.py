@@ -38,6 +38,7 @@ class Strips:
         """Draw a strip if it is due, in the first process; it is no time of training."""
         if not self.due(loop.done, epoch):
             return
+        training.placement.settle()
         with loop.paused():
             if not loop.process.first:
                 return

@@ -1,7 +1,8 @@
 """Model, optimizers and where they are, from one phase to the next."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from leanmim.evaluators.features import embedding, extract
 from leanmim.evaluators.knn import knn_accuracy
 from leanmim.factory import build
 from leanmim.mim import MIM
+from leanmim.pipeline import Pipeline
 from leanmim.placement import offloads, place
 from leanmim.processes import Process
 from leanmim.schedule import learning_rate
@@ -49,6 +51,7 @@ class Training:
         mean, std: of the images, one number per channel.
         device: where to train.
         process: this one among all.
+        parts: in a pipeline the segments of each process.
     """
 
     def __init__(
@@ -60,8 +63,10 @@ class Training:
         std: list[float],
         device: torch.device,
         process: Process,
+        parts: Sequence[range] = (),
     ) -> None:
         self.config, self.phase, self.model, self.device, self.process = config, phase, model, device, process
+        self.parts = parts
         self.mean, self.std = mean, std
         self.ease = (0.0, 1.0)  # see `extend`
         self.normalise = Normalise(mean, std, device)
@@ -70,7 +75,7 @@ class Training:
         model.autocast = resolve_precision(phase.config.precision, device)
         model.target = with_levels(model.target, config.read_as, mean, std)
         self.optimizers = make_optimizers(model, config)
-        self.placement = place(model, self.optimizers, phase.config, device, process)
+        self.placement = place(model, self.optimizers, phase.config, device, process, parts)
 
     def enter(self, phase: PhaseSteps) -> None:
         """Go on with the same model and optimizers at the phase's input size: nothing that was learned is lost."""
@@ -79,7 +84,7 @@ class Training:
         self.placement.settle()
         self.model, self.optimizers = at_next_size(self.model, self.optimizers, phase.config, self.device)
         self.model.target = with_levels(self.model.target, self.config.read_as, self.mean, self.std)
-        self.placement = place(self.model, self.optimizers, phase.config, self.device, self.process)
+        self.placement = place(self.model, self.optimizers, phase.config, self.device, self.process, self.parts)
         self.phase = phase
 
     def set_learning_rate(self, step: int) -> float:
@@ -109,28 +114,58 @@ class Training:
         new = self.learning_rate(step, self.config)
         self.ease = (self.phase.own(step) / self.phase.per_epoch, old / new if new else 1.0)
 
-    def step(self, step: int, feed: Iterator[Tensor]) -> Tensor:
-        """One update from so many batches of images in memory; masks and drop path depend on seed, process and step only."""
-        own, running = self.phase.config, running_statistics(self.model)
-        before = [value.clone() for value in running]
-        images = map(self.normalise, feed)
+    def step(self, step: int, feed: Iterator[Tensor], meets: Callable[[int], bool] = lambda done: True) -> Tensor:
+        """The losses of one update; masks and drop path depend on seed, process and step only.
+
+        Args:
+            step: of the run.
+            feed: batches of images in memory.
+            meets: whether a pipeline must be empty after so many steps.
+        """
+        if isinstance(self.placement, Pipeline):
+            pipeline = self.placement
+            return pipeline.step(step, meets, lambda own: self.work(own, pipeline.batches(feed), pipeline.own))
+        return self.work(step, islice(feed, self.phase.config.accum), range(len(self.optimizers)))
+
+    @property
+    def begun(self) -> int | None:
+        """In a pipeline, steps that a process has begun."""
+        return self.placement.begun if isinstance(self.placement, Pipeline) else None
+
+    def work(self, step: int, images: Iterator[Tensor], segments: range) -> Tensor:
+        """The losses of some segments, and their update."""
+        running = [running_statistics(*self.model.parts(i)) for i in segments]
+        before = [[value.clone() for value in values] for values in running]
+        self.set_learning_rate(step)
         losses = update(
-            self.placement.losses, self.optimizers, images, own.accum, self.config.clip_grad, self.seeds(step)
+            self.placement.losses,
+            self.optimizers[segments.start : segments.stop],
+            map(self.normalise, images),
+            self.phase.config.accum,
+            self.config.clip_grad,
+            self.seeds(step),
+            not self.parts,
         )
-        undo(running, before, losses)
+        for values, old, loss in zip(running, before, losses, strict=True):
+            undo(values, old, loss)
         return losses
 
     def seeds(self, step: int) -> list[int]:
         """Of a step's batches in this process."""
-        return [seed_of(self.config.seed, self.process.rank, step, micro) for micro in range(self.phase.config.accum)]
+        rank = self.process.replica.rank
+        return [seed_of(self.config.seed, rank, step, micro) for micro in range(self.phase.config.accum)]
 
     def diagnose(self, source: Source, step: int) -> dict[str, Any]:
-        """What reproduces a step of this process, and what in it is not finite first."""
-        own, per_epoch, names = self.phase.config, self.phase.per_epoch, source.names
+        """What reproduces a step of this process, and what in it is not finite first; in a pipeline the first process says it,
+        with weights of earlier segments that may be some steps further.
+        """
+        own, per_epoch, names, process = self.phase.config, self.phase.per_epoch, source.names, self.process.replica
         begin, seeds = self.phase.own(step), self.seeds(step)
-        order = order_of_steps(own, len(source), per_epoch, begin, begin + 1, self.process)
-        again = batches(replace(own, workers=0), source, begin, begin + 1, self.process, self.device, per_epoch)
+        order = order_of_steps(own, len(source), per_epoch, begin, begin + 1, process)
+        again = batches(replace(own, workers=0), source, begin, begin + 1, process, self.device, per_epoch)
         with self.placement.whole():
+            if self.parts and not self.process.first:
+                return {}
             first = first_not_finite(
                 self.model, self.model.losses, (self.normalise(images) for images, _ in again), seeds
             )
@@ -179,6 +214,7 @@ def begin(
     state: dict[str, Any] | None,
     device: torch.device,
     process: Process,
+    parts: Sequence[range] = (),
 ) -> tuple[Training, str]:
     """A new training, or the one of a checkpoint; and where its weights come from, for people to read."""
     phase = plan[state.get("phase", 0) if state else 0]
@@ -196,7 +232,7 @@ def begin(
     if state:
         check_shapes(model, state["model"], config.out)
         model.load_state_dict(state["model"])
-    training = Training(config, phase, model, mean, std, device, process)
+    training = Training(config, phase, model, mean, std, device, process, parts)
     if state:
         training.placement.settle()
         load_state(training.optimizers, state["optimizers"])
