@@ -180,8 +180,8 @@ class Pipeline:
             self.incoming = found[0]
         arriving = []
         for _ in range(self.accum):
-            tensors = [layout.empty(self.device) for layout in self.incoming]
-            arriving.append(Arriving(*tensors, [dist.irecv(flat(x), source) for x in tensors]))
+            images, x, state = (layout.empty(self.device) for layout in self.incoming)
+            arriving.append(Arriving(images, x, state, [dist.irecv(flat(part), source) for part in (images, x, state)]))
         return arriving
 
     def losses(self, images: Float[Tensor, "b c H W"]) -> Iterator[Float[Tensor, ""]]:

@@ -63,8 +63,8 @@ class Comparison:
         for title, columns in TABLES.items():
             head, *lines = lines_of(columns, self.costs, self.flops)
             parts += [f"<p><b>{title}</b></p>", table(head, [row(name, cells) for name, *cells in lines])]
-        lines = [*pipelined(self.costs), *map(reason, self.uncounted)]
-        return framed(*parts, *(f"<p>{escape(line)}</p>" for line in lines))
+        notes = (*pipelined(self.costs), *map(reason, self.uncounted))
+        return framed(*parts, *(f"<p>{escape(note)}</p>" for note in notes))
 
     def json(self) -> str:
         """A list with one object for each configuration; one that cannot be counted has an "error"."""
@@ -183,8 +183,8 @@ def tables(costs: list[StepCost], flops: list[dict[str, Flops]], uncounted: Sequ
             form.add_row(*line)
         console.print(f"\n{title}\n", form, sep="\n")
     console.print()
-    for line in (*pipelined(costs), *map(reason, uncounted)):
-        console.print(line, soft_wrap=True)
+    for note in (*pipelined(costs), *map(reason, uncounted)):
+        console.print(note, soft_wrap=True)
     return "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines())
 
 
