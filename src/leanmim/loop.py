@@ -71,7 +71,7 @@ class Loop:
                 if loop.checkpoint_due:
                     loop.save(state)
 
-    Signals: a first one (Ctrl-C, SIGTERM, SIGHUP) asks for a checkpoint of the step at hand, or on a GPU of the next one, and then raises
+    Signals: a first one (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1) asks for a checkpoint of the step at hand, or on a GPU of the next one, and then raises
     `Stopped`: the command line exits with 128 + the signal's number. An evaluation is finished before. A second one ends at
     once.
 
@@ -126,6 +126,7 @@ class Loop:
         self.task = self.progress.add_task(title, total=steps, completed=self.start, text="")
         self.signal = 0  # the first one that came here
         self.stop = 0  # the one that all processes know of
+        self.late = 0.0  # whether the clock says that a checkpoint is due, alike in all processes
         self.early = state is None  # the first checkpoint does not wait for the clock
         self.written = -1  # step of the newest checkpoint of this call
         self.faults: set[str] = set()  # of the disk, that were told
@@ -221,16 +222,16 @@ class Loop:
         if self.fresh:
             self.write_line(epoch, lr)
 
-    def with_signal(self, losses: Float[Tensor, " s"]) -> Float[Tensor, " s+1"]:
-        """The losses, and behind them the signal that came to any process."""
-        signal = torch.full_like(losses[:1], self.signal)
-        return torch.cat([losses, self.process.most(signal)])
+    def with_signal(self, losses: Float[Tensor, " s"]) -> Float[Tensor, " s+2"]:
+        """The losses, behind them the signal that came to any process, and whether a checkpoint is due by the first one's clock."""
+        late = self.process.first and time.perf_counter() - self.saved >= 60 * self.config.checkpoint_minutes
+        return torch.cat([losses, self.process.most(losses.new_tensor([self.signal, late]))])
 
     def look(self, count: int) -> None:
         """Look at the losses of so many steps, and whether to stop. Errors as for `record`."""
         for _ in range(count):
             arrived = self.arriving.pop(0)
-            *losses, stop = arrived.read()
+            *losses, stop, self.late = arrived.read()
             self.stop = self.stop or int(stop)
             good = all(map(math.isfinite, losses))
             self.skipped = 0 if good else self.skipped + 1
@@ -363,11 +364,10 @@ class Loop:
         Not after a step that was skipped, which may have been for the weights' sake, unless it is the last one.
         """
         last = self.done == self.steps
-        late = time.perf_counter() - self.saved >= 60 * self.config.checkpoint_minutes
-        return bool(self.stop) or last or (not self.skipped and (self.early or (self.fresh and late)))
+        return bool(self.stop) or last or (not self.skipped and (self.early or (self.fresh and bool(self.late))))
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write a checkpoint of this step, from the first process.
+        """Write a checkpoint of this step: from the first process, and where they share out the weights from all.
 
         Raises:
             UserError: a weight is not finite.
@@ -375,20 +375,21 @@ class Loop:
         """
         state = {"step": self.done, "losses": list(self.losses), "bad_steps": self.skipped, **state}
         self.saved, self.early = time.perf_counter(), False
-        if self.process.first:
-            try:
+        try:
+            state = self.run.share(state, self.process)
+            if self.process.first:
                 self.log.lines.flush()
                 for path, data in self.described.items():
                     if not path.exists():  # the folder vanished
                         write_atomically(path, partial(Path.write_bytes, data=data))
                 self.run.save(state, self.config.keep)
-            except CannotWrite as error:
-                if self.stop or self.done == self.steps:
-                    raise
-                return self.tell_fault("checkpoint", error)
-            except UserError as error:
-                raise UserError(f"after step {self.done} {error}: training diverged; {ADVICE}") from error
-            self.faults.discard("checkpoint")
+        except CannotWrite as error:
+            if self.stop or self.done == self.steps:
+                raise
+            return self.tell_fault("checkpoint", error)
+        except UserError as error:
+            raise UserError(f"after step {self.done} {error}: training diverged; {ADVICE}") from error
+        self.faults.discard("checkpoint")
         self.written = self.done
 
     @property

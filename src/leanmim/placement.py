@@ -1,4 +1,4 @@
-"""Where a model trains: on one device, in several processes, or one segment at a time on the device."""
+"""Where a model trains: on one device, in several processes, shared out among them, or one segment at a time on the device."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +13,7 @@ from leanmim.config import Pretrain
 from leanmim.mim import MIM
 from leanmim.offload import Offload
 from leanmim.processes import ALONE, Process
+from leanmim.sharded import Sharded
 from leanmim.step import align_state
 
 
@@ -30,7 +31,7 @@ class Placement(Protocol):
         ...
 
     def whole(self) -> Any:
-        """A context in which all weights are on the device, to evaluate the model."""
+        """A context with the model, all weights on the device, to evaluate it; all processes must enter it."""
         ...
 
 
@@ -40,7 +41,8 @@ class OnDevice:
     """
 
     def __init__(self, model: MIM, device: torch.device, process: Process = ALONE) -> None:
-        self.losses: Callable[[Tensor], Iterator[Tensor]] = model.to(device)
+        self.model = model.to(device)
+        self.losses: Callable[[Tensor], Iterator[Tensor]] = model
         if process.world > 1 and len(model.decoders) == 1:
             ids = [device.index] if device.type == "cuda" else None
             self.losses = DistributedDataParallel(model, device_ids=ids)
@@ -49,9 +51,9 @@ class OnDevice:
         """Nothing is on its way."""
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def whole(self) -> Iterator[MIM]:
         """All of it is there always."""
-        yield
+        yield self.model
 
 
 def offloads(config: Pretrain, device: torch.device) -> bool:
@@ -70,8 +72,12 @@ def compile_parts(model: MIM) -> None:
 def place(
     model: MIM, optimizers: list[AdamW], config: Pretrain, device: torch.device, process: Process = ALONE
 ) -> Placement:
-    """The model, compiled as asked, where it is to train; its optimizers exist already, and no value is ``auto``."""
+    """The model, compiled as asked, where it is to train; its optimizers exist already, and no value is ``auto``. Errors as for
+    `Sharded`.
+    """
     model.train()
+    if config.shard:
+        return Sharded(model, optimizers, config, device, process)
     if config.compile is True:
         compile_parts(model)
     if offloads(config, device):

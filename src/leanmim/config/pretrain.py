@@ -37,7 +37,7 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
     A value is checked by `check`, and names of maskings and targets where they are looked up: a third party may add some.
     """
 
-    FREE: ClassVar[frozenset[str]] = FREE_IN_TRAINING | {"offload", "knn_data", "knn_every", "show_every"}
+    FREE: ClassVar[frozenset[str]] = FREE_IN_TRAINING | {"offload", "shard", "knn_data", "knn_every", "show_every"}
     ADJUSTABLE: ClassVar[frozenset[str]] = AGAINST_DIVERGENCE | {"phase_blrs", "decode"}
     LEFT_EMPTY: ClassVar[frozenset[str]] = frozenset({"data", "out"})
     GROWING: ClassVar[frozenset[str]] = frozenset({"epochs"})
@@ -105,6 +105,9 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
     offload: bool = False
     """With --segments: keep only one segment and the next on the GPU; weights, gradients and optimizer state of the
     others wait in host memory. Same numbers, less GPU memory, more time."""
+    shard: bool = False
+    """In several processes (torchrun): each keeps its share of the weights, gradients and optimizer state, and gathers the
+    weights of a block when it computes it (FSDP2). Same numbers but for rounding, less memory, more traffic."""
     throw: float = 0.0
     """Partial reconstruction (PR-MIM): share of all patches, masked ones, that the decoder's layers do not see. 0 is
     full reconstruction. With --decoder-depth 0 there are no layers, and little is saved."""
@@ -178,6 +181,7 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
         self.check_decoder()
         self.check_phases()
         self.check_batches()
+        self.check_shard()
         check_pair("crop_scale", self.crop_scale)
         check_pair("crop_ratio", self.crop_ratio)
 
@@ -192,6 +196,12 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
             )
         if self.offload and not self.cut:
             raise UserError("--offload keeps one segment of several on the GPU; give --segments, or leave it out")
+
+    def check_shard(self) -> None:
+        """What a model that is shared out cannot be."""
+        for name in ("offload", "compile", "channels_last"):
+            if self.shard and getattr(self, name) is True:
+                raise UserError(f"--shard and {flag(name)} do not go together; leave one of them out")
 
     def check_decoder(self) -> None:
         """Depth, width and heads."""
