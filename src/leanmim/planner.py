@@ -149,12 +149,13 @@ def throughput(config: Pretrain, source: Source, device: torch.device, process: 
     """Images per second of this process in real steps, after some to warm up: reading, forward, backward, update."""
     batch = min(int(config.batch_size), IMAGES[device.type], len(source))
     with torch.random.fork_rng():
+        config = replace(config, offload=False, shard=config.shard and process.world > 1)
         model = build(config)
         if not config.shard:
             model.to(device)
         model.autocast = resolve_precision(config.precision, device)
         optimizers = make_optimizers(model, config)
-        losses = place(model, optimizers, replace(config, offload=False), device, process).losses
+        losses = place(model, optimizers, config, device, process).losses
         trial = replace(config, batch_size=batch, accum=1)
         feed = iter(batches(trial, source, 0, WARM_UP + MOST_STEPS, device=device))
         mean, std = IMAGENET.get(config.channels, IMAGENET[1])

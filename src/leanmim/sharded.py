@@ -54,7 +54,8 @@ class Sharded:
         mesh = init_device_mesh(device.type, (process.world,))
         try:
             for module in (*blocks_of(model), model):
-                fully_shard(module, mesh=mesh)
+                own = fully_shard(module, mesh=mesh)
+                own.set_force_sum_reduction_for_comms(device.type != "cuda")  # torch 2.8 takes gloo's sum for its mean
         except (ValueError, NotImplementedError) as error:  # as for a parameter without axes
             raise UserError(f"--shard: torch cannot shard {config.model} ({error}); leave --shard out") from error
         hand_over(optimizers, names, model)

@@ -110,7 +110,11 @@ class Known(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """What it may name: torch's own descriptions of tensors and files."""
         own = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-        plain = (module, name) in {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
+        plain = (module, name) in {
+            ("torch", "Size"),
+            ("torch.serialization", "_get_layout"),
+            ("collections", "OrderedDict"),
+        }
         if (own and isinstance(found := super().find_class(module, name), type)) or plain:
             return found if own else super().find_class(module, name)
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):

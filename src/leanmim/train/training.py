@@ -214,7 +214,7 @@ def at_next_size(
 ) -> tuple[MIM, list[AdamW]]:
     """The same model and optimizers for another input size."""
     larger = build(config)
-    larger = larger if config.shard or offloads(config, device) else larger.to(device)
+    larger = larger if offloads(config, device) else larger.to(device)
     larger.autocast = model.autocast
     carry_over(model.encoder, larger.encoder)
     backbone = {f"encoder.backbone.{key}" for key in model.encoder.backbone.state_dict()}
