@@ -123,7 +123,7 @@ def calibrated(
     if offloads(config, device):
         config = replace(config, channels_last=False)
     if config.shard:  # one device may not hold the model, and nothing is tried on it
-        config = replace(config, **{**first_guess(device), "workers": min(8, readers(8)), **given(config)})
+        config = replace(config, **{**first_guess(device), "workers": min(8, readers(8.0)), **given(config)})
     largest = max((phase.config for phase in phases(config)), key=lambda own: own.size)
     one = replace(largest, batch_size=1, accum=1, workers=0)
     crops = batches(one, source, 0, READ, process, per_epoch=len(source))

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from itertools import count
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ from leanmim.processes import Process
 
 SUFFIX = ".shards"
 CHUNK = 2**24  # bytes that are read at a time
+DESCRIPTIONS = {"torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"}
+KNOWN = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
 
 
 def named(state: dict[str, Any]) -> Iterator[tuple[str, dict[Any, Any], Any]]:
@@ -108,17 +110,16 @@ class Known(pickle.Unpickler):
     """Unpickles what .metadata holds, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """What it may name: torch's own descriptions of tensors and files."""
-        own = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-        plain = (module, name) in {
-            ("torch", "Size"),
-            ("torch.serialization", "_get_layout"),
-            ("collections", "OrderedDict"),
-        }
-        if (own and isinstance(found := super().find_class(module, name), type)) or plain:
-            return found if own else super().find_class(module, name)
+        """What it may name: torch's descriptions of tensors and files, types, and paths, which are only told."""
+        if (module, name) in KNOWN:
+            return super().find_class(module, name)
+        own = super().find_class(module, name) if module in DESCRIPTIONS else None
+        if isinstance(own, type) and own.__module__ == module:  # and not what is imported there
+            return own
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
+        if module.partition(".")[0] == "pathlib" and name.endswith("Path"):
+            return PurePosixPath
         raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint")
 
 
