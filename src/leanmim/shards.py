@@ -24,7 +24,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from leanmim.errors import CannotWrite, UserError
@@ -147,10 +147,10 @@ def join(checkpoints: Path, state: dict[str, Any]) -> None:
         if checksum(file) != value:
             raise ValueError(f"the checksum of {folder.name}/{file.name} is wrong")
     reader = Reader(folder)
-    known = reader.read_metadata().state_dict_metadata
-    if sum(prod(part.size) * part.properties.dtype.itemsize for part in known.values()) > sum(
-        file.stat().st_size for file in files
-    ):
+    held = reader.read_metadata().state_dict_metadata
+    known = {name: part for name, part in held.items() if isinstance(part, TensorStorageMetadata)}
+    claimed = sum(prod(part.size) * part.properties.dtype.itemsize for part in known.values())
+    if claimed > sum(file.stat().st_size for file in files):
         raise ValueError(f"{folder.name} claims to hold more than it does")
     tensors = {name: torch.empty(part.size, dtype=part.properties.dtype) for name, part in known.items()}
     try:
