@@ -29,7 +29,7 @@ STEPS = 3
 ONES = {
     "a ViT, clipped": small(clip_grad=0.05),
     "in segments, of masks that grow": in_segments(masking="token", batch_size=2),
-    "Swin": small(SIMMIM, SWIN, input_size=(64,)),
+    "Swin": small(SIMMIM, (SWIN[0], SWIN[1] | {"depths": [1, 1, 1, 1]}), input_size=(64,)),
 }
 
 

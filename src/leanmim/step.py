@@ -95,7 +95,7 @@ def align_state(optimizers: list[AdamW]) -> None:
                     own[name] = torch.empty_like(parameter, requires_grad=False).copy_(own[name])
 
 
-def laid_out(value: Tensor, parameter: nn.Parameter) -> Tensor:
+def laid_out(value: Tensor, parameter: Tensor) -> Tensor:
     """A parameter's moment, shared out among the processes or whole as the parameter is; what has no axes is whole always."""
     if value.ndim == 0 or isinstance(value, DTensor) == isinstance(parameter, DTensor):
         return value
