@@ -162,8 +162,8 @@ def killed_and_continued(world: int) -> float:
 def main() -> None:
     """Measure, write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--model", default="vit_small_patch16_224")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--model", default="vit_tiny_patch16_224")
     given = parser.parse_args()
     own: dict[str, Any] = dict(model=given.model, input_size=(96,), precision="fp32", data="-", out="-")
     recipes = {"mae": replace(MAE, **own), "bim": replace(BIM, **own)}
