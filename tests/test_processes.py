@@ -159,8 +159,10 @@ def test_a_fault_of_one_process_ends_the_others_with_a_message(name: str, tmp_pa
 
 
 def test_torchrun_starts_again_from_the_last_checkpoint(tiny: Pretrain, tmp_path: Path) -> None:
-    """Also with --overwrite in the command."""
-    config = replace(tiny, checkpoint_minutes=0.0, overwrite=True)
+    """Also with --overwrite in the command, and where the processes share out the model; the losses are those of a run that nobody
+    disturbed.
+    """
+    config = replace(tiny, checkpoint_minutes=0.0, overwrite=True, shard=True)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     done = subprocess.run(
         [*torchrun, "-m", "tests.process_faults", str(tmp_path / "killed"), *arguments(config)],
@@ -168,4 +170,7 @@ def test_torchrun_starts_again_from_the_last_checkpoint(tiny: Pretrain, tmp_path
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "continuing after step 2" in done.stdout
-    assert [line["step"] for line in lines(config)] == [1, 2, 3, 4]
+    undisturbed = replace(config, out=str(tmp_path / "undisturbed"), shard=False)
+    assert together(tmp_path, arguments(undisturbed)).codes == [0, 0]
+    (found, expected) = ([(line["step"], line["loss"]) for line in lines(own)] for own in (config, undisturbed))
+    assert found == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in expected]

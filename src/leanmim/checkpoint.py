@@ -1,7 +1,7 @@
 """Checkpoints: written atomically, read with ``weights_only=True``, and looked at in one place.
 
 A checkpoint is ``{format, config, step, ...}`` and what the command adds; for pre-training ``{phase, mean, std, model,
-optimizers}``. There is no generator state to save: every step seeds its own randomness from (seed, process, step).
+optimizers}``, of which `leanmim.shards` holds what processes share out. There is no generator state to save: every step seeds its own randomness from (seed, process, step).
 What `load` returns holds every field that its readers need, of the right type; whoever builds the model compares shapes.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leanmim import shards
 from leanmim.config import Finetune, Pretrain
 from leanmim.config.base import Model
 from leanmim.errors import Damaged, UserError
@@ -56,6 +57,7 @@ def save(path: Path, state: dict[str, Any], keep: int = 1) -> None:
                 raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
     write_atomically(path, write, lambda: shift(path, keep), size)
+    shards.sweep(path.parent, all_of(path))
 
 
 def earlier(path: Path, place: int) -> Path:
@@ -120,6 +122,8 @@ def unpack(path: Path) -> dict[str, Any]:
             if wrong := archive.testzip():
                 raise ValueError(f"the checksum of {wrong} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(state, dict) and "shards" in state:
+            shards.join(path.parent, state)
     except Exception as error:  # torch and zipfile raise many kinds for damaged files
         raise Damaged(
             f"{str(path)!r} is damaged or not a checkpoint ({type(error).__name__}: {error}); {REMEDY}"

@@ -71,7 +71,7 @@ class Loop:
                 if loop.checkpoint_due:
                     loop.save(state)
 
-    Signals: a first one (Ctrl-C, SIGTERM, SIGHUP) asks for a checkpoint of the step at hand, or on a GPU of the next one, and then raises
+    Signals: a first one (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1) asks for a checkpoint of the step at hand, or on a GPU of the next one, and then raises
     `Stopped`: the command line exits with 128 + the signal's number. An evaluation is finished before. A second one ends at
     once.
 
@@ -392,7 +392,7 @@ class Loop:
         return self.early or not self.config.checkpoint_minutes or done in (self.meeting, self.steps)
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write a checkpoint of this step, from the first process.
+        """Write a checkpoint of this step: from the first process, and where they share out the weights from all.
 
         Raises:
             UserError: a weight is not finite.
@@ -400,20 +400,21 @@ class Loop:
         """
         state = {"step": self.done, "losses": list(self.losses), "bad_steps": self.skipped, **state}
         self.saved, self.early = time.perf_counter(), False
-        if self.process.first:
-            try:
+        try:
+            state = self.run.share(state, self.process)
+            if self.process.first:
                 self.log.lines.flush()
                 for path, data in self.described.items():
                     if not path.exists():  # the folder vanished
                         write_atomically(path, partial(Path.write_bytes, data=data))
                 self.run.save(state, self.config.keep)
-            except CannotWrite as error:
-                if self.stop or self.done == self.steps:
-                    raise
-                return self.tell_fault("checkpoint", error)
-            except UserError as error:
-                raise UserError(f"after step {self.done} {error}: training diverged; {ADVICE}") from error
-            self.faults.discard("checkpoint")
+        except CannotWrite as error:
+            if self.stop or self.done == self.steps:
+                raise
+            return self.tell_fault("checkpoint", error)
+        except UserError as error:
+            raise UserError(f"after step {self.done} {error}: training diverged; {ADVICE}") from error
+        self.faults.discard("checkpoint")
         self.written = self.done
 
     @property

@@ -85,14 +85,14 @@ class Offload:
         self.present.discard(i)
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def whole(self) -> Iterator[MIM]:
         """Context in which all weights are on the device, for evaluation."""
         absent = [i for i in range(len(self.optimizers)) if i not in self.present]
         for i in absent:
             self.replace(i, self.fetch, state=False)
         self.settle()
         try:
-            yield
+            yield self.model
         finally:
             if self.lane:
                 self.lane.wait_stream(torch.cuda.current_stream(self.device))

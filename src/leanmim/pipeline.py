@@ -260,7 +260,7 @@ class Pipeline:
                     state[parameter] = {**state.get(parameter, {}), name: value.cpu()}
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def whole(self) -> Iterator[MIM]:
         """Context in which all weights are here. All processes must enter it, unless they have settled."""
         self.settle()
-        yield
+        yield self.model

@@ -1,4 +1,6 @@
-"""Where a model trains: on one device, in several processes that share images or segments, or one segment at a time on the device."""
+"""Where a model trains: on one device, in several processes that share images, segments or the model itself, or one segment at a
+time on the device.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from leanmim.mim import MIM
 from leanmim.offload import Offload
 from leanmim.pipeline import Pipeline
 from leanmim.processes import ALONE, Process
+from leanmim.sharded import Sharded
 from leanmim.step import align_state
 
 
@@ -31,7 +34,7 @@ class Placement(Protocol):
         ...
 
     def whole(self) -> Any:
-        """A context in which all weights are on the device, to evaluate the model."""
+        """A context with the model, all weights on the device, to evaluate it; all processes must enter it."""
         ...
 
 
@@ -41,7 +44,8 @@ class OnDevice:
     """
 
     def __init__(self, model: MIM, device: torch.device, process: Process = ALONE) -> None:
-        self.losses: Callable[[Tensor], Iterator[Tensor]] = model.to(device)
+        self.model = model.to(device)
+        self.losses: Callable[[Tensor], Iterator[Tensor]] = model
         if process.world > 1 and len(model.decoders) == 1:
             ids = [device.index] if device.type == "cuda" else None
             self.losses = DistributedDataParallel(model, device_ids=ids)
@@ -50,9 +54,9 @@ class OnDevice:
         """Nothing is on its way."""
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def whole(self) -> Iterator[MIM]:
         """All of it is there always."""
-        yield
+        yield self.model
 
 
 def offloads(config: Pretrain, device: torch.device) -> bool:
@@ -76,7 +80,8 @@ def place(
     process: Process = ALONE,
     parts: Sequence[range] = (),
 ) -> Placement:
-    """The model, compiled as asked, where it is to train; its optimizers exist already, and no value is ``auto``.
+    """The model, compiled as asked, where it is to train; its optimizers exist already, and no value is ``auto``. Errors as for
+    `Sharded`.
 
     Args:
         model: in host memory or on the device.
@@ -87,6 +92,8 @@ def place(
         parts: in a pipeline the segments of each process.
     """
     model.train()
+    if config.shard:
+        return Sharded(model, optimizers, config, device, process)
     if config.compile is True:
         compile_parts(model)
     if offloads(config, device):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from leanmim.auto import EPOCHS, HOURS, MOST, epochs_within, few_steps, images_a_step, short
-from leanmim.calibration import IMAGES, READ, Calibration, Trial, calibrate
+from leanmim.calibration import IMAGES, READ, Calibration, Trial, calibrate, first_guess, given, readers
 from leanmim.config import Finetune, Plan, Pretrain, parse_bytes
 from leanmim.costs import StepCost, count
 from leanmim.data import IMAGENET, Normalise, Source, batches, open_source
@@ -122,6 +122,8 @@ def calibrated(
     """What ``auto`` of the machine is for a recipe and these images; the largest phase stands for all. See `calibrate`."""
     if offloads(config, device):
         config = replace(config, channels_last=False)
+    if config.shard:  # one device may not hold the model, and nothing is tried on it
+        config = replace(config, **{**first_guess(device), "workers": min(8, readers(8.0)), **given(config)})
     largest = max((phase.config for phase in phases(config)), key=lambda own: own.size)
     one = replace(largest, batch_size=1, accum=1, workers=0)
     crops = batches(one, source, 0, READ, process, per_epoch=len(source))
@@ -147,10 +149,13 @@ def throughput(config: Pretrain, source: Source, device: torch.device, process: 
     """Images per second of this process in real steps, after some to warm up: reading, forward, backward, update."""
     batch = min(int(config.batch_size), IMAGES[device.type], len(source))
     with torch.random.fork_rng():
-        model = build(config).to(device)
+        config = replace(config, offload=False, shard=config.shard and process.world > 1)
+        model = build(config)
+        if not config.shard:
+            model.to(device)
         model.autocast = resolve_precision(config.precision, device)
         optimizers = make_optimizers(model, config)
-        place(model, optimizers, replace(config, offload=False), device)
+        losses = place(model, optimizers, config, device, process).losses
         trial = replace(config, batch_size=batch, accum=1)
         feed = iter(batches(trial, source, 0, WARM_UP + MOST_STEPS, device=device))
         mean, std = IMAGENET.get(config.channels, IMAGENET[1])
@@ -163,14 +168,14 @@ def throughput(config: Pretrain, source: Source, device: torch.device, process: 
             yield normalise(images)
 
         for _ in range(WARM_UP):  # the first step also starts readers and chooses kernels
-            update(model, optimizers, one())
+            update(losses, optimizers, one())
         wait(device)
         start, steps = time.perf_counter(), 0
         # several processes average their gradients, so they must agree on the last step
         while steps < LEAST_STEPS or (
             steps < MOST_STEPS and max(process.gather(time.perf_counter() - start)) < SECONDS
         ):
-            update(model, optimizers, one())
+            update(losses, optimizers, one())
             wait(device)
             steps += 1
         return steps * batch / (time.perf_counter() - start)

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, ClassVar, NamedTuple
 
@@ -60,6 +60,25 @@ class Process(NamedTuple):
         if self.world > 1:
             dist.all_reduce(values, dist.ReduceOp.MAX)
         return values
+
+    def broadcast(self, values: Sequence[Tensor]) -> None:
+        """Give them the first process's numbers."""
+        if self.world > 1:
+            for value in values:
+                dist.broadcast(value, 0)
+
+    def concatenate(self, rows: list[Float[Tensor, "b d"]], device: torch.device) -> Float[Tensor, "n d"]:
+        """The rows of all processes, in their order; one of them at least has some."""
+        own = torch.cat(rows) if rows else torch.empty(0, 0)
+        if self.world == 1:
+            return own
+        shapes = self.gather(tuple(own.shape))
+        padded = torch.zeros(*map(max, zip(*shapes, strict=True)), device=device)
+        if rows:
+            padded[: len(own)] = own
+        found = [torch.empty_like(padded) for _ in shapes]
+        dist.all_gather(found, padded)
+        return torch.cat([part[:count] for part, (count, _) in zip(found, shapes, strict=True)])
 
     def gather(self, value: Any) -> list[Any]:
         """The objects of all processes."""

@@ -13,6 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import nn
 
+from leanmim import shards
 from leanmim.checkpoint import all_of, load, save, whole
 from leanmim.config import Config
 from leanmim.errors import CannotWrite, Damaged, UserError
@@ -26,6 +27,7 @@ from leanmim.files import (
     write_json,
     write_lines,
 )
+from leanmim.processes import Process
 
 __all__ = ["Run", "load", "save", "write_atomically", "write_json"]
 
@@ -139,6 +141,12 @@ class Run:
     def lock(self) -> Path:
         """What the process holds that trains here; the file stays, the lock does not."""
         return self.folder / ".lock"
+
+    def share(self, state: dict[str, Any], process: Process) -> dict[str, Any]:
+        """Write what processes share out, from all of them; what is left for `save`. Errors as for `shards.write`."""
+        if process.first:
+            shards.sweep(self.last.parent, all_of(self.last))
+        return shards.write(self.last.parent, state, process)
 
     def save(self, state: dict[str, Any], keep: int = 1) -> None:
         """Write the newest checkpoint, and keep so many of them. Errors as for `checkpoint.save`."""
@@ -305,9 +313,8 @@ class Run:
             copies: further copies of the weights in each.
         """
         weights = sum(4 * p.numel() for p in model.parameters())
-        needed = round(1.2 * (3 + copies) * weights) * (keep + 1) - sum(
-            file.stat().st_size for file in all_of(self.last)
-        )
+        there = (file for file in self.last.parent.rglob("*") if file.is_file())
+        needed = round(1.2 * (3 + copies) * weights) * (keep + 1) - sum(file.stat().st_size for file in there)
         free = shutil.disk_usage(existing(self.folder)).free
         if needed > free:
             raise CannotWrite(

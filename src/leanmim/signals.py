@@ -1,4 +1,4 @@
-"""Signals that ask a command to stop: Ctrl-C, and what schedulers and closed terminals send."""
+"""Signals that ask a command to stop: Ctrl-C, and what schedulers (SIGTERM; SIGUSR1 where they are asked to warn) and closed terminals send."""
 
 import signal
 import threading
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 class Stopped(KeyboardInterrupt):

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
@@ -77,7 +78,10 @@ def load_state(optimizers: list[AdamW], states: list[dict[str, Any]]) -> None:
             )
         check_moments(optimizer, state["state"])
         groups = optimizer.state_dict()["param_groups"]  # betas and the like are the configuration's
-        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        own = {key: {name: laid_out(value, parameters[key]) for name, value in moments.items()}
+               for key, moments in state["state"].items()}  # fmt: skip
+        optimizer.load_state_dict({"state": own, "param_groups": groups})
     align_state(optimizers)
 
 
@@ -86,8 +90,19 @@ def align_state(optimizers: list[AdamW]) -> None:
     for optimizer in optimizers:
         for parameter, own in optimizer.state.items():
             for name in ("exp_avg", "exp_avg_sq"):
+                own[name] = laid_out(own[name], parameter)
                 if own[name].stride() != parameter.stride():
                     own[name] = torch.empty_like(parameter, requires_grad=False).copy_(own[name])
+
+
+def laid_out(value: Tensor, parameter: Tensor) -> Tensor:
+    """A parameter's moment, shared out among the processes or whole as the parameter is; what has no axes is whole always."""
+    if value.ndim == 0 or isinstance(value, DTensor) == isinstance(parameter, DTensor):
+        return value
+    if isinstance(value, DTensor):
+        return value.full_tensor()
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def check_moments(optimizer: AdamW, state: dict[int, dict[str, Tensor]]) -> None:
@@ -103,8 +118,10 @@ def check_moments(optimizer: AdamW, state: dict[int, dict[str, Tensor]]) -> None
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Average the gradients among all processes."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    """Average the gradients among all processes; those that are shared out are averages already (FSDP)."""
+    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
+    if not gradients:
+        return
     flat = nn.utils.parameters_to_vector(gradients).div_(dist.get_world_size())
     if not isinstance(flat, FakeTensor):  # torch 2.8 cannot reduce what is only counted
         dist.all_reduce(flat)
@@ -114,8 +131,10 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
 def gradient_norm(parameters: list[nn.Parameter], clip_grad: float) -> Float[Tensor, ""]:
     """The norm of all gradients together, which are then shortened to ``clip_grad`` at most; 0 is no clipping."""
     if clip_grad:
-        return nn.utils.clip_grad_norm_(parameters, clip_grad)
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = nn.utils.clip_grad_norm_(parameters, clip_grad)
+    else:
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def step_if_finite(optimizer: AdamW, norm: Float[Tensor, ""]) -> None:

@@ -421,8 +421,8 @@ class Logging(Config):
     """Steps between two lines of metrics.jsonl."""
     checkpoint_minutes: float = 10.0
     """Minutes between two checkpoints, each with a line of metrics.jsonl: the most that a killed run loses. 0 is one each
-    step. There is always one after the first step, one at the end, and one where a signal (Ctrl-C, SIGTERM, SIGHUP)
-    asks for it: then the exit code is 128 + its number, and the same command continues."""
+    step. There is always one after the first step, one at the end, and one where a signal (Ctrl-C, SIGTERM, SIGHUP,
+    SIGUSR1) asks for it: then the exit code is 128 + its number, and the same command continues."""
     keep: int = 2
     """Checkpoints that are kept: the newest, and those before it, for the case that it is damaged."""
     overwrite: bool = False

@@ -29,7 +29,7 @@ GROUPS = {
         "queries Evaluate.epochs Probe.epochs Probe.warmup_epochs Probe.blr probe_batch_size shots draws void patches "
         "Evaluate.seed Probe.seed"
     ),
-    "machine": "device memory workers jobs threads precision channels_last compile deterministic images_per_second cache",
+    "machine": "device shard memory workers jobs threads precision channels_last compile deterministic images_per_second cache",
     "logging": "log_every show_every checkpoint_minutes keep track Pretrain.recipe",
     "fault": "max_bad_share max_bad_steps data_changed data_patience process_timeout",
 }  # fmt: skip

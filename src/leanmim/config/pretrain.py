@@ -37,7 +37,9 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
     A value is checked by `check`, and names of maskings and targets where they are looked up: a third party may add some.
     """
 
-    FREE: ClassVar[frozenset[str]] = FREE_IN_TRAINING | {"offload", "pipeline", "knn_data", "knn_every", "show_every"}
+    FREE: ClassVar[frozenset[str]] = FREE_IN_TRAINING | {
+        "offload", "pipeline", "shard", "knn_data", "knn_every", "show_every"
+    }  # fmt: skip
     ADJUSTABLE: ClassVar[frozenset[str]] = AGAINST_DIVERGENCE | {"phase_blrs", "decode"}
     LEFT_EMPTY: ClassVar[frozenset[str]] = frozenset({"data", "out"})
     GROWING: ClassVar[frozenset[str]] = frozenset({"epochs"})
@@ -108,6 +110,9 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
     pipeline: bool = False
     """With --segments, under torchrun: the processes share the segments and not the images. Each runs its segments on one batch
     while the next process runs its own on the batch before. Same numbers as in one process."""
+    shard: bool = False
+    """In several processes (torchrun): each keeps its share of the weights, gradients and optimizer state, and gathers the
+    weights of a block when it computes it (FSDP2). Same numbers but for rounding, less memory, more traffic."""
     throw: float = 0.0
     """Partial reconstruction (PR-MIM): share of all patches, masked ones, that the decoder's layers do not see. 0 is
     full reconstruction. With --decoder-depth 0 there are no layers, and little is saved."""
@@ -181,6 +186,7 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
         self.check_decoder()
         self.check_phases()
         self.check_batches()
+        self.check_shard()
         check_pair("crop_scale", self.crop_scale)
         check_pair("crop_ratio", self.crop_ratio)
 
@@ -204,6 +210,12 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
             raise UserError(
                 "--pipeline keeps the segments of a process on its GPU, --offload only one of them; give --no-offload, or leave it out"
             )
+
+    def check_shard(self) -> None:
+        """What a model that is shared out cannot be."""
+        for name in ("offload", "pipeline", "compile", "channels_last"):
+            if self.shard and getattr(self, name) is True:
+                raise UserError(f"--shard and {flag(name)} do not go together; leave one of them out")
 
     def check_decoder(self) -> None:
         """Depth, width and heads."""

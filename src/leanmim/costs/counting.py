@@ -65,6 +65,14 @@ class StepCost:
     decoder_tokens: int
     """Tokens that the decoder's layers see."""
 
+    def shared(self, world: int) -> "StepCost":
+        """The same with weights and optimizer state shared out among so many processes (FSDP). Gradients still count as a whole,
+        which stands for the blocks whose weights and gradients are gathered: an upper bound.
+        """
+        spared = {name: getattr(self, name) * (world - 1) // world for name in ("weight_bytes", "optimizer_bytes")}
+        own: dict[str, Any] = {name: getattr(self, name) - size for name, size in spared.items()}
+        return replace(self, **own, peak_bytes=self.peak_bytes - sum(spared.values()))
+
 
 def count(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[str, Flops]]:
     """The cost of a recipe: with phases, the bytes and tokens of the one with the highest peak, and the FLOPs of an

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from math import log
 from pathlib import Path
 from statistics import median
@@ -28,6 +29,7 @@ from leanmim.encoders.backbone import Backbone, Truncated, as_tokens, full_depth
 from leanmim.errors import UserError
 from leanmim.evaluators.accuracy import Accuracy
 from leanmim.files import append_line
+from leanmim.processes import ALONE, Process
 from leanmim.progress import console_of, track
 from leanmim.run import Run
 from leanmim.start import Start, images_of, open_start, start_of
@@ -126,8 +128,11 @@ def extract(
     seed: int = 0,
     title: str = "features",
     console: Console | None = None,
+    process: Process = ALONE,
 ) -> Features:
     """Features of every readable image of a set, on the device, in the order of its files.
+
+    Several processes embed a share each, of the same batches as one would, and get the features of all.
 
     Args:
         embed: from normalised images to features.
@@ -138,21 +143,26 @@ def extract(
         seed: of the transform's random choices.
         title: of the progress bar.
         console: where the bar is drawn; None is the standard error.
+        process: this one among all; all must call this.
 
     Raises:
         UserError: none can be read.
     """
     order = [[(seed, i) for i in range(a, min(a + batch_size, len(data)))] for a in range(0, len(data), batch_size)]
+    order = order[len(order) * process.rank // process.world : len(order) * (process.rank + 1) // process.world]
     xs, kept, unreadable = [], list[int](), list[Bad]()
     feed = loader(data.pictures, order, workers, normalise.device, collate_readable)
     for images, places, bad in track(feed, f"{title} of {len(data)} images", len(order), console):
         kept, unreadable = kept + places, unreadable + bad
         if places:
             xs.append(embed(normalise(images)).float())
+    process.wait()
+    kept, unreadable = (list(chain(*found)) for found in zip(*process.gather((kept, unreadable[:1])), strict=True))
     if not kept:
         raise nothing_readable(len(data), unreadable[0])
-    tell_left_out(data.source, kept)
-    return Features(torch.cat(xs), data.labels_of(kept).to(normalise.device))
+    if process.first:
+        tell_left_out(data.source, kept)
+    return Features(process.concatenate(xs, normalise.device), data.labels_of(kept).to(normalise.device))
 
 
 class Subject(NamedTuple):

@@ -29,7 +29,7 @@ from leanmim.train.bad_files import BadFiles
 from leanmim.train.data_list import DataList, check_alike, check_unchanged, keep_list, other_images, read_list
 from leanmim.train.header import continuing, header
 from leanmim.train.phases import PhaseSteps, plan_phases
-from leanmim.train.right_size import guard_memory, right_sized, split
+from leanmim.train.right_size import guard_memory, of_share, right_sized, split
 from leanmim.train.strips import Strips
 from leanmim.train.training import Training, begin
 
@@ -59,6 +59,11 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
     """`pretrain` in one of several processes; what is held until its end is the lock of the run folder."""
     # Everything that can be wrong is looked at before anything is written.
     resolve_workers(config.workers)
+    if config.shard and process.world == 1:
+        raise UserError(
+            "--shard shares a model out among processes, and this is the only one; start several (torchrun --nproc_per_node=2 -m "
+            "leanmim pretrain ...), or leave --shard out, which also goes on with a run that was begun with it"
+        )
     run = Run(Path(config.out))
     process = Stage(*process) if config.pipeline and process.world > 1 else process
     source = open_source(config.data, config.read_as)
@@ -81,7 +86,7 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
     steps, start = plan[-1].stop, state["step"] if state else 0
     adjusted = check_adjusted(config, run, start, steps)
     changes = check_unchanged(before, images, config.data_changed) if start < steps else None
-    predicted, _ = count(own, counted_as(device))
+    predicted, _ = of_share(count, process)(own, counted_as(device))
     guard_memory(own, predicted, process, device)
     knn_sets = labelled_pair(config.knn_data, config.read_as, centre_crop(config.size)) if config.knn_data else None
     forget_peak(device)
@@ -178,14 +183,12 @@ def meets(config: Pretrain, phase: PhaseSteps, loop: Loop, strips: Strips, done:
 
 
 def online_knn(training: Training, sets: tuple[Labelled, Labelled], loop: Loop, epoch: float) -> None:
-    """Write the encoder's kNN accuracy into the log; one process measures it."""
-    training.placement.settle()
+    """Write the encoder's kNN accuracy into the log; all processes measure it."""
     with loop.paused():
-        if loop.process.first:
-            accuracy = training.knn(*sets, loop.console)
-            low, high = accuracy.interval
-            loop.write(knn=accuracy, knn_low=low, knn_high=high, knn_images=accuracy.images)
-            loop.say(f"epoch {epoch:.4g}  kNN {accuracy}")
+        accuracy = training.knn(*sets, loop.console)
+        low, high = accuracy.interval
+        loop.write(knn=accuracy, knn_low=low, knn_high=high, knn_images=accuracy.images)
+        loop.say(f"epoch {epoch:.4g}  kNN {accuracy}")
 
 
 def check_extension(config: Pretrain, state: dict[str, Any]) -> None:

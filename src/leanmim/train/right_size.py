@@ -213,7 +213,7 @@ def batch_that_fits(
         raise UserError(f"--effective-batch {effective} does not divide among {world} processes")
     memory = memory_of(config, process, device)
     start: Trained = replace(config, batch_size=1)
-    found = fit(start, effective // world, memory, device, counted)
+    found = fit(start, effective // world, memory, device, of_share(counted, process))
     if found is None:
         raise UserError(
             f"--batch-size auto: not even one image fits into {readable(memory)}; choose a smaller --model or "
@@ -221,6 +221,16 @@ def batch_that_fits(
         )
     fitting, cost = found
     return fitting, cost, memory
+
+
+def of_share(counted: Counted, process: Process) -> Counted:
+    """Gives the cost for one of several processes, which with --shard has a share of the model."""
+
+    def own(config: Any, device: str) -> tuple[StepCost, Any]:
+        cost, flops = counted(config, device)
+        return (cost.shared(process.world) if getattr(config, "shard", False) else cost), flops
+
+    return own
 
 
 def memory_of(config: Optimisation, process: Process, device: torch.device) -> int:
@@ -249,7 +259,7 @@ def guard_memory(
         return
     effective = int(config.batch_size) * config.accum
     plain = replace(config, phase_batches=(), phase_accums=()) if isinstance(config, Pretrain) else config
-    found = fit(plain, effective, memory, device, counted)
+    found = fit(plain, effective, memory, device, of_share(counted, process))
     remedy = "not even one image fits: choose a smaller --model or --input-size"
     if found:
         fitting = found[0]

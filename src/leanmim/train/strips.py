@@ -38,8 +38,7 @@ class Strips:
         """Draw a strip if it is due, in the first process; it is no time of training."""
         if not self.due(loop.done, epoch):
             return
-        training.placement.settle()
-        with loop.paused():
+        with loop.paused(), training.placement.whole() as model:
             if not loop.process.first:
                 return
             own, path = training.phase.config, loop.run.strip(loop.done)
@@ -48,10 +47,7 @@ class Strips:
                 self.read[own.size] = torch.stack(found) if found else torch.empty(0)
             pictures = self.read[own.size]
             try:
-                with training.placement.whole():
-                    drawn = len(pictures) and write_strip(
-                        path, own, training.model, training.normalise, pictures, self.seed
-                    )
+                drawn = len(pictures) and write_strip(path, own, model, training.normalise, pictures, self.seed)
             except CannotWrite as error:
                 return loop.tell_fault("picture", error)
             if drawn:

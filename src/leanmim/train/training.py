@@ -34,6 +34,7 @@ from leanmim.pipeline import Pipeline
 from leanmim.placement import offloads, place
 from leanmim.processes import Process
 from leanmim.schedule import learning_rate
+from leanmim.sharded import Sharded
 from leanmim.step import load_state, make_optimizers, update
 from leanmim.targets import with_levels
 from leanmim.train.non_finite import first_not_finite, running_statistics, undo
@@ -70,7 +71,7 @@ class Training:
         self.mean, self.std = mean, std
         self.ease = (0.0, 1.0)  # see `extend`
         self.normalise = Normalise(mean, std, device)
-        if not offloads(config, device):
+        if not (config.shard or offloads(config, device)):
             model.to(device)
         model.autocast = resolve_precision(phase.config.precision, device)
         model.target = with_levels(model.target, config.read_as, mean, std)
@@ -82,6 +83,8 @@ class Training:
         if phase.number == self.phase.number:
             return
         self.placement.settle()
+        if isinstance(self.placement, Sharded):
+            self.model = self.placement.gather()
         self.model, self.optimizers = at_next_size(self.model, self.optimizers, phase.config, self.device)
         self.model.target = with_levels(self.model.target, self.config.read_as, self.mean, self.std)
         self.placement = place(self.model, self.optimizers, phase.config, self.device, self.process, self.parts)
@@ -163,21 +166,22 @@ class Training:
         begin, seeds = self.phase.own(step), self.seeds(step)
         order = order_of_steps(own, len(source), per_epoch, begin, begin + 1, process)
         again = batches(replace(own, workers=0), source, begin, begin + 1, process, self.device, per_epoch)
-        with self.placement.whole():
+        with self.placement.whole() as model:
             if self.parts and not self.process.first:
                 return {}
-            first = first_not_finite(
-                self.model, self.model.losses, (self.normalise(images) for images, _ in again), seeds
-            )
+            first = first_not_finite(model, model.losses, (self.normalise(images) for images, _ in again), seeds)
         files = [[names[index] for _, index in batch] for batch in order]
         return {"first_not_finite": first, "seeds": seeds, "files": files}
 
     def knn(self, train: Labelled, val: Labelled, console: Console) -> Accuracy:
-        """Online accuracy of the encoder; a bar on the console while it is measured."""
+        """Online accuracy of the encoder; a bar on the console while it is measured. Each process embeds its share of the
+        images, so all must call this.
+        """
         own = self.phase.config
-        self.model.eval()
-        embed = embedding(truncated(self.model.encoder, own, None), "avg")
-        with self.placement.whole():
+        with self.placement.whole() as model, torch.autocast(self.device.type, model.autocast, bool(model.autocast)):
+            model.eval()
+            self.process.broadcast(running_statistics(model))
+            embed = embedding(truncated(model.encoder, own, None), "avg")
             voters, queries = (
                 extract(
                     embed,
@@ -187,6 +191,7 @@ class Training:
                     resolve_workers(own.workers),
                     title="kNN",
                     console=console,
+                    process=self.process,
                 )
                 for part in (train, val)
             )
