@@ -134,11 +134,12 @@ class MIM(nn.Module):
         encoder, grid = self.encoder, self.encoder.grid
         masks = self.draw_masks(images) if masks is None else masks
         splits = [self.draw_split(mask) for mask in masks] if splits is None else splits
-        x = images
+        device, x = images.device.type, images
+        del images  # nobody but ``x`` holds them, and the first segment only
         for i, (decoder, mask, split) in enumerate(zip(self.decoders, masks, splits, strict=True)):
             # Closed before each yield: an open autocast would leak into the caller's backward.
-            with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
-                x = encoder.embed(images, mask) if i == 0 else encoder.narrow(i, x.detach(), masks[i - 1], mask)
+            with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+                x = encoder.embed(x, mask) if i == 0 else encoder.narrow(i, x.detach(), masks[i - 1], mask)
                 x = encoder.segment(i, x)
                 ids, prediction = decoder(encoder.read(i, x), encoder.positions(mask), split, grid)
             prediction = prediction.float()
@@ -155,6 +156,7 @@ class MIM(nn.Module):
         target = self.target(images)
         masks = self.draw_masks(images) if masks is None else masks
         predictions = self.predictions(images, masks)
+        del images
         for mask in masks:
             ids, prediction = next(predictions)
             error = self.compare(prediction - take(target, ids))

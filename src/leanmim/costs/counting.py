@@ -1,6 +1,6 @@
 """The cost of a training step: the real `update` on fake tensors."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -183,16 +183,29 @@ def count_step(
     trained: MIM | Offload = model
     if config.offload and cuda:
         with storages:
-            trained = Offload(model, optimizers, images.device, storages.fetch, storages.store)
+            trained = Offload(model, optimizers, images.device)
+        for flat in trained.hosts:
+            for memory in flat.memory:
+                storages.follow(memory, "host")
+        for room in trained.rooms:
+            for memory, kind in zip(room, ("weights", "optimizer"), strict=True):
+                storages.follow(memory, kind)
         storages.peak = storages.now.copy()
     with flop_counter() as of_target:
         model.target(normalise(images))
     counter = flop_counter()
     watch = Stopwatch(counter, trained, cast(list[Decoder], model.decoders))
 
-    accum = min(config.accum, 2)  # a third batch finds what the second found
+    segment_first = isinstance(trained, Offload)
+    accum = min(config.accum, 3 if segment_first else 2)  # the next batch finds what the last one found
+    found: list[int] = []  # bytes before each batch
+    feed = batches(images, normalise, accum, lambda: found.append(storages.now["all"]))
     with watched(model, storages, counter, cuda):
-        update(watch.losses, optimizers, batches(images, normalise, accum), accum, config.clip_grad)
+        update(watch.losses, optimizers, feed, accum, config.clip_grad, segment_first=segment_first)
+    if segment_first and accum < config.accum:
+        waiting = (config.accum - accum) * (found[2] - found[1])  # or what the others have left for the next segment
+        for kind in ("transient", "all"):
+            storages.peak[kind] += waiting
     return storages, watch.per_image(batch * accum, of_target.get_total_flops() // batch), watch.tokens
 
 
@@ -214,8 +227,11 @@ def watched(model: nn.Module, storages: Storages, counter: FlopCounterMode, cuda
         yield
 
 
-def batches(images: Tensor, normalise: Normalise, accum: int) -> Iterator[Tensor]:
-    """Batches as the training loop makes them: the bytes live as long as the batch is worked on."""
+def batches(images: Tensor, normalise: Normalise, accum: int, before: Callable[[], object]) -> Iterator[Tensor]:
+    """Batches as the training loop makes them: the bytes live as long as the batch is worked on. ``before`` is called before
+    each.
+    """
     for _ in range(accum):
+        before()
         read = images.clone()
         yield normalise(read)

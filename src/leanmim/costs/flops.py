@@ -136,10 +136,16 @@ class Stopwatch:
 
     def losses(self, images: Tensor) -> Iterator[Tensor]:
         """The model's losses; the caller goes backward from each before it asks for the next."""
-        for loss in self.model(images):
+        losses = iter(self.model(images))
+        del images
+        while True:
+            self.turn(direction="forward", part="encoder")  # the pass before may have been another batch's
+            loss = next(losses, None)
+            if loss is None:
+                return
             self.turn(direction="backward")
             yield loss
-            self.turn(direction="forward", part="encoder")
+            del loss
 
     def per_image(self, images: int, target: int) -> dict[str, Flops]:
         """FLOPs of an image, of the forward pass alone and of training (forward and backward).

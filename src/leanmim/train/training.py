@@ -112,8 +112,9 @@ class Training:
         before = [value.clone() for value in running]
         images = map(self.normalise, feed)
         losses = update(
-            self.placement.losses, self.optimizers, images, own.accum, self.config.clip_grad, self.seeds(step)
-        )
+            self.placement.losses, self.optimizers, images, own.accum, self.config.clip_grad, self.seeds(step),
+            segment_first=offloads(own, self.device),
+        )  # fmt: skip
         undo(running, before, losses)
         return losses
 
