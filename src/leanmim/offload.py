@@ -5,8 +5,8 @@ segment only, and of the next one, which is copied during the computation. The d
 largest segment. While the segment in one of them is at work, the one before leaves the other for the host, piece by piece,
 and the next one follows it in: copies go both ways at once. All is ordered among streams; in a step nobody waits on the host.
 
-With accumulation all batches of a step pass a segment before the next one comes (`update`, ``by_segment``), so that a segment
-is copied once a step, however many batches there are. Each batch's target and its activations at the segments' border wait
+With accumulation all batches of a step pass a segment before the next one comes (`update`, ``segment_first``), so that a
+segment is copied once a step, however many batches there are. Each batch's target and its activations at the segments' border wait
 on the device meanwhile, which `leanmim cost` counts.
 
 The results are bit-identical to training without offloading.

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from leanmim.checkpoint import REMEDY
@@ -148,6 +147,11 @@ def step_if_finite(optimizer: AdamW, norm: Float[Tensor, ""]) -> None:
         optimizer.step()
 
 
+def averages_itself(losses: Callable[[Any], Iterator[Tensor]]) -> bool:
+    """Whether it is in DistributedDataParallel, or what stands for it where memory is counted."""
+    return hasattr(losses, "no_sync")
+
+
 Passes = Iterator[tuple[int, Tensor, bool]]  # the segment, its loss, and whether this is the last batch
 
 
@@ -159,7 +163,7 @@ def by_batch(
         if seeds:
             torch.manual_seed(seeds[micro])
         last = micro == accum - 1
-        waits = isinstance(losses, DistributedDataParallel) and not last  # it averages after the last batch only
+        waits = averages_itself(losses) and not last  # it averages after the last batch only
         with losses.no_sync() if waits else contextlib.nullcontext():  # type: ignore[attr-defined]
             for i, loss in enumerate(losses(images)):
                 yield i, loss, last
@@ -240,7 +244,7 @@ def update(
     """
     means: list[Any] = [0.0] * len(optimizers)
     parameters = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
-    averages = dist.is_initialized() and not isinstance(losses, DistributedDataParallel)
+    averages = dist.is_initialized() and not averages_itself(losses)
     waiting: list[tuple[int, Averages]] = []  # the segment before
 
     def step(i: int, gradients: Averages | None = None) -> None:

@@ -104,7 +104,8 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
     --depth counts them."""
     offload: bool = False
     """With --segments: keep only one segment and the next on the GPU; weights, gradients and optimizer state of the
-    others wait in host memory. Same numbers, less GPU memory, more time."""
+    others wait in host memory. Same numbers, less GPU memory, more time. With --accum each batch's target and activations at
+    the segments' border wait on the GPU: count it with `leanmim cost`."""
     throw: float = 0.0
     """Partial reconstruction (PR-MIM): share of all patches, masked ones, that the decoder's layers do not see. 0 is
     full reconstruction. With --decoder-depth 0 there are no layers, and little is saved."""

@@ -60,6 +60,7 @@ class Comparison:
         for title, columns in TABLES.items():
             head, *lines = lines_of(columns, self.costs, self.flops)
             parts += [f"<p><b>{title}</b></p>", table(head, [row(name, cells) for name, *cells in lines])]
+        parts.append(f"<p>{escape(assumed(self.costs))}</p>")
         return framed(*parts, *(f"<p>{escape(reason(entry))}</p>" for entry in self.uncounted))
 
     def json(self) -> str:
@@ -179,6 +180,7 @@ def tables(costs: list[StepCost], flops: list[dict[str, Flops]], uncounted: Sequ
             form.add_row(*line)
         console.print(f"\n{title}\n", form, sep="\n")
     console.print()
+    console.print(assumed(costs), soft_wrap=True)
     for entry in uncounted:
         console.print(reason(entry), soft_wrap=True)
     return "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines())
@@ -196,6 +198,11 @@ def lines_of(columns: Sequence[Column], costs: list[StepCost], flops: list[dict[
 def same_step(costs: list[StepCost]) -> str:
     """What the rows share."""
     return f"One training step, {same(costs, 'model')}, batch {same(costs, 'batch_size')}"
+
+
+def assumed(costs: list[StepCost]) -> str:
+    """What the memory goes by."""
+    return f"Memory as of {same(costs, 'allocator')}."
 
 
 def same(costs: list[StepCost], name: str) -> str:
