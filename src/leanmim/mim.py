@@ -141,10 +141,8 @@ class MIM(nn.Module):
             with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
                 x = encoder.embed(x, mask) if i == 0 else encoder.narrow(i, x.detach(), masks[i - 1], mask)
                 x = encoder.segment(i, x)
-                ids, prediction = decoder(encoder.read(i, x), encoder.positions(mask), split, grid)
-            prediction = prediction.float()
-            yield ids, prediction
-            del prediction  # the next segment must not find this one's memory still held
+                ids, *prediction = decoder(encoder.read(i, x), encoder.positions(mask), split, grid)
+            yield ids, prediction.pop().float()  # no longer held here while others work, the next segment among them
 
     def losses(self, images: Float[Tensor, "b c H W"], masks: list[Mask] | None = None) -> Iterator[Float[Tensor, ""]]:
         """One loss per segment, in order; call backward on each before asking for the next.

@@ -200,8 +200,8 @@ def count_step(
             for memory in flat.memory:
                 storages.follow(memory, "host")
         for room in trained.rooms:
-            for memory, kind in zip(room, ("weights", "optimizer"), strict=True):
-                storages.follow(memory, kind)
+            for memory, what in zip(room, ("weights", "optimizer"), strict=True):
+                storages.follow(memory, what)
         storages.peak = storages.now.copy()
     with flop_counter() as of_target:
         model.target(normalise(images))
@@ -219,8 +219,8 @@ def count_step(
         update(losses, optimizers, feed, accum, config.clip_grad, segment_first=segment_first)
     if segment_first and accum < config.accum:
         waiting = (config.accum - accum) * (found[2] - found[1])  # or what the others have left for the next segment
-        for kind in ("transient", "all"):
-            storages.peak[kind] += waiting
+        for what in ("transient", "all"):
+            storages.peak[what] += waiting
     return storages, watch.per_image(batch * accum, of_target.get_total_flops() // batch), watch.tokens
 
 
