@@ -17,7 +17,6 @@ from leanmim.mim import MIM
 from leanmim.recipes import MAE
 from leanmim.step import make_optimizers, update
 from tests.costs.small import SMALL
-from tests.helpers import small
 
 
 def real_step(config: Pretrain) -> tuple[Callable[[Callable | None], None], MIM]:
@@ -142,14 +141,3 @@ def test_counting_does_not_disturb_training(tiny: Pretrain) -> None:
 def test_a_batch_that_is_to_be_chosen_cannot_be_counted() -> None:
     with pytest.raises(UserError, match="--batch-size auto; give a number"):
         count(replace(MAE, batch_size="auto"))
-
-
-def test_among_several_processes_gradients_stay_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what other batches gave waits beside them."""
-    config = small()
-    alone, twice = (count(replace(config, accum=accum))[0] for accum in (1, 2))
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    among, both = (count(replace(config, accum=accum))[0] for accum in (1, 2))
-    assert alone.gradient_bytes == twice.gradient_bytes <= among.gradient_bytes < 1.5 * alone.gradient_bytes
-    assert both.gradient_bytes == 2 * alone.gradient_bytes
-    assert alone.peak_bytes < among.peak_bytes < both.peak_bytes
