@@ -36,9 +36,8 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def ready(config: Pretrain, device: torch.device) -> tuple[Placement, list[AdamW]]:
-    """A recipe's model where it trains, and its optimizers with their state, as in any step but the first.
-
-    Where a CPU is to offload, memory that is not of torch's allocator stands for the host's.
+    """A recipe's model where it trains, and its optimizers with their state, as in any step but the first. A CPU offloads too:
+    then the host's memory is that which is not of torch's allocator.
     """
     model = build(config)
     model.autocast = resolve_precision(config.precision, device)
@@ -52,7 +51,7 @@ def ready(config: Pretrain, device: torch.device) -> tuple[Placement, list[AdamW
         optimizer.zero_grad()
     if config.offload and device.type == "cpu":
         model.train()
-        return Offload(model, optimizers, device, torch.clone, lambda x: torch.from_numpy(x.numpy().copy())), optimizers
+        return Offload(model, optimizers, device), optimizers
     return place(model, optimizers, config, device), optimizers
 
 
@@ -63,14 +62,13 @@ def parameters(optimizer: AdamW) -> list[Tensor]:
 
 def resident(placed: Placement, optimizers: list[AdamW]) -> list[Tensor]:
     """The weights, buffers and optimizer state that are on the device."""
-    model: Any = placed.losses
-    away: list[AdamW] = []
     if isinstance(placed, Offload):
-        model = placed.model
-        away = [optimizer for i, optimizer in enumerate(optimizers) if i not in placed.present]
-    absent = {parameter for optimizer in away for parameter in parameters(optimizer)}
-    moments = [t for o in optimizers if o not in away for state in o.state.values() for t in state.values()]
-    return [*(p for p in model.parameters() if p not in absent), *model.buffers(), *moments]
+        trained = {parameter for optimizer in optimizers for parameter in parameters(optimizer)}
+        fixed = [p for p in placed.model.parameters() if p not in trained]
+        return [*(memory for room in placed.rooms for memory in room), *fixed, *placed.model.buffers()]
+    model: Any = placed.losses
+    moments = [t for optimizer in optimizers for state in optimizer.state.values() for t in state.values()]
+    return [*model.parameters(), *model.buffers(), *moments]
 
 
 class Timed:
@@ -140,7 +138,8 @@ def measure(config: Pretrain, device: torch.device) -> dict[str, int]:
             yield normalise(read)
 
     def step(through: Callable[[Tensor], Iterator[Tensor]]) -> None:
-        update(through, optimizers, batches(), config.accum, config.clip_grad)
+        first = isinstance(placed, Offload)
+        update(through, optimizers, batches(), config.accum, config.clip_grad, segment_first=first)
 
     if device.type == "cuda":
         step(placed.losses)

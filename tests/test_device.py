@@ -1,4 +1,4 @@
-"""Copies to a GPU, emulated: what waits for what; and what is deterministic."""
+"""Copies to a GPU, emulated: what waits for what; what CUDA is set up with; what is deterministic."""
 
 import os
 from contextlib import contextmanager
@@ -10,10 +10,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leanmim import device as devices
-from leanmim.device import deterministic, resolve_precision, to_device
+from leanmim.device import deterministic, resolve_device, resolve_precision, to_device
 from leanmim.errors import UserError
 
 CUDA = torch.device("cuda")
+GROWS = "expandable_segments:True"
 
 
 def test_a_pinned_batch_is_copied_beside_the_computation_which_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,3 +79,25 @@ def test_deterministic_algorithms_are_asked_for_and_nothing_stays(monkeypatch: p
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
     with pytest.raises(UserError, match="CUBLAS_WORKSPACE_CONFIG=:4096:8"), deterministic(True, "cuda"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": GROWS, "PYTORCH_CUDA_ALLOC_CONF": GROWS}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"},) * 2,
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"},) * 2,
+    ],
+)
+def test_the_allocators_segments_grow_unless_the_user_says_otherwise(
+    given: dict[str, str], found: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    precisions: list[str] = []
+    monkeypatch.setattr(os, "environ", dict(given))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", precisions.append)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    resolve_device("auto")
+    assert os.environ == given and precisions == []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert resolve_device("cuda", 1) == torch.device("cuda", 1)
+    assert os.environ == found and precisions == ["high"]

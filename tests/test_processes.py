@@ -28,17 +28,17 @@ from tests.runs import ENVIRONMENT, arguments, lines, weights
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("accum", [1, 2])
-def test_two_processes_average_their_gradients(tiny: Pretrain, tmp_path: Path, accum: int) -> None:
-    """Two gloo processes of batch 4 take the step that averages both processes' gradients."""
-    config = replace(tiny, epochs=1, accum=accum, blr=0.1, warmup_epochs=0.0)
+@pytest.mark.parametrize(("accum", "segments"), [(1, 1), (2, 1), (2, 2)])
+def test_two_processes_average_their_gradients(tiny: Pretrain, tmp_path: Path, accum: int, segments: int) -> None:
+    """Two gloo processes of batch 4 take the step that averages both processes' gradients, end to end or block-wise."""
+    config = replace(tiny, epochs=1, accum=accum, blr=0.1, warmup_epochs=0.0, segments=segments)
     done = together(tmp_path, arguments(config))
     assert done.codes == [0, 0], done.texts
     assert f"effective batch {8 * accum} = 4 x accum {accum} x 2 processes" in done.texts[0]
 
     torch.manual_seed(0)
     model = build(config).train()
-    groups = parameter_groups(model)[0]
+    groups = [group for of_segment in parameter_groups(model) for group in of_segment]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     data = Crops(Folder(config.data, 3), (32, 32), (0.2, 1.0), (3 / 4, 4 / 3), 0.5, seed=0)
     normalise = Normalise(*IMAGENET[3], torch.device("cpu"))
@@ -52,8 +52,8 @@ def test_two_processes_average_their_gradients(tiny: Pretrain, tmp_path: Path, a
                 first = ((accum * step + micro) * 2 + rank) * 4
                 images, _ = collate([data[0, index] for index in order[first : first + 4].tolist()])
                 torch.manual_seed(seed_of(0, rank, step, micro))
-                (loss,) = model.losses(normalise(images))
-                (loss / accum / 2).backward()
+                for loss in model.losses(normalise(images)):
+                    (loss / accum / 2).backward()
         optimizer.step()
     for name, value in weights(config).items():
         assert torch.allclose(value, model.state_dict()[name], rtol=1e-4, atol=2e-6), name

@@ -67,3 +67,39 @@ def test_gradients_are_gone_before_the_next_segment_runs(accum: int) -> None:
     kept = [[float(j < i) for j in range(4)] for i in range(4)]
     assert seen == kept * (accum - 1) + gone
     assert all(p.grad is None for segment in segments for p in segment)
+
+
+class Late:
+    """A reduction over two processes with the same gradients, which has its result when it is waited for."""
+
+    def __init__(self, flat: Tensor, seen: list[str]) -> None:
+        self.flat, self.seen = flat, seen
+        seen.append("sent")
+
+    def wait(self) -> None:
+        self.flat *= 2
+        self.seen.append("arrived")
+
+
+@pytest.mark.parametrize("segment_first", [False, True])
+def test_gradients_are_averaged_during_the_next_segments_forward_pass(
+    segment_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the segment must step before it, to leave the device."""
+    config, seen = in_segments(), list[str]()
+    model, optimizers = made(config)
+    other, others = made(config)
+    for i, (block, optimizer) in enumerate(zip(model.encoder.backbone.blocks, optimizers, strict=True)):
+        block.register_forward_hook(lambda *_, i=i: seen.append(f"forward {i}"))
+        optimizer.register_step_post_hook(lambda *_, i=i: seen.append(f"step {i}"))
+    expected = update(other, others, batches_of(config, 0, 1), clip_grad=0.05)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda flat, async_op: Late(flat, seen))
+    means = update(model, optimizers, batches_of(config, 0, 1), clip_grad=0.05, segment_first=segment_first)
+    assert torch.equal(means, expected) and equal(state_of(model, optimizers), state_of(other, others))
+    own = [[f"forward {i}", "sent", "arrived", f"step {i}"] for i in range(4)]
+    if not segment_first:
+        begun = [[f"forward {i}", "arrived", f"step {i - 1}", "sent"] for i in range(1, 4)]
+        own = [["forward 0", "sent"], *begun, ["arrived", "step 3"]]
+    assert seen == [event for events in own for event in events]

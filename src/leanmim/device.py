@@ -14,6 +14,9 @@ from torch import Tensor
 
 from leanmim.errors import UserError
 
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Variables from which torch's allocator takes its settings: the second one is the name until torch 2.8."""
+
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     """``auto`` is CUDA, then MPS, then the CPU.
@@ -26,10 +29,23 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device cuda: torch sees no CUDA device; use --device cpu, or install a driver")
+        set_up_cuda()
         return torch.device("cuda", local_rank)
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: torch sees no MPS device; use --device cpu")
     return torch.device(name)
+
+
+def set_up_cuda() -> None:
+    """What all that runs on CUDA has in common, before torch's allocator begins.
+
+    Memory in segments that can grow: else sizes that change, as those of segments and phases do, leave gaps, and a run
+    needs more than was predicted. What the user has set stays. Matrix products that are left in float32 go by TensorFloat-32
+    where the GPU has it, as cuDNN's convolutions do in torch by default.
+    """
+    if not any(name in os.environ for name in ALLOCATOR):
+        os.environ |= dict.fromkeys(ALLOCATOR[:2], "expandable_segments:True")
+    torch.set_float32_matmul_precision("high")
 
 
 def device_name(device: torch.device) -> str:

@@ -152,19 +152,19 @@ class MIM(nn.Module):
         encoder, grid = self.encoder, self.encoder.grid
         masks = self.draw_masks(images) if masks is None else masks
         splits = self.draw_splits(masks) if splits is None else splits
+        device = images.device.type
         x, segments = (part.enter(images), part.segments) if part else (images, range(len(self.decoders)))
+        del images  # nobody but ``x`` holds them, and the first segment only
         for i in segments:
             decoder, mask, split = self.decoders[i], masks[i], splits[i]
             # Closed before each yield: an open autocast would leak into the caller's backward.
-            with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
-                x = encoder.embed(images, mask) if i == 0 else encoder.narrow(i, x.detach(), masks[i - 1], mask)
+            with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+                x = encoder.embed(x, mask) if i == 0 else encoder.narrow(i, x.detach(), masks[i - 1], mask)
                 x = encoder.segment(i, x)
-                ids, prediction = decoder(encoder.read(i, x), encoder.positions(mask), split, grid)
-            prediction = prediction.float()
+                ids, *prediction = decoder(encoder.read(i, x), encoder.positions(mask), split, grid)
             if part and i == segments[-1]:
                 part.leave(x.detach())
-            yield ids, prediction
-            del prediction  # the next segment must not find this one's memory still held
+            yield ids, prediction.pop().float()  # no longer held here while others work, the next segment among them
 
     def losses(
         self, images: Float[Tensor, "b c H W"], masks: list[Mask] | None = None, part: Part | None = None
@@ -179,6 +179,7 @@ class MIM(nn.Module):
         target = self.target(images)
         masks = self.draw_masks(images) if masks is None else masks
         predictions = self.predictions(images, masks, part=part)
+        del images
         for mask in masks[part.segments.start : part.segments.stop] if part else masks:
             ids, prediction = next(predictions)
             error = self.compare(prediction - take(target, ids))

@@ -48,7 +48,10 @@ class OnDevice:
         self.losses: Callable[[Tensor], Iterator[Tensor]] = model
         if process.world > 1 and len(model.decoders) == 1:
             ids = [device.index] if device.type == "cuda" else None
-            self.losses = DistributedDataParallel(model, device_ids=ids)
+            # Its output is a generator, in which it finds no tensor. So it must not look there: with
+            # find_unused_parameters it takes every parameter for unused and raises, with static_graph the gradients are
+            # never averaged and nothing tells (tests/test_placement.py).
+            self.losses = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
     def settle(self) -> None:
         """Nothing is on its way."""

@@ -92,8 +92,8 @@ class PretrainTrial(Trial):
     """A model of a recipe, to try settings of the machine on. Errors as for `build`."""
 
     def __init__(self, config: Pretrain, device: torch.device) -> None:
-        self.mim = build(config)
-        if not offloads(config, device):
+        self.mim, self.offloads = build(config), offloads(config, device)
+        if not self.offloads:
             self.mim.to(device)
         super().__init__(self.mim, make_optimizers(self.mim, config), device, IMAGES[device.type])
         self.placement, self.shape = place(self.mim, self.optimizers, config, device), (config.channels, *config.size)
@@ -112,7 +112,8 @@ class PretrainTrial(Trial):
 
     def step(self, images: int) -> None:
         """See `Trial`."""
-        update(self.placement.losses, self.optimizers, [torch.randn(images, *self.shape, device=self.device)])
+        batch = torch.randn(images, *self.shape, device=self.device)
+        update(self.placement.losses, self.optimizers, [batch], segment_first=self.offloads)
         wait(self.device)
 
 

@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from leanmim.checkpoint import REMEDY
@@ -117,15 +116,32 @@ def check_moments(optimizer: AdamW, state: dict[int, dict[str, Tensor]]) -> None
             raise Damaged(f"the checkpoint is damaged: its optimizer's state does not fit parameter {key}; {REMEDY}")
 
 
-def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Average the gradients among all processes; those that are shared out are averages already (FSDP)."""
-    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
-    if not gradients:
-        return
-    flat = nn.utils.parameters_to_vector(gradients).div_(dist.get_world_size())
-    if not isinstance(flat, FakeTensor):  # torch 2.8 cannot reduce what is only counted
-        dist.all_reduce(flat)
-    nn.utils.vector_to_parameters(flat, gradients)
+class Averages:
+    """Gradients on their way: averaged among all processes while this one computes on.
+
+    Args:
+        parameters: of a segment; their gradients are gone until they `arrive`.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = [p for p in parameters if p.grad is not None]
+        flat = torch.empty(sum(p.numel() for p in self.parameters), device=parameters[0].device)
+        parts = flat.split([p.numel() for p in self.parameters])
+        # dense in memory, each as its parameter is, which fused kernels take for granted
+        self.gradients = [part.as_strided(p.shape, p.stride()) for part, p in zip(parts, self.parameters, strict=True)]
+        for gradient, p in zip(self.gradients, self.parameters, strict=True):
+            gradient.copy_(p.grad)
+            p.grad = None
+        flat.div_(dist.get_world_size())
+        fake = isinstance(flat, FakeTensor)  # torch 2.8 cannot reduce what is only counted
+        self.work = None if fake else dist.all_reduce(flat, async_op=True)
+
+    def arrive(self) -> None:
+        """Let the computation wait for them; on a GPU the host does not."""
+        if self.work:
+            self.work.wait()
+        for gradient, p in zip(self.gradients, self.parameters, strict=True):
+            p.grad = gradient
 
 
 def gradient_norm(parameters: list[nn.Parameter], clip_grad: float) -> Float[Tensor, ""]:
@@ -148,6 +164,72 @@ def step_if_finite(optimizer: AdamW, norm: Float[Tensor, ""]) -> None:
         optimizer.step()
 
 
+def averages_itself(losses: Callable[[Any], Iterator[Tensor]]) -> bool:
+    """Whether it is in DistributedDataParallel, or what stands for it where memory is counted."""
+    return hasattr(losses, "no_sync")
+
+
+Passes = Iterator[tuple[int, Tensor, bool]]  # the segment, its loss, and whether this is the last batch
+
+
+def by_batch(
+    losses: Callable[[Any], Iterator[Tensor]], batches: Iterable[Any], accum: int, seeds: Sequence[int]
+) -> Passes:
+    """The forward passes of a step, all segments of a batch before the next one; arguments as for `update`."""
+    for micro, images in enumerate(batches):
+        if seeds:
+            torch.manual_seed(seeds[micro])
+        last = micro == accum - 1
+        waits = averages_itself(losses) and not last  # it averages after the last batch only
+        with losses.no_sync() if waits else contextlib.nullcontext():  # type: ignore[attr-defined]
+            for i, loss in enumerate(losses(images)):
+                yield i, loss, last
+
+
+def by_segment(
+    losses: Callable[[Any], Iterator[Tensor]], batches: Iterable[Any], accum: int, seeds: Sequence[int], segments: int
+) -> Passes:
+    """As `by_batch`, but all batches of a segment before the next one.
+
+    The numbers are the same: a segment's input comes from the one before as it is before its step, a segment meets the
+    batches in the same order, and each batch goes on with the draws of its own seed.
+    """
+    running: list[Iterator[Tensor]] = []
+    draws: list[Draws] = []
+    images = iter(batches)
+    for i in range(segments):
+        for micro in range(accum):
+            if i == 0:
+                batch = next(images)
+                draws.append(Draws(batch.device))
+                if seeds:
+                    torch.manual_seed(seeds[micro])
+                running.append(losses(batch))
+                del batch
+            else:
+                draws[micro].go_on()
+            yield i, next(running[micro]), micro == accum - 1
+            draws[micro].stop()
+
+
+class Draws:
+    """Where a batch is in the sequence of random numbers, on the host and on its device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device if device.type in ("cuda", "mps") else None
+
+    def stop(self) -> None:
+        """Remember it."""
+        self.host = torch.get_rng_state()
+        self.own = getattr(torch, self.device.type).get_rng_state() if self.device else None
+
+    def go_on(self) -> None:
+        """Go on from there."""
+        torch.set_rng_state(self.host)
+        if self.device:
+            getattr(torch, self.device.type).set_rng_state(self.own)
+
+
 def update(
     losses: Callable[[Any], Iterator[Tensor]],
     optimizers: list[AdamW],
@@ -156,12 +238,14 @@ def update(
     clip_grad: float = 0.0,
     seeds: Sequence[int] = (),
     average: bool = True,
+    segment_first: bool = False,
 ) -> Float[Tensor, " s"]:
     """One step over ``accum`` batches: of normalised images, in fine-tuning with their targets.
 
     In the last batch each segment steps, and frees its gradients, right after its own backward pass. Among several
-    processes its gradients are averaged before, unless DistributedDataParallel has done so. A segment whose loss or
-    gradient is not finite is left as it is, alike in all processes.
+    processes its gradients are averaged before, unless DistributedDataParallel has done so: during the forward pass of the
+    next segment, which does not depend on the step. A segment whose loss or gradient is not finite is left as it is, alike in
+    all processes.
 
     Args:
         losses: a `MIM`, bare or in DistributedDataParallel.
@@ -171,28 +255,42 @@ def update(
         clip_grad: largest norm of a segment's gradient; 0 is no clipping.
         seeds: for each batch that of torch's global generator, which draws masks; empty leaves it as it is.
         average: whether several processes have each a part of the step's images.
+        segment_first: all batches of a segment come before the next segment, and so does its step, as `Offload` needs it.
+            With seeds the numbers are the same. What the next segment needs of each batch is kept.
 
     Returns:
         The loss of each segment, averaged over the batches; NaN where it did not step.
     """
     means: list[Any] = [0.0] * len(optimizers)
-    averages = average and dist.is_initialized() and not isinstance(losses, DistributedDataParallel)
-    for micro, images in enumerate(batches, start=1):
-        if seeds:
-            torch.manual_seed(seeds[micro - 1])
-        last = micro == accum
-        waits = isinstance(losses, DistributedDataParallel) and not last  # it averages after the last batch only
-        with losses.no_sync() if waits else contextlib.nullcontext():  # type: ignore[attr-defined]
-            for i, loss in enumerate(losses(images)):
-                finite = 1 + 0 * loss.detach()  # or NaN: so the gradient tells of the loss, in all processes
-                (loss * finite / accum).backward()
-                means[i] = means[i] + loss.detach() / accum
-                if last:
-                    parameters = [p for group in optimizers[i].param_groups for p in group["params"]]
-                    if averages:
-                        average_gradients(parameters)
-                    norm = gradient_norm(parameters, clip_grad)
-                    step_if_finite(optimizers[i], norm)
-                    optimizers[i].zero_grad()
-                    means[i] = torch.where(norm.isfinite(), means[i], torch.nan)
+    parameters = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
+    shared = isinstance(parameters[0][0], DTensor)  # whose gradients are averages already (FSDP)
+    averages = average and dist.is_initialized() and not (shared or averages_itself(losses))
+    waiting: list[tuple[int, Averages]] = []  # the segment before
+
+    def step(i: int, gradients: Averages | None = None) -> None:
+        if gradients:
+            gradients.arrive()
+        norm = gradient_norm(parameters[i], clip_grad)
+        step_if_finite(optimizers[i], norm)
+        optimizers[i].zero_grad()
+        means[i] = torch.where(norm.isfinite(), means[i], torch.nan)
+
+    if segment_first and accum > 1:
+        passes = by_segment(losses, batches, accum, seeds, len(optimizers))
+    else:
+        passes = by_batch(losses, batches, accum, seeds)
+    for i, loss, last in passes:
+        while waiting:  # its gradients were averaged during this forward pass
+            step(*waiting.pop())
+        finite = 1 + 0 * loss.detach()  # or NaN: so the gradient tells of the loss, in all processes
+        (loss * finite / accum).backward()
+        means[i] = means[i] + loss.detach() / accum
+        if last and not averages:
+            step(i)
+        elif last and segment_first:
+            step(i, Averages(parameters[i]))
+        elif last:
+            waiting.append((i, Averages(parameters[i])))
+    while waiting:
+        step(*waiting.pop())
     return torch.stack(means)

@@ -11,6 +11,7 @@ from leanmim.config import Cost
 from leanmim.costs import StepCost, cost, count
 from leanmim.errors import UserError
 from leanmim.recipes import BIM, MAE
+from tests.helpers import PLAIN, in_segments
 
 
 def counted(device: str = "cpu", depth: int = 8, **changes: Any) -> tuple[StepCost, Any]:
@@ -38,13 +39,20 @@ def test_offloading_leaves_two_segments_of_all_on_the_device() -> None:
     all_here, flops = counted("cuda", 4, segments=4, decoder_depth=1)
     four, same = counted("cuda", 4, segments=4, decoder_depth=1, offload=True)
     eight, _ = counted("cuda", 8, segments=8, decoder_depth=1, offload=True)
-    for found, low, high in ((all_here, 0.99, 1.03), (four, 0.5, 0.53), (eight, 0.25, 0.28)):
+    for found, low, high in ((all_here, 0.99, 1.03), (four, 0.5, 0.56), (eight, 0.25, 0.3)):
         parameters = 4 * (found.encoder_parameters + found.decoder_parameters)  # bytes
         assert low < found.weight_bytes / parameters < high
         assert low < found.optimizer_bytes / (2 * parameters) < high
     assert four.peak_bytes < all_here.peak_bytes
     assert four.gradient_bytes == all_here.gradient_bytes
     assert same == flops
+
+
+def test_each_further_batch_waits_at_the_border_of_segments() -> None:
+    """Its target and its activations."""
+    config = in_segments(segments=2, mask_ratio=0.5, offload=True, model_kwargs={**PLAIN, "depth": 2}, precision="fp32")
+    two, nine = (count(replace(config, accum=accum), "cuda")[0].peak_bytes for accum in (2, 9))
+    assert 1 < (nine - two) / 7 / (4 * 16 * 192 * 4) < 1.5  # images, patches, values, bytes
 
 
 def test_offloading_is_a_switch_and_says_where_it_does_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,8 @@ WORDS = ["--model", "vit_tiny_patch16_224", "--model-kwargs", "depth", "4", "--i
          "--device", "cpu"]  # fmt: skip
 KEYS = (
     "title recipe model batch_size forward_flops_per_image train_flops_per_image encoder_parameters decoder_parameters "
-    "weight_bytes gradient_bytes optimizer_bytes saved_bytes transient_bytes peak_bytes encoder_tokens decoder_tokens"
+    "weight_bytes gradient_bytes optimizer_bytes saved_bytes transient_bytes peak_bytes allocator "
+    "encoder_tokens decoder_tokens"
 )
 
 

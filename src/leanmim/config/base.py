@@ -306,7 +306,7 @@ class Computing(Machine):
     """Threads of the CPU to compute with, for each process. auto measures; where OMP_NUM_THREADS is set it is that."""
     precision: Precision = "auto"
     """Of the forward pass; targets and losses are fp32. auto is bf16 on GPUs that have it, and on CPUs that have it and are
-    measured to be faster with it, fp32 elsewhere."""
+    measured to be faster with it, fp32 elsewhere. Matrix products in fp32 go by TF32 on GPUs that have it."""
     channels_last: bool | Auto = "auto"
     """Channels side by side in memory, for convolutions; auto measures."""
     compile: bool | Auto = "auto"

@@ -106,7 +106,8 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
     --depth counts them."""
     offload: bool = False
     """With --segments: keep only one segment and the next on the GPU; weights, gradients and optimizer state of the
-    others wait in host memory. Same numbers, less GPU memory, more time."""
+    others wait in host memory. Same numbers, less GPU memory, more time. With --accum each batch's target and activations at
+    the segments' border wait on the GPU: count it with `leanmim cost`."""
     pipeline: bool = False
     """With --segments, under torchrun: the processes share the segments and not the images. Each runs its segments on one batch
     while the next process runs its own on the batch before. Same numbers as in one process."""

@@ -1,12 +1,13 @@
 """The cost of a training step: the real `update` on fake tensors."""
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
@@ -17,8 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from leanmim.caches import empty_caches
 from leanmim.config import Pretrain
 from leanmim.config.base import Stored
+from leanmim.costs.buckets import Buckets
 from leanmim.costs.flops import Flops, NoneUncounted, Stopwatch, flop_counter
-from leanmim.costs.kernels import AsOnCuda, cuda_workspace
+from leanmim.costs.kernels import AsOnCuda, cuda_workspaces
 from leanmim.costs.storages import Held, Storages
 from leanmim.data import Normalise
 from leanmim.decoder import Decoder
@@ -60,6 +62,8 @@ class StepCost:
     """All that is none of the above: inputs, intermediate results, copies in another precision."""
     peak_bytes: int
     """Of everything at once; not the sum of the kinds, whose peaks fall at different times."""
+    allocator: str
+    """What is taken for granted of the allocator."""
     encoder_tokens: int
     """Tokens that the encoder returns for an image."""
     decoder_tokens: int
@@ -144,8 +148,15 @@ def count_phase(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[s
     return cost, flops
 
 
-def peaks(storages: Storages, cuda: bool) -> dict[str, int]:
-    """The bytes of a `StepCost`."""
+ALLOCATORS = {
+    "cpu": "the system's allocator, which gives freed memory back",
+    "cuda": "torch's CUDA allocator with expandable segments: sizes rounded up to 512 bytes, no memory lost between them, two "
+    "workspaces of cuBLAS",
+}
+
+
+def peaks(storages: Storages, cuda: bool) -> dict[str, Any]:
+    """The bytes of a `StepCost`, and the allocator."""
     peak = storages.peak
     return {
         "weight_bytes": peak["weights"],
@@ -153,7 +164,8 @@ def peaks(storages: Storages, cuda: bool) -> dict[str, int]:
         "optimizer_bytes": peak["optimizer"],
         "saved_bytes": peak["saved"],
         "transient_bytes": peak["transient"],
-        "peak_bytes": peak["all"] + (cuda_workspace() if cuda else 0),
+        "peak_bytes": peak["all"] + (cuda_workspaces() if cuda else 0),
+        "allocator": ALLOCATORS["cuda" if cuda else "cpu"],
     }
 
 
@@ -187,7 +199,7 @@ def count_step(
         model: on fake tensors.
         optimizers: one for each segment, their state is there.
         config: the recipe.
-        cuda: whether to do as CUDA does, offloading included.
+        cuda: whether to do as CUDA does, offloading included. Among several processes it is as in each of them.
 
     Returns:
         The storages, the FLOPs of an image, the tokens of encoder and decoder, and the FLOPs of each segment.
@@ -202,19 +214,36 @@ def count_step(
     trained: MIM | Offload = model
     if config.offload and cuda:
         with storages:
-            trained = Offload(model, optimizers, images.device, storages.fetch, storages.store)
+            trained = Offload(model, optimizers, images.device)
+        for flat in trained.hosts:
+            for memory in flat.memory:
+                storages.follow(memory, "host")
+        for room in trained.rooms:
+            for memory, what in zip(room, ("weights", "optimizer"), strict=True):
+                storages.follow(memory, what)
         storages.peak = storages.now.copy()
     with flop_counter() as of_target:
         model.target(normalise(images))
     counter = flop_counter()
     watch = Stopwatch(counter, trained, cast(list[Decoder], model.decoders))
 
-    accum = min(config.accum, 2)  # a third batch finds what the second found
+    segment_first = isinstance(trained, Offload)
+    losses: Any = watch.losses
+    if dist.is_initialized() and len(optimizers) == 1 and not config.shard:
+        losses = Buckets(losses, [p for p in model.parameters() if p.requires_grad], storages)
+    accum = min(config.accum, 3 if segment_first else 2)  # the next batch finds what the last one found
+    found: list[int] = []  # bytes before each batch
+    feed = batches(images, normalise, accum, lambda: found.append(storages.now["all"]))
     with watched(model, storages, counter, cuda):
-        update(watch.losses, optimizers, batches(images, normalise, accum), accum, config.clip_grad)
+        update(losses, optimizers, feed, accum, config.clip_grad, segment_first=segment_first)
+    if segment_first and accum < config.accum:
+        waiting = (config.accum - accum) * (found[2] - found[1])  # or what the others have left for the next segment
+        for what in ("transient", "all"):
+            storages.peak[what] += waiting
     target = of_target.get_total_flops() // batch  # which the first segment was counted with
+    flops = watch.per_image(batch * accum, target)
     segments = [watch.segments[i] // (batch * accum) - (0 if i else target) for i in range(len(model.decoders))]
-    return storages, watch.per_image(batch * accum, target), watch.tokens, tuple(segments)
+    return storages, flops, watch.tokens, tuple(segments)
 
 
 @contextmanager
@@ -235,8 +264,11 @@ def watched(model: nn.Module, storages: Storages, counter: FlopCounterMode, cuda
         yield
 
 
-def batches(images: Tensor, normalise: Normalise, accum: int) -> Iterator[Tensor]:
-    """Batches as the training loop makes them: the bytes live as long as the batch is worked on."""
+def batches(images: Tensor, normalise: Normalise, accum: int, before: Callable[[], object]) -> Iterator[Tensor]:
+    """Batches as the training loop makes them: the bytes live as long as the batch is worked on. ``before`` is called before
+    each.
+    """
     for _ in range(accum):
+        before()
         read = images.clone()
         yield normalise(read)

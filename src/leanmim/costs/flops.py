@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import count
 from typing import Any
 
 import torch
@@ -112,16 +113,17 @@ class Stopwatch:
         self.flops: Counter[tuple[str, str]] = Counter()
         self.tokens: Counter[str] = Counter()
         self.segments: Counter[int] = Counter()  # FLOPs by segment
-        self.seen, self.direction, self.part = 0, "forward", "encoder"
+        self.seen, self.direction, self.part, self.segment = 0, "forward", "encoder", 0
         for decoder in decoders:
             decoder.register_forward_pre_hook(self.into_decoder)
             decoder.layers.register_forward_pre_hook(self.into_layers)
 
-    def turn(self, *, direction: str | None = None, part: str | None = None) -> None:
-        """Count what was done since the last turn; what follows is of another pass or part."""
+    def turn(self, *, direction: str | None = None, part: str | None = None, segment: int | None = None) -> None:
+        """Count what was done since the last turn; what follows is of another pass, part or segment."""
         total = self.counter.get_total_flops()
         self.flops[self.direction, self.part] += total - self.seen
-        self.seen = total
+        self.segments[self.segment] += total - self.seen
+        self.seen, self.segment = total, self.segment if segment is None else segment
         self.direction, self.part = direction or self.direction, part or self.part
 
     def into_decoder(self, _: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -137,13 +139,17 @@ class Stopwatch:
 
     def losses(self, images: Tensor) -> Iterator[Tensor]:
         """The model's losses; the caller goes backward from each before it asks for the next."""
-        before = self.counter.get_total_flops()
-        for i, loss in enumerate(self.model(images)):
+        losses = iter(self.model(images))
+        del images
+        for i in count():
+            # the pass before may have been another batch's
+            self.turn(direction="forward", part="encoder", segment=i)
+            loss = next(losses, None)
+            if loss is None:
+                return
             self.turn(direction="backward")
             yield loss
-            self.turn(direction="forward", part="encoder")
-            self.segments[i] += self.seen - before
-            before = self.seen
+            del loss
 
     def per_image(self, images: int, target: int) -> dict[str, Flops]:
         """FLOPs of an image, of the forward pass alone and of training (forward and backward).

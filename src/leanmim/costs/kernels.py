@@ -43,7 +43,9 @@ def attention_on_cuda(
     return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True, dropout_p)[0]
 
 
-def cuda_workspace() -> int:
-    """Bytes that cuBLAS takes from torch's allocator: 32 MiB on Hopper, a little over 8 MiB elsewhere."""
+def cuda_workspaces() -> int:
+    """Bytes that cuBLAS takes from torch's allocator, 32 MiB on Hopper, a little over 8 MiB elsewhere; once for the thread of
+    the forward pass and once for autograd's of the backward pass.
+    """
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-    return 4096 * 8 * 1024 if hopper else 2 * 4096 * 1024 + 8 * 16 * 1024
+    return 2 * (4096 * 8 * 1024 if hopper else 2 * 4096 * 1024 + 8 * 16 * 1024)

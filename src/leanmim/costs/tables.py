@@ -63,7 +63,7 @@ class Comparison:
         for title, columns in TABLES.items():
             head, *lines = lines_of(columns, self.costs, self.flops)
             parts += [f"<p><b>{title}</b></p>", table(head, [row(name, cells) for name, *cells in lines])]
-        notes = (*pipelined(self.costs), *map(reason, self.uncounted))
+        notes = (*pipelined(self.costs), assumed(self.costs), *map(reason, self.uncounted))
         return framed(*parts, *(f"<p>{escape(note)}</p>" for note in notes))
 
     def json(self) -> str:
@@ -183,7 +183,7 @@ def tables(costs: list[StepCost], flops: list[dict[str, Flops]], uncounted: Sequ
             form.add_row(*line)
         console.print(f"\n{title}\n", form, sep="\n")
     console.print()
-    for note in (*pipelined(costs), *map(reason, uncounted)):
+    for note in (*pipelined(costs), assumed(costs), *map(reason, uncounted)):
         console.print(note, soft_wrap=True)
     return "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines())
 
@@ -208,6 +208,11 @@ def lines_of(columns: Sequence[Column], costs: list[StepCost], flops: list[dict[
 def same_step(costs: list[StepCost]) -> str:
     """What the rows share."""
     return f"One training step, {same(costs, 'model')}, batch {same(costs, 'batch_size')}"
+
+
+def assumed(costs: list[StepCost]) -> str:
+    """What the memory goes by."""
+    return f"Memory as of {same(costs, 'allocator')}."
 
 
 def same(costs: list[StepCost], name: str) -> str:

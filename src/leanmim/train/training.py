@@ -147,7 +147,8 @@ class Training:
             self.phase.config.accum,
             self.config.clip_grad,
             self.seeds(step),
-            not self.parts,
+            average=not self.parts,
+            segment_first=offloads(self.phase.config, self.device),
         )
         for values, old, loss in zip(running, before, losses, strict=True):
             undo(values, old, loss)
