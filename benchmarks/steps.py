@@ -19,7 +19,8 @@ from leanmim.data import Normalise
 from leanmim.device import resolve_precision
 from leanmim.factory import build
 from leanmim.offload import Offload
-from leanmim.placement import Placement, offloads, place
+from leanmim.offload_state import StateOffload, inner_tensors
+from leanmim.placement import OnDevice, Placement, offloads, place
 from leanmim.schedule import phases
 from leanmim.step import make_optimizers, update
 
@@ -40,6 +41,10 @@ def ready(config: Pretrain, device: torch.device) -> tuple[Placement, list[AdamW
 
     Where a CPU is to offload, memory that is not of torch's allocator stands for the host's.
     """
+
+    def to_host(x: Tensor) -> Tensor:
+        return torch.from_numpy(x.numpy().copy())
+
     model = build(config)
     model.autocast = resolve_precision(config.precision, device)
     if not offloads(config, device):
@@ -51,8 +56,10 @@ def ready(config: Pretrain, device: torch.device) -> tuple[Placement, list[AdamW
         optimizer.step()
         optimizer.zero_grad()
     if config.offload and device.type == "cpu":
-        model.train()
-        return Offload(model, optimizers, device, torch.clone, lambda x: torch.from_numpy(x.numpy().copy())), optimizers
+        place(model, optimizers, replace(config, offload=False), device)
+        if config.cut:
+            return Offload(model, optimizers, device, torch.clone, to_host), optimizers
+        return OnDevice(model, device, state=StateOffload(optimizers, device, torch.clone, to_host)), optimizers
     return place(model, optimizers, config, device), optimizers
 
 
@@ -69,7 +76,11 @@ def resident(placed: Placement, optimizers: list[AdamW]) -> list[Tensor]:
         model = placed.model
         away = [optimizer for i, optimizer in enumerate(optimizers) if i not in placed.present]
     absent = {parameter for optimizer in away for parameter in parameters(optimizer)}
-    moments = [t for o in optimizers if o not in away for state in o.state.values() for t in state.values()]
+    waiting = placed.state if isinstance(placed, OnDevice) else None
+    states = [
+        state for o in optimizers if o not in away for p, state in o.state.items() if not waiting or p is waiting.ahead
+    ]
+    moments = [tensor for state in states for value in state.values() for tensor in inner_tensors(value)]
     return [*(p for p in model.parameters() if p not in absent), *model.buffers(), *moments]
 
 
@@ -82,13 +93,18 @@ class Timed:
             placed, optimizers = ready(phase.config, device)
             images = torch.randn(int(config.batch_size), config.channels, *phase.config.size, device=device)
             share = (phase.stop - phase.start) / phases(config)[-1].stop
-            self.parts.append((share, placed.losses, optimizers, images, phase.config.clip_grad))
+            self.parts.append(
+                (share, placed.losses, optimizers, images, phase.config.clip_grad, phase.config.update_in_backward)
+            )
 
     def step(self) -> float:
         """Seconds of a step, on average over the epochs."""
         total = 0.0
-        for share, losses, optimizers, images, clip in self.parts:
-            total += share * seconds(lambda: update(losses, optimizers, [images], 1, clip), self.device)  # noqa: B023
+        for share, losses, optimizers, images, clip, in_backward in self.parts:
+            total += share * seconds(
+                lambda: update(losses, optimizers, [images], 1, clip, in_backward=in_backward),  # noqa: B023
+                self.device,
+            )
         return total
 
 
@@ -140,7 +156,8 @@ def measure(config: Pretrain, device: torch.device) -> dict[str, int]:
             yield normalise(read)
 
     def step(through: Callable[[Tensor], Iterator[Tensor]]) -> None:
-        update(through, optimizers, batches(), config.accum, config.clip_grad)
+        data = batches()
+        update(through, optimizers, data, config.accum, config.clip_grad, in_backward=config.update_in_backward)
 
     if device.type == "cuda":
         step(placed.losses)

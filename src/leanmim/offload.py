@@ -11,9 +11,10 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from leanmim.mim import MIM
+from leanmim.offload_state import each_inner
 
 Move = Callable[[Tensor], Tensor]
 
@@ -35,7 +36,7 @@ class Offload:
     def __init__(
         self,
         model: MIM,
-        optimizers: list[AdamW],
+        optimizers: list[Optimizer],
         device: torch.device,
         fetch: Move | None = None,
         store: Move | None = None,
@@ -134,4 +135,4 @@ class Offload:
                 moments = optimizer.state.get(parameter, {}) if state else {}
                 for name, value in moments.items():
                     if isinstance(value, Tensor):
-                        moments[name] = moved(value)
+                        moments[name] = each_inner(moved, value)

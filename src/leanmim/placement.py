@@ -7,12 +7,15 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from leanmim.config import Pretrain
+from leanmim.errors import UserError
 from leanmim.mim import MIM
 from leanmim.offload import Offload
+from leanmim.offload_state import StateOffload
 from leanmim.processes import ALONE, Process
+from leanmim.recompute import checkpoint_blocks
 from leanmim.step import align_state
 
 
@@ -36,17 +39,22 @@ class Placement(Protocol):
 
 class OnDevice:
     """The model as a whole on the device. Among several processes the gradients are averaged by DistributedDataParallel, or,
-    where segments step one by one, by `update`.
+    where segments step one by one, by `update`. The optimizer's state may wait in host memory.
     """
 
-    def __init__(self, model: MIM, device: torch.device, process: Process = ALONE) -> None:
+    def __init__(
+        self, model: MIM, device: torch.device, process: Process = ALONE, state: StateOffload | None = None
+    ) -> None:
+        self.state = state
         self.losses: Callable[[Tensor], Iterator[Tensor]] = model.to(device)
         if process.world > 1 and len(model.decoders) == 1:
             ids = [device.index] if device.type == "cuda" else None
             self.losses = DistributedDataParallel(model, device_ids=ids)
 
     def settle(self) -> None:
-        """Nothing is on its way."""
+        """Only the optimizer's state may be on its way."""
+        if self.state:
+            self.state.settle()
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -56,7 +64,12 @@ class OnDevice:
 
 def offloads(config: Pretrain, device: torch.device) -> bool:
     """Whether segments wait in host memory: where a device has memory of its own."""
-    return config.offload and device.type == "cuda"
+    return config.offload and config.cut and device.type == "cuda"
+
+
+def offloads_state(config: Pretrain, device: torch.device) -> bool:
+    """Whether only the optimizer's state waits in host memory: as `offloads`, of training end to end."""
+    return config.offload and not config.cut and device.type == "cuda"
 
 
 def compile_parts(model: MIM) -> None:
@@ -68,10 +81,20 @@ def compile_parts(model: MIM) -> None:
 
 
 def place(
-    model: MIM, optimizers: list[AdamW], config: Pretrain, device: torch.device, process: Process = ALONE
+    model: MIM, optimizers: list[Optimizer], config: Pretrain, device: torch.device, process: Process = ALONE
 ) -> Placement:
-    """The model, compiled as asked, where it is to train; its optimizers exist already, and no value is ``auto``."""
+    """The model, compiled as asked, where it is to train; its optimizers exist already, and no value is ``auto``.
+
+    Raises:
+        UserError: there are several processes to update in backward, or the backbone cannot be checkpointed.
+    """
     model.train()
+    if config.update_in_backward and process.world > 1:
+        raise UserError(
+            "--update-in-backward steps before the gradients of several processes are averaged; leave it out, or train in one process"
+        )
+    if config.checkpointing:
+        checkpoint_blocks(model.encoder, model.decoders)
     if config.compile is True:
         compile_parts(model)
     if offloads(config, device):
@@ -79,4 +102,6 @@ def place(
     if config.channels_last is True:
         model.to(memory_format=torch.channels_last)
         align_state(optimizers)
-    return OnDevice(model, device, process)
+    return OnDevice(
+        model, device, process, StateOffload(optimizers, device) if offloads_state(config, device) else None
+    )

@@ -10,12 +10,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from leanmim.checkpoint import REMEDY
 from leanmim.config import Pretrain
 from leanmim.encoders.backbone import Backbone
 from leanmim.errors import Damaged, UserError
+from leanmim.in_backward import InBackward, step_if
 from leanmim.mim import MIM
 
 
@@ -46,16 +47,26 @@ def parameter_groups(model: MIM) -> list[list[dict[str, Any]]]:
     return groups
 
 
-def make_optimizers(model: MIM, config: Pretrain) -> list[AdamW]:
-    """One AdamW for each segment."""
+def make_optimizers(model: MIM, config: Pretrain) -> list[Optimizer]:
+    """One AdamW for each segment, of the kind that --optimizer names.
+
+    Raises:
+        UserError: its package is not installed.
+    """
+    given: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw8bit":
+        try:
+            from leanmim.eight_bit import AdamW8bit
+        except ImportError as error:
+            raise UserError(
+                f"--optimizer adamw8bit needs the package torchao ({error}): pip install 'leanmim[memory]', or --optimizer adamw"
+            ) from error
+        return [AdamW8bit(groups, **given) for groups in parameter_groups(model)]
     fused = next(model.parameters()).device.type != "mps"
-    return [
-        AdamW(groups, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=fused)
-        for groups in parameter_groups(model)
-    ]
+    return [AdamW(groups, **given, fused=fused) for groups in parameter_groups(model)]
 
 
-def load_state(optimizers: list[AdamW], states: list[dict[str, Any]]) -> None:
+def load_state(optimizers: list[Optimizer], states: list[dict[str, Any]]) -> None:
     """Continue with the optimizers' state of a checkpoint.
 
     Raises:
@@ -81,25 +92,34 @@ def load_state(optimizers: list[AdamW], states: list[dict[str, Any]]) -> None:
     align_state(optimizers)
 
 
-def align_state(optimizers: list[AdamW]) -> None:
+def align_state(optimizers: list[Optimizer]) -> None:
     """Lay the moments out in memory as the parameters are, which fused kernels take for granted."""
     for optimizer in optimizers:
         for parameter, own in optimizer.state.items():
             for name in ("exp_avg", "exp_avg_sq"):
                 if own[name].stride() != parameter.stride():
-                    own[name] = torch.empty_like(parameter, requires_grad=False).copy_(own[name])
+                    there = own[name].device  # which may be the host
+                    own[name] = torch.empty_like(parameter, device=there, requires_grad=False).copy_(own[name])
 
 
-def check_moments(optimizer: AdamW, state: dict[int, dict[str, Tensor]]) -> None:
+def check_moments(optimizer: Optimizer, state: dict[int, dict[str, Tensor]]) -> None:
     """Raise Damaged unless these can be AdamW's moments of the parameters."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for key, own in state.items():
-        fits = key < len(parameters) and own.keys() == {"step", "exp_avg", "exp_avg_sq"}
-        shapes = [(), parameters[key].shape, parameters[key].shape] if fits else []
-        values = [own[name] for name in ("step", "exp_avg", "exp_avg_sq")] if fits else []
-        fits = fits and all(v.shape == shape and v.is_floating_point() for v, shape in zip(values, shapes, strict=True))
-        if not fits or bool((own["step"] < 0) | (own["exp_avg_sq"] < 0).any()):
+        expected = moments_of(optimizer, parameters[key]) if key < len(parameters) else {}
+        fits = own.keys() == expected.keys() and all(
+            own[name].shape == like.shape and own[name].is_floating_point() == like.is_floating_point()
+            for name, like in expected.items()
+        )
+        if not fits or any(bool((own[name] < 0).any()) for name in own.keys() - {"exp_avg"}):
             raise Damaged(f"the checkpoint is damaged: its optimizer's state does not fit parameter {key}; {REMEDY}")
+
+
+def moments_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Tensors of the shapes and kinds that a checkpoint has of a parameter's state."""
+    if own := getattr(optimizer, "moments_of", None):  # of 8 bits
+        return own(parameter)
+    return {"step": torch.empty(()), "exp_avg": parameter, "exp_avg_sq": parameter}
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:
@@ -118,24 +138,14 @@ def gradient_norm(parameters: list[nn.Parameter], clip_grad: float) -> Float[Ten
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-def step_if_finite(optimizer: AdamW, norm: Float[Tensor, ""]) -> None:
-    """Step, unless the norm of the gradients is not finite. Where AdamW is fused the device decides, and nobody waits for
-    it: ``found_inf`` is how torch's GradScaler has it leave weights, moments and number of steps as they are.
-    """
-    if optimizer.defaults["fused"]:
-        optimizer.found_inf = 1 - norm.isfinite().float()  # type: ignore[attr-defined]
-        optimizer.step()
-    elif norm.isfinite():
-        optimizer.step()
-
-
 def update(
     losses: Callable[[Any], Iterator[Tensor]],
-    optimizers: list[AdamW],
+    optimizers: list[Optimizer],
     batches: Iterable[Any],
     accum: int = 1,
     clip_grad: float = 0.0,
     seeds: Sequence[int] = (),
+    in_backward: bool = False,
 ) -> Float[Tensor, " s"]:
     """One step over ``accum`` batches: of normalised images, in fine-tuning with their targets.
 
@@ -150,12 +160,15 @@ def update(
         accum: batches whose gradients are averaged.
         clip_grad: largest norm of a segment's gradient; 0 is no clipping.
         seeds: for each batch that of torch's global generator, which draws masks; empty leaves it as it is.
+        in_backward: step each parameter in the backward pass, as soon as its gradient has arrived (`InBackward`); of one batch, in one
+            process, without clipping.
 
     Returns:
         The loss of each segment, averaged over the batches; NaN where it did not step.
     """
     means: list[Any] = [0.0] * len(optimizers)
     averages = dist.is_initialized() and not isinstance(losses, DistributedDataParallel)
+    assert not in_backward or (accum == 1 and not clip_grad and not dist.is_initialized())
     for micro, images in enumerate(batches, start=1):
         if seeds:
             torch.manual_seed(seeds[micro - 1])
@@ -164,14 +177,18 @@ def update(
         with losses.no_sync() if waits else contextlib.nullcontext():  # type: ignore[attr-defined]
             for i, loss in enumerate(losses(images)):
                 finite = 1 + 0 * loss.detach()  # or NaN: so the gradient tells of the loss, in all processes
-                (loss * finite / accum).backward()
+                steps = InBackward(optimizers[i], loss) if in_backward else None
+                with steps or contextlib.nullcontext():
+                    (loss * finite / accum).backward()
                 means[i] = means[i] + loss.detach() / accum
-                if last:
+                if steps:
+                    means[i] = torch.where(steps.good, means[i], torch.nan)
+                elif last:
                     parameters = [p for group in optimizers[i].param_groups for p in group["params"]]
                     if averages:
                         average_gradients(parameters)
                     norm = gradient_norm(parameters, clip_grad)
-                    step_if_finite(optimizers[i], norm)
+                    step_if(optimizers[i], norm.isfinite())
                     optimizers[i].zero_grad()
                     means[i] = torch.where(norm.isfinite(), means[i], torch.nan)
     return torch.stack(means)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.optim import AdamW
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,7 +27,9 @@ from leanmim.errors import UserError
 from leanmim.factory import build
 from leanmim.mim import MIM
 from leanmim.offload import Offload
+from leanmim.offload_state import StateOffload, inner_tensors
 from leanmim.recipes import titles
+from leanmim.recompute import checkpoint_blocks
 from leanmim.schedule import phase_named, phases
 from leanmim.step import make_optimizers, update
 
@@ -109,6 +111,8 @@ def count_phase(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[s
     with empty_caches(), FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
         model = build(config, backbone.to_empty(device="cpu")).train()
         model.autocast = resolve_precision(config.precision, torch.device(device))
+        if config.checkpointing:
+            checkpoint_blocks(model.encoder, model.decoders)
         parameters, of_decoders = (sum(p.numel() for p in part.parameters()) for part in (model, model.decoders))
         storages, flops, tokens = count_step(model, with_state(make_optimizers(model, config), model), config, cuda)
     cost = StepCost(
@@ -140,7 +144,7 @@ def peaks(storages: Storages, cuda: bool) -> dict[str, int]:
     }
 
 
-def with_state(optimizers: list[AdamW], model: nn.Module) -> list[AdamW]:
+def with_state(optimizers: list[Optimizer], model: nn.Module) -> list[Optimizer]:
     """The optimizers with their state, as before any step but the first."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -150,19 +154,20 @@ def with_state(optimizers: list[AdamW], model: nn.Module) -> list[AdamW]:
     return optimizers
 
 
-def follow_all(model: nn.Module, optimizers: list[AdamW], cuda: bool) -> Storages:
+def follow_all(model: nn.Module, optimizers: list[Optimizer], cuda: bool) -> Storages:
     """Storages that know the weights and the optimizers' state."""
     storages = Storages(round_to=512 if cuda else 1)
     for tensor in (*model.parameters(), *model.buffers()):
         storages.follow(tensor, "weights")
     for optimizer in optimizers:
-        for tensor in tree_leaves([list(state.values()) for state in optimizer.state.values()]):
-            storages.follow(tensor, "optimizer")
+        for value in tree_leaves([list(state.values()) for state in optimizer.state.values()]):
+            for tensor in inner_tensors(value):
+                storages.follow(tensor, "optimizer")
     return storages
 
 
 def count_step(
-    model: MIM, optimizers: list[AdamW], config: Pretrain, cuda: bool
+    model: MIM, optimizers: list[Optimizer], config: Pretrain, cuda: bool
 ) -> tuple[Storages, dict[str, Flops], dict[str, int]]:
     """Run a step, with all who watch it.
 
@@ -183,7 +188,10 @@ def count_step(
     trained: MIM | Offload = model
     if config.offload and cuda:
         with storages:
-            trained = Offload(model, optimizers, images.device, storages.fetch, storages.store)
+            if config.cut:
+                trained = Offload(model, optimizers, images.device, storages.fetch, storages.store)
+            else:
+                StateOffload(optimizers, images.device, storages.fetch, storages.store)
         storages.peak = storages.now.copy()
     with flop_counter() as of_target:
         model.target(normalise(images))
@@ -192,7 +200,8 @@ def count_step(
 
     accum = min(config.accum, 2)  # a third batch finds what the second found
     with watched(model, storages, counter, cuda):
-        update(watch.losses, optimizers, batches(images, normalise, accum), accum, config.clip_grad)
+        data = batches(images, normalise, accum)
+        update(watch.losses, optimizers, data, accum, config.clip_grad, in_backward=config.update_in_backward)
     return storages, watch.per_image(batch * accum, of_target.get_total_flops() // batch), watch.tokens
 
 

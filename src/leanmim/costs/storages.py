@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 
@@ -72,7 +72,9 @@ class Storages(TorchDispatchMode):
             self.now[name] -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator, follow its results."""
+        """Run the operator, follow its results; of an operator on quantised tensors those of which it consists."""
+        if any(is_traceable_wrapper_subclass(leaf) for leaf in tree_leaves((args, kwargs))):
+            return NotImplemented
         result = func(*args, **kwargs or {})
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):

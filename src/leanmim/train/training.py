@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from leanmim.config import Pretrain
 from leanmim.config.base import Stored
@@ -112,7 +112,13 @@ class Training:
         before = [value.clone() for value in running]
         images = map(self.normalise, feed)
         losses = update(
-            self.placement.losses, self.optimizers, images, own.accum, self.config.clip_grad, self.seeds(step)
+            self.placement.losses,
+            self.optimizers,
+            images,
+            own.accum,
+            self.config.clip_grad,
+            self.seeds(step),
+            self.config.update_in_backward,
         )
         undo(running, before, losses)
         return losses
@@ -205,8 +211,8 @@ def begin(
 
 
 def at_next_size(
-    model: MIM, optimizers: list[AdamW], config: Pretrain, device: torch.device
-) -> tuple[MIM, list[AdamW]]:
+    model: MIM, optimizers: list[Optimizer], config: Pretrain, device: torch.device
+) -> tuple[MIM, list[Optimizer]]:
     """The same model and optimizers for another input size."""
     larger = build(config)
     larger = larger if offloads(config, device) else larger.to(device)
