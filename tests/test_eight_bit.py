@@ -103,9 +103,9 @@ def test_a_run_with_all_options_continues_bit_for_bit(tiny: Pretrain, tmp_path: 
 
 
 def test_moments_take_a_quarter_of_the_memory() -> None:
-    wide = small(model_kwargs={**WIDE, "embed_dim": 256}, decoder_width=256)
+    wide = small(model_kwargs={**WIDE, "embed_dim": 128, "depth": 1}, decoder_width=128)
     (plain, _), (eight, _) = count(wide), count(replace(wide, optimizer="adamw8bit"))
-    assert 0.25 < eight.optimizer_bytes / plain.optimizer_bytes < 0.3
+    assert 0.25 < eight.optimizer_bytes / plain.optimizer_bytes < 0.33
     assert eight.weight_bytes == plain.weight_bytes and eight.gradient_bytes == plain.gradient_bytes
 
 

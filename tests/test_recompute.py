@@ -12,13 +12,12 @@ from leanmim.config import Pretrain
 from leanmim.errors import UserError
 from leanmim.factory import build
 from leanmim.placement import place
-from leanmim.recipes import FASTMIM, SIMMIM
+from leanmim.recipes import FASTMIM
 from leanmim.recompute import checkpoint_blocks
-from tests.helpers import CONVNEXT, KINDS, SWIN, images_of, small
+from tests.helpers import CONVNEXT, KINDS, images_of, small
 
 END_TO_END = {
     "vit": small(model_kwargs={"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "drop_path_rate": 0.5}),
-    "swin, token": small(SIMMIM, SWIN, input_size=(64,)),
     "convnext": small(FASTMIM, CONVNEXT, input_size=(64,)),
 }
 IN_SEGMENTS = {name: KINDS[name] for name in ("vit, drop", "swin, pixel")}

@@ -13,6 +13,8 @@ from torchao.optim import AdamW8bit as TorchaoAdamW8bit
 from torchao.optim.subclass_8bit import OptimState8bit
 
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # whether they have a sign
+for _signed in MOMENTS.values():
+    OptimState8bit.zeros((256,), _signed)  # its tables are made at first use, which must not be among fake tensors
 
 
 class AdamW8bit(TorchaoAdamW8bit):
@@ -24,11 +26,15 @@ class AdamW8bit(TorchaoAdamW8bit):
 
     def step(self, closure: Any = None) -> Any:
         """See torch.optim.Optimizer."""
-        for group in self.param_groups:
-            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)
+        rates = [group["lr"] for group in self.param_groups]
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["lr"] = torch.as_tensor(rate, dtype=torch.float32)  # as torchao wants it
         on_cpu = self.param_groups[0]["params"][0].device.type == "cpu"
         with torch.compiler.set_stance("force_eager") if on_cpu else contextlib.nullcontext():
-            return super().step(closure)
+            found = super().step(closure)
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["lr"] = rate
+        return found
 
     def moments_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Zeros as a checkpoint has them."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 
@@ -26,7 +27,7 @@ def step_if(optimizer: Optimizer, good: Bool[Tensor, ""]) -> None:
     if optimizer.defaults.get("fused"):
         optimizer.found_inf = 1 - good.float()  # type: ignore[attr-defined]
         optimizer.step()
-    elif good:
+    elif isinstance(good, FakeTensor) or good:  # what is only counted is good
         optimizer.step()
 
 

@@ -47,23 +47,29 @@ def parameter_groups(model: MIM) -> list[list[dict[str, Any]]]:
     return groups
 
 
-def make_optimizers(model: MIM, config: Pretrain) -> list[Optimizer]:
-    """One AdamW for each segment, of the kind that --optimizer names.
+def optimizer_named(name: str) -> Callable[..., Optimizer]:
+    """The class of an --optimizer.
 
     Raises:
         UserError: its package is not installed.
     """
+    if name == "adamw":
+        return AdamW
+    try:
+        from leanmim.eight_bit import AdamW8bit  # which takes seconds
+    except ImportError as error:
+        raise UserError(
+            f"--optimizer {name} needs the package torchao ({error}): pip install 'leanmim[memory]', or --optimizer adamw"
+        ) from error
+    return AdamW8bit
+
+
+def make_optimizers(model: MIM, config: Pretrain) -> list[Optimizer]:
+    """One for each segment. Errors as for `optimizer_named`."""
     given: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "weight_decay": config.weight_decay}
-    if config.optimizer == "adamw8bit":
-        try:
-            from leanmim.eight_bit import AdamW8bit
-        except ImportError as error:
-            raise UserError(
-                f"--optimizer adamw8bit needs the package torchao ({error}): pip install 'leanmim[memory]', or --optimizer adamw"
-            ) from error
-        return [AdamW8bit(groups, **given) for groups in parameter_groups(model)]
-    fused = next(model.parameters()).device.type != "mps"
-    return [AdamW(groups, **given, fused=fused) for groups in parameter_groups(model)]
+    if config.optimizer == "adamw":
+        given["fused"] = next(model.parameters()).device.type != "mps"
+    return [optimizer_named(config.optimizer)(groups, **given) for groups in parameter_groups(model)]
 
 
 def load_state(optimizers: list[Optimizer], states: list[dict[str, Any]]) -> None:

@@ -31,7 +31,7 @@ from leanmim.offload_state import StateOffload, inner_tensors
 from leanmim.recipes import titles
 from leanmim.recompute import checkpoint_blocks
 from leanmim.schedule import phase_named, phases
-from leanmim.step import make_optimizers, update
+from leanmim.step import make_optimizers, optimizer_named, update
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ def count_phase(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[s
     if cuda and config.precision == "auto" and not torch.cuda.is_available():
         config = replace(config, precision="bf16")
     backbone = backbone_of(config, config.depth, device="meta")
+    optimizer_named(config.optimizer)  # imported before tensors are fake
     with empty_caches(), FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
         model = build(config, backbone.to_empty(device="cpu")).train()
         model.autocast = resolve_precision(config.precision, torch.device(device))
