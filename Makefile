@@ -45,6 +45,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/recipe_costs.py --recipes mae lean lean-memory --count vit_base_patch16_224 vit_small_patch16_224 --time --batch-size 256 --name lean-cost
 	$(BIN)/python benchmarks/pr_mim.py
 	$(BIN)/python benchmarks/bim.py
+	$(BIN)/python benchmarks/memory_rivals.py
 	$(BIN)/python benchmarks/ablate.py --data $(DATA)
 
 # Thousands of mutated photos through the reader, in a process of its own that is watched.
