@@ -60,7 +60,7 @@ class StateOffload:
         self.arrived: torch.cuda.Event | None = None  # recorded after the last copy to the device
         for optimizer in optimizers:
             self.put_back_all(optimizer)
-            optimizer.step = partial(self.step, optimizer.step)  # type: ignore[method-assign]
+            optimizer.step = partial(self.step, optimizer.step)  # type: ignore[method-assign, assignment]
             optimizer.register_load_state_dict_post_hook(self.put_back_all)
 
     def step(self, step: Callable[[], Any]) -> None:
@@ -99,7 +99,7 @@ class StateOffload:
     def put_back_all(self, optimizer: Optimizer) -> None:
         """All moments to the host, as after a checkpoint was loaded."""
         self.ahead = None
-        for parameter in optimizer.state:
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             self.put_back(parameter)
         self.settle()
 
