@@ -78,14 +78,14 @@ def test_offloaded_and_in_backward_it_is_the_same_and_a_checkpoint_continues_it(
         load_state(thirds, state)
 
 
-def test_segments_on_the_host_are_the_same_too() -> None:
+def test_segments_on_the_host_stepped_in_backward_are_the_same_too() -> None:
     config = in_segments(model_kwargs={**WIDE, "depth": 4}, optimizer="adamw8bit")
     model, optimizers = made(config)
     other, others = made(config)
     offload = Offload(other, others, CPU)
     for step in range(2):
         update(model, optimizers, batches_of(config, step, 1))
-        update(offload, others, batches_of(config, step, 1))
+        update(offload, others, batches_of(config, step, 1), in_backward=True)
     assert equal(state_of(model, optimizers), state_of(other, others))
 
 

@@ -11,8 +11,11 @@ class AsOnCuda(TorchFunctionMode):
     """Lets fake CPU tensors do what CUDA does: its attention kernels, and layer norms in float32 under autocast."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace the two functions in which the devices differ."""
+        """Replace the functions in which the devices differ."""
         kwargs = kwargs or {}
+        if func is Tensor.backward:  # what it computes again is to be done as on CUDA, too; this mode is off in here
+            with self:
+                return torch.autograd.backward(args[0])
         if func is nn.functional.layer_norm and torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
                 return func(args[0].float(), *args[1:], **kwargs)
