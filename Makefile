@@ -47,6 +47,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/bim.py
 	GOMP_SPINCOUNT=1000 $(BIN)/python benchmarks/block_parallel.py
 	$(BIN)/python benchmarks/sharded.py
+	$(BIN)/python benchmarks/memory_rivals.py
 	$(BIN)/python benchmarks/ablate.py --data $(DATA)
 
 # Thousands of mutated photos through the reader, in a process of its own that is watched.

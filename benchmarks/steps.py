@@ -19,7 +19,8 @@ from leanmim.data import Normalise
 from leanmim.device import resolve_precision
 from leanmim.factory import build
 from leanmim.offload import Offload
-from leanmim.placement import Placement, offloads, place
+from leanmim.offload_state import StateOffload, inner_tensors
+from leanmim.placement import OnDevice, Placement, offloads, place
 from leanmim.schedule import phases
 from leanmim.step import make_optimizers, update
 
@@ -39,6 +40,10 @@ def ready(config: Pretrain, device: torch.device) -> tuple[Placement, list[AdamW
     """A recipe's model where it trains, and its optimizers with their state, as in any step but the first. A CPU offloads too:
     then the host's memory is that which is not of torch's allocator.
     """
+
+    def to_host(x: Tensor) -> Tensor:
+        return torch.from_numpy(x.numpy().copy())
+
     model = build(config)
     model.autocast = resolve_precision(config.precision, device)
     if not offloads(config, device):
@@ -51,7 +56,9 @@ def ready(config: Pretrain, device: torch.device) -> tuple[Placement, list[AdamW
         optimizer.zero_grad()
     if config.offload and device.type == "cpu":
         model.train()
-        return Offload(model, optimizers, device), optimizers
+        if config.cut:
+            return Offload(model, optimizers, device), optimizers
+        return OnDevice(model, device, state=StateOffload(optimizers, device, torch.clone, to_host)), optimizers
     return place(model, optimizers, config, device), optimizers
 
 
@@ -67,7 +74,9 @@ def resident(placed: Placement, optimizers: list[AdamW]) -> list[Tensor]:
         fixed = [p for p in placed.model.parameters() if p not in trained]
         return [*(memory for room in placed.rooms for memory in room), *fixed, *placed.model.buffers()]
     model: Any = placed.losses
-    moments = [t for optimizer in optimizers for state in optimizer.state.values() for t in state.values()]
+    waiting = placed.state if isinstance(placed, OnDevice) else None
+    states = [state for o in optimizers for p, state in o.state.items() if not waiting or p is waiting.ahead]
+    moments = [tensor for state in states for value in state.values() for tensor in inner_tensors(value)]
     return [*model.parameters(), *model.buffers(), *moments]
 
 
@@ -80,13 +89,18 @@ class Timed:
             placed, optimizers = ready(phase.config, device)
             images = torch.randn(int(config.batch_size), config.channels, *phase.config.size, device=device)
             share = (phase.stop - phase.start) / phases(config)[-1].stop
-            self.parts.append((share, placed.losses, optimizers, images, phase.config.clip_grad))
+            self.parts.append(
+                (share, placed.losses, optimizers, images, phase.config.clip_grad, phase.config.update_in_backward)
+            )
 
     def step(self) -> float:
         """Seconds of a step, on average over the epochs."""
         total = 0.0
-        for share, losses, optimizers, images, clip in self.parts:
-            total += share * seconds(lambda: update(losses, optimizers, [images], 1, clip), self.device)  # noqa: B023
+        for share, losses, optimizers, images, clip, in_backward in self.parts:
+            total += share * seconds(
+                lambda: update(losses, optimizers, [images], 1, clip, in_backward=in_backward),  # noqa: B023
+                self.device,
+            )
         return total
 
 
@@ -138,8 +152,10 @@ def measure(config: Pretrain, device: torch.device) -> dict[str, int]:
             yield normalise(read)
 
     def step(through: Callable[[Tensor], Iterator[Tensor]]) -> None:
-        first = isinstance(placed, Offload)
-        update(through, optimizers, batches(), config.accum, config.clip_grad, segment_first=first)
+        update(
+            through, optimizers, batches(), config.accum, config.clip_grad,
+            segment_first=isinstance(placed, Offload), in_backward=config.update_in_backward,
+        )  # fmt: skip
 
     if device.type == "cuda":
         step(placed.losses)

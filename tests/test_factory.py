@@ -96,9 +96,7 @@ def test_a_later_segment_that_would_see_nothing(masking: str) -> None:
     build(in_segments(masking=masking, mask_ratio=(low, 0.6, 0.7, high)))
 
 
-def test_offload_of_a_single_segment() -> None:
-    for segments in (1, (1,)):
-        with pytest.raises(UserError, match=r"--offload.*give --segments, or leave it out"):
-            build(in_segments(segments=segments, mask_ratio=0.5, offload=True))
-    build(in_segments(segments=2, mask_ratio=0.5, offload=True))
+def test_offload_with_and_without_segments() -> None:
+    for segments in (1, (1,), 2):
+        build(in_segments(segments=segments, mask_ratio=0.5, offload=True))
     build(in_segments(segments=1, mask_ratio=0.5))

@@ -56,6 +56,8 @@ def shrunk(line: str) -> str:
         shrink = "--input-size 32 --model-kwargs patch_size 8 embed_dim 32 depth 2 num_heads 2 --measures knn"
         line = f"{re.sub('--budget [^ ]+', '--budget 1epoch', line)} {shrink} --seeds 1 --device cpu"
         line = line.replace('mae lean "lean:mask-ratio=0.9" fastmim', 'mae "lean:mask-ratio=0.9"')
+    if line.startswith("leanmim cost"):
+        line = f"{line} --model-kwargs depth 4"
     if line.startswith("leanmim plan"):
         shrink = "--input-size 64 --model-kwargs patch_size 8 embed_dim 32 depth 2 num_heads 2 --workers 0"
         line = f"{line} {shrink} --effective-batch 4 --device cpu"

@@ -172,7 +172,7 @@ def test_every_field_of_pretrain_is_an_option(field: str) -> None:
         ("mae:throw=0.1 0.2", "cannot be read"),
         ("mae:throw=0.1 --offload True", "cannot be read"),
         ("mae:throw=1.5", "mae:throw=1.5: --throw 1.5 is out of range"),
-        ("mae:offload=True", "mae:offload=True: --offload keeps one segment of several"),
+        ("simmim:update-in-backward=True", "simmim:update-in-backward=True: --update-in-backward steps"),
     ],
 )
 def test_a_spec_that_is_wrong_is_named(spec: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from leanmim.config.base import Computing
 from leanmim.device import bf16_in_hardware, cores_of_a_process, cpus, device_name, resolve_precision, threads_given
@@ -66,7 +66,7 @@ class Trial(ABC):
         most: images of a step, at most.
     """
 
-    def __init__(self, model: nn.Module, optimizers: list[AdamW], device: torch.device, most: int) -> None:
+    def __init__(self, model: nn.Module, optimizers: list[Optimizer], device: torch.device, most: int) -> None:
         self.model, self.optimizers, self.device, self.most = model, optimizers, device, most
         self.compiled = False
 

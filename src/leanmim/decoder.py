@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from leanmim.caches import cached
 from leanmim.masking import Grid, Split, take
+from leanmim.recompute import Layers
 
 
 @torch.compiler.assume_constant_result  # compiled, they are a constant of the graph
@@ -109,7 +110,7 @@ class Decoder(nn.Module):
         self.prefix_tokens = prefix_tokens
         self.embed = nn.Linear(encoder_width, width) if depth else nn.Identity()
         self.mask_token = None if full_grid else nn.Parameter(torch.zeros(1, 1, width))
-        self.layers = nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(depth)))
+        self.layers = Layers(*(Block(width, heads, qkv_bias=True) for _ in range(depth)))
         self.norm = nn.LayerNorm(width, eps=1e-6) if depth else nn.Identity()
         self.filling = Filling(width, fill) if fill else None
         self.head = nn.Linear(width, target_width)

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from leanmim.errors import UserError
 from leanmim.mim import MIM
@@ -114,7 +114,7 @@ class Offload:
     """
 
     def __init__(
-        self, model: MIM, optimizers: list[AdamW], device: torch.device, streams: Streams | None = None
+        self, model: MIM, optimizers: list[Optimizer], device: torch.device, streams: Streams | None = None
     ) -> None:
         self.model, self.optimizers, self.device = model, optimizers, device
         self.streams: Streams = streams or (OnCuda(device) if device.type == "cuda" else InTurn())

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float, Real
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from leanmim.errors import UserError
 from leanmim.mim import MIM, Part
@@ -113,7 +113,7 @@ class Pipeline:
     def __init__(
         self,
         model: MIM,
-        optimizers: list[AdamW],
+        optimizers: list[Optimizer],
         device: torch.device,
         process: Process,
         parts: Sequence[range],

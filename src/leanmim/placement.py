@@ -9,13 +9,15 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from leanmim.config import Pretrain
 from leanmim.mim import MIM
 from leanmim.offload import Offload
+from leanmim.offload_state import StateOffload
 from leanmim.pipeline import Pipeline
 from leanmim.processes import ALONE, Process
+from leanmim.recompute import checkpoint_blocks
 from leanmim.sharded import Sharded
 from leanmim.step import align_state
 
@@ -40,11 +42,13 @@ class Placement(Protocol):
 
 class OnDevice:
     """The model as a whole on the device. Among several processes the gradients are averaged by DistributedDataParallel, or,
-    where segments step one by one, by `update`.
+    where segments step one by one, by `update`. The optimizer's state may wait in host memory.
     """
 
-    def __init__(self, model: MIM, device: torch.device, process: Process = ALONE) -> None:
-        self.model = model.to(device)
+    def __init__(
+        self, model: MIM, device: torch.device, process: Process = ALONE, state: StateOffload | None = None
+    ) -> None:
+        self.model, self.state = model.to(device), state
         self.losses: Callable[[Tensor], Iterator[Tensor]] = model
         if process.world > 1 and len(model.decoders) == 1:
             ids = [device.index] if device.type == "cuda" else None
@@ -54,7 +58,9 @@ class OnDevice:
             self.losses = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
     def settle(self) -> None:
-        """Nothing is on its way."""
+        """Only the optimizer's state may be on its way."""
+        if self.state:
+            self.state.settle()
 
     @contextmanager
     def whole(self) -> Iterator[MIM]:
@@ -64,7 +70,12 @@ class OnDevice:
 
 def offloads(config: Pretrain, device: torch.device) -> bool:
     """Whether segments wait in host memory: where a device has memory of its own."""
-    return config.offload and device.type == "cuda"
+    return config.offload and config.cut and device.type == "cuda"
+
+
+def offloads_state(config: Pretrain, device: torch.device) -> bool:
+    """Whether only the optimizer's state waits in host memory: as `offloads`, of training end to end."""
+    return config.offload and not config.cut and device.type == "cuda"
 
 
 def compile_parts(model: MIM) -> None:
@@ -77,14 +88,14 @@ def compile_parts(model: MIM) -> None:
 
 def place(
     model: MIM,
-    optimizers: list[AdamW],
+    optimizers: list[Optimizer],
     config: Pretrain,
     device: torch.device,
     process: Process = ALONE,
     parts: Sequence[range] = (),
 ) -> Placement:
     """The model, compiled as asked, where it is to train; its optimizers exist already, and no value is ``auto``. Errors as for
-    `Sharded`.
+    `Sharded` and `checkpoint_blocks`.
 
     Args:
         model: in host memory or on the device.
@@ -95,6 +106,8 @@ def place(
         parts: in a pipeline the segments of each process.
     """
     model.train()
+    if config.checkpointing:
+        checkpoint_blocks(model.encoder, model.decoders)
     if config.shard:
         return Sharded(model, optimizers, config, device, process)
     if config.compile is True:
@@ -106,4 +119,5 @@ def place(
         align_state(optimizers)
     if parts:
         return Pipeline(model, optimizers, device, process, parts, config.accum)
-    return OnDevice(model, device, process)
+    state = StateOffload(optimizers, device) if offloads_state(config, device) else None
+    return OnDevice(model, device, process, state)

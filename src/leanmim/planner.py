@@ -79,7 +79,8 @@ def fit(
     low, high = 0, len(sizes)
     while low < high:  # memory grows with the batch
         middle = (low + high) // 2 if best or low else high - 1  # all at once is the likeliest
-        trial = replace(config, batch_size=sizes[middle], accum=images // sizes[middle])
+        at_once = getattr(config, "update_in_backward", False)  # nothing is accumulated, a step has fewer images
+        trial = replace(config, batch_size=sizes[middle], accum=1 if at_once else images // sizes[middle])
         cost, _ = counted(trial, counted_as(device))
         if cost.peak_bytes <= SHARE * memory:
             best, low = (trial, cost), middle + 1
@@ -92,7 +93,7 @@ class PretrainTrial(Trial):
     """A model of a recipe, to try settings of the machine on. Errors as for `build`."""
 
     def __init__(self, config: Pretrain, device: torch.device) -> None:
-        self.mim, self.offloads = build(config), offloads(config, device)
+        self.mim, self.offloads, self.in_backward = build(config), offloads(config, device), config.update_in_backward
         if not self.offloads:
             self.mim.to(device)
         super().__init__(self.mim, make_optimizers(self.mim, config), device, IMAGES[device.type])
@@ -113,7 +114,9 @@ class PretrainTrial(Trial):
     def step(self, images: int) -> None:
         """See `Trial`."""
         batch = torch.randn(images, *self.shape, device=self.device)
-        update(self.placement.losses, self.optimizers, [batch], segment_first=self.offloads)
+        update(
+            self.placement.losses, self.optimizers, [batch], segment_first=self.offloads, in_backward=self.in_backward
+        )
         wait(self.device)
 
 
@@ -125,6 +128,8 @@ def calibrated(
         config = replace(config, channels_last=False)
     if config.shard:  # one device may not hold the model, and nothing is tried on it
         config = replace(config, **{**first_guess(device), "workers": min(8, readers(8.0)), **given(config)})
+    if config.optimizer == "adamw8bit":
+        config = replace(config, channels_last=False)
     largest = max((phase.config for phase in phases(config)), key=lambda own: own.size)
     one = replace(largest, batch_size=1, accum=1, workers=0)
     crops = batches(one, source, 0, READ, process, per_epoch=len(source))
@@ -168,15 +173,16 @@ def throughput(config: Pretrain, source: Source, device: torch.device, process: 
                 raise UserError(f"{bad[0].path} cannot be read: {bad[0].reason}")
             yield normalise(images)
 
+        in_backward = config.update_in_backward
         for _ in range(WARM_UP):  # the first step also starts readers and chooses kernels
-            update(losses, optimizers, one())
+            update(losses, optimizers, one(), in_backward=in_backward)
         wait(device)
         start, steps = time.perf_counter(), 0
         # several processes average their gradients, so they must agree on the last step
         while steps < LEAST_STEPS or (
             steps < MOST_STEPS and max(process.gather(time.perf_counter() - start)) < SECONDS
         ):
-            update(losses, optimizers, one())
+            update(losses, optimizers, one(), in_backward=in_backward)
             wait(device)
             steps += 1
         return steps * batch / (time.perf_counter() - start)
@@ -284,6 +290,7 @@ def plan_one(
     found = fit(start, step, memory, device)
     assert found  # fewer images a step need no more
     chosen, cost = found
+    step = int(chosen.batch_size) * chosen.accum  # less than was asked for where nothing can be accumulated
     chosen.check()
     phases(chosen)  # raises where there are too few epochs for them
     steps = round(epochs * (images // step))

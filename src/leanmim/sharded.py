@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from leanmim.config import Pretrain
 from leanmim.encoders.backbone import Backbone
@@ -45,7 +45,7 @@ class Sharded:
     """
 
     def __init__(
-        self, model: MIM, optimizers: list[AdamW], config: Pretrain, device: torch.device, process: Process
+        self, model: MIM, optimizers: list[Optimizer], config: Pretrain, device: torch.device, process: Process
     ) -> None:
         self.model, self.optimizers, self.config, self.device = model, optimizers, config, device
         names = {parameter: name for name, parameter in model.named_parameters()}
@@ -111,7 +111,7 @@ def numbered(backbone: Backbone) -> list[nn.Module]:
             if any(re.fullmatch(pattern, name) for pattern in counted) and [*module.parameters()]]  # fmt: skip
 
 
-def hand_over(optimizers: list[AdamW], names: dict[nn.Parameter, str], model: nn.Module) -> None:
+def hand_over(optimizers: list[Optimizer], names: dict[nn.Parameter, str], model: nn.Module) -> None:
     """Let optimizers train a model's parameters in place of others, with the state that they have.
 
     Args:

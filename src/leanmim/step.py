@@ -10,12 +10,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from leanmim.checkpoint import REMEDY
 from leanmim.config import Pretrain
 from leanmim.encoders.backbone import Backbone
 from leanmim.errors import Damaged, UserError
+from leanmim.in_backward import InBackward, step_if
 from leanmim.mim import MIM
 
 
@@ -46,16 +47,32 @@ def parameter_groups(model: MIM) -> list[list[dict[str, Any]]]:
     return groups
 
 
-def make_optimizers(model: MIM, config: Pretrain) -> list[AdamW]:
-    """One AdamW for each segment."""
-    fused = next(model.parameters()).device.type != "mps"
-    return [
-        AdamW(groups, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=fused)
-        for groups in parameter_groups(model)
-    ]
+def optimizer_named(name: str) -> Callable[..., Optimizer]:
+    """The class of an --optimizer.
+
+    Raises:
+        UserError: its package is not installed.
+    """
+    if name == "adamw":
+        return AdamW
+    try:
+        from leanmim.eight_bit import AdamW8bit  # which takes seconds
+    except ImportError as error:
+        raise UserError(
+            f"--optimizer {name} needs the package torchao ({error}): pip install 'leanmim[memory]', or --optimizer adamw"
+        ) from error
+    return AdamW8bit
 
 
-def load_state(optimizers: list[AdamW], states: list[dict[str, Any]]) -> None:
+def make_optimizers(model: MIM, config: Pretrain) -> list[Optimizer]:
+    """One for each segment. Errors as for `optimizer_named`."""
+    given: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        given["fused"] = next(model.parameters()).device.type != "mps"
+    return [optimizer_named(config.optimizer)(groups, **given) for groups in parameter_groups(model)]
+
+
+def load_state(optimizers: list[Optimizer], states: list[dict[str, Any]]) -> None:
     """Continue with the optimizers' state of a checkpoint.
 
     Raises:
@@ -84,14 +101,15 @@ def load_state(optimizers: list[AdamW], states: list[dict[str, Any]]) -> None:
     align_state(optimizers)
 
 
-def align_state(optimizers: list[AdamW]) -> None:
+def align_state(optimizers: list[Optimizer]) -> None:
     """Lay the moments out in memory as the parameters are, which fused kernels take for granted."""
     for optimizer in optimizers:
         for parameter, own in optimizer.state.items():
             for name in ("exp_avg", "exp_avg_sq"):
                 own[name] = laid_out(own[name], parameter)
                 if own[name].stride() != parameter.stride():
-                    own[name] = torch.empty_like(parameter, requires_grad=False).copy_(own[name])
+                    there = own[name].device  # which may be the host
+                    own[name] = torch.empty_like(parameter, device=there, requires_grad=False).copy_(own[name])
 
 
 def laid_out(value: Tensor, parameter: Tensor) -> Tensor:
@@ -104,16 +122,24 @@ def laid_out(value: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def check_moments(optimizer: AdamW, state: dict[int, dict[str, Tensor]]) -> None:
+def check_moments(optimizer: Optimizer, state: dict[int, dict[str, Tensor]]) -> None:
     """Raise Damaged unless these can be AdamW's moments of the parameters."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for key, own in state.items():
-        fits = key < len(parameters) and own.keys() == {"step", "exp_avg", "exp_avg_sq"}
-        shapes = [(), parameters[key].shape, parameters[key].shape] if fits else []
-        values = [own[name] for name in ("step", "exp_avg", "exp_avg_sq")] if fits else []
-        fits = fits and all(v.shape == shape and v.is_floating_point() for v, shape in zip(values, shapes, strict=True))
-        if not fits or bool((own["step"] < 0) | (own["exp_avg_sq"] < 0).any()):
+        expected = moments_of(optimizer, parameters[key]) if key < len(parameters) else {}
+        fits = own.keys() == expected.keys() and all(
+            own[name].shape == like.shape and own[name].is_floating_point() == like.is_floating_point()
+            for name, like in expected.items()
+        )
+        if not fits or any(bool((own[name] < 0).any()) for name in own.keys() - {"exp_avg"}):
             raise Damaged(f"the checkpoint is damaged: its optimizer's state does not fit parameter {key}; {REMEDY}")
+
+
+def moments_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Tensors of the shapes and kinds that a checkpoint has of a parameter's state."""
+    if own := getattr(optimizer, "moments_of", None):  # of 8 bits
+        return own(parameter)
+    return {"step": torch.empty(()), "exp_avg": parameter, "exp_avg_sq": parameter}
 
 
 class Averages:
@@ -151,17 +177,6 @@ def gradient_norm(parameters: list[nn.Parameter], clip_grad: float) -> Float[Ten
     else:
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def step_if_finite(optimizer: AdamW, norm: Float[Tensor, ""]) -> None:
-    """Step, unless the norm of the gradients is not finite. Where AdamW is fused the device decides, and nobody waits for
-    it: ``found_inf`` is how torch's GradScaler has it leave weights, moments and number of steps as they are.
-    """
-    if optimizer.defaults["fused"]:
-        optimizer.found_inf = 1 - norm.isfinite().float()  # type: ignore[attr-defined]
-        optimizer.step()
-    elif norm.isfinite():
-        optimizer.step()
 
 
 def averages_itself(losses: Callable[[Any], Iterator[Tensor]]) -> bool:
@@ -232,13 +247,14 @@ class Draws:
 
 def update(
     losses: Callable[[Any], Iterator[Tensor]],
-    optimizers: list[AdamW],
+    optimizers: list[Optimizer],
     batches: Iterable[Any],
     accum: int = 1,
     clip_grad: float = 0.0,
     seeds: Sequence[int] = (),
     average: bool = True,
     segment_first: bool = False,
+    in_backward: bool = False,
 ) -> Float[Tensor, " s"]:
     """One step over ``accum`` batches: of normalised images, in fine-tuning with their targets.
 
@@ -257,6 +273,8 @@ def update(
         average: whether several processes have each a part of the step's images.
         segment_first: all batches of a segment come before the next segment, and so does its step, as `Offload` needs it.
             With seeds the numbers are the same. What the next segment needs of each batch is kept.
+        in_backward: step each parameter in the backward pass, as soon as its gradient has arrived (`InBackward`); of one batch, in one
+            process, without clipping.
 
     Returns:
         The loss of each segment, averaged over the batches; NaN where it did not step.
@@ -265,13 +283,14 @@ def update(
     parameters = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
     shared = isinstance(parameters[0][0], DTensor)  # whose gradients are averages already (FSDP)
     averages = average and dist.is_initialized() and not (shared or averages_itself(losses))
+    assert not in_backward or (accum == 1 and not clip_grad and not averages)
     waiting: list[tuple[int, Averages]] = []  # the segment before
 
     def step(i: int, gradients: Averages | None = None) -> None:
         if gradients:
             gradients.arrive()
         norm = gradient_norm(parameters[i], clip_grad)
-        step_if_finite(optimizers[i], norm)
+        step_if(optimizers[i], norm.isfinite())
         optimizers[i].zero_grad()
         means[i] = torch.where(norm.isfinite(), means[i], torch.nan)
 
@@ -283,6 +302,11 @@ def update(
         while waiting:  # its gradients were averaged during this forward pass
             step(*waiting.pop())
         finite = 1 + 0 * loss.detach()  # or NaN: so the gradient tells of the loss, in all processes
+        if in_backward:
+            with InBackward(optimizers[i], loss) as steps:
+                (loss * finite).backward()
+            means[i] = torch.where(steps.good, loss.detach(), torch.nan)
+            continue
         (loss * finite / accum).backward()
         means[i] = means[i] + loss.detach() / accum
         if last and not averages:

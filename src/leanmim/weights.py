@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from leanmim.caches import empty_caches
 from leanmim.checkpoint import is_ours
@@ -92,7 +92,7 @@ def carry_over(old: Encoder, new: Encoder) -> None:
     fit_backbone(new.backbone, old.backbone.state_dict(), "this run")
 
 
-def carry_over_moments(old: MIM, before: list[AdamW], new: MIM, after: list[AdamW]) -> None:
+def carry_over_moments(old: MIM, before: list[Optimizer], new: MIM, after: list[Optimizer]) -> None:
     """Give the optimizers of the new model the state of the old ones, resized as the weights are."""
     start = "encoder.backbone."
     moments: dict[str, dict[str, torch.Tensor]] = {}

@@ -9,7 +9,6 @@ import pytest
 from leanmim.cli import main
 from leanmim.config import Cost
 from leanmim.costs import StepCost, cost, count
-from leanmim.errors import UserError
 from leanmim.recipes import BIM, MAE
 from tests.helpers import PLAIN, in_segments
 
@@ -71,5 +70,3 @@ def test_beside_a_recipe_in_segments_one_without_is_not_offloaded() -> None:
     mae, bim = json.loads(cost(two))
     alone = json.loads(cost(replace(two, recipes=("mae",))))[0]
     assert mae == alone and bim["weight_bytes"] < mae["weight_bytes"]
-    with pytest.raises(UserError, match="mae:offload=True: --offload keeps one segment of several"):
-        cost(replace(two, recipes=("mae:offload=True",)))

@@ -19,17 +19,19 @@ GROUPS = {
     "masking": "masking mask_ratio mask_unit",
     "target": "target hog_cell loss",
     "decoder": "decoder_depth decoder_width decoder_heads throw select select_start fill",
-    "block-wise": "segments offload pipeline",
+    "block-wise": "segments pipeline",
     "phase": "phase_scales phase_starts phase_batches phase_accums phase_blrs",
     "optimisation": (
-        "accum effective_batch blr lr min_lr layer_decay schedule warmup_share warmup_epochs weight_decay betas clip_grad ema seed"
+        "optimizer accum effective_batch blr lr min_lr layer_decay schedule warmup_share warmup_epochs weight_decay betas clip_grad "
+        "ema seed"
     ),
     "evaluation": (
         "knn_data knn_every eval_every measures eval_size finetune_epochs depths weights solver k temperature c layers attentive "
         "queries Evaluate.epochs Probe.epochs Probe.warmup_epochs Probe.blr probe_batch_size shots draws void patches "
         "Evaluate.seed Probe.seed"
     ),
-    "machine": "device shard memory workers jobs threads precision channels_last compile deterministic images_per_second cache",
+    "memory": "memory offload checkpointing update_in_backward shard",
+    "machine": "device workers jobs threads precision channels_last compile deterministic images_per_second cache",
     "logging": "log_every show_every checkpoint_minutes keep track Pretrain.recipe",
     "fault": "max_bad_share max_bad_steps data_changed data_patience process_timeout",
 }  # fmt: skip

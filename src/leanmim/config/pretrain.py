@@ -38,7 +38,7 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
     """
 
     FREE: ClassVar[frozenset[str]] = FREE_IN_TRAINING | {
-        "offload", "pipeline", "shard", "knn_data", "knn_every", "show_every"
+        "offload", "pipeline", "shard", "checkpointing", "update_in_backward", "knn_data", "knn_every", "show_every"
     }  # fmt: skip
     ADJUSTABLE: ClassVar[frozenset[str]] = AGAINST_DIVERGENCE | {"phase_blrs", "decode"}
     LEFT_EMPTY: ClassVar[frozenset[str]] = frozenset({"data", "out"})
@@ -105,15 +105,23 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
     own; or the blocks after which a segment ends, for example 3 6 12. Blocks of a ViT, stages of a hierarchical model, as
     --depth counts them."""
     offload: bool = False
-    """With --segments: keep only one segment and the next on the GPU; weights, gradients and optimizer state of the
-    others wait in host memory. Same numbers, less GPU memory, more time. With --accum each batch's target and activations at
-    the segments' border wait on the GPU: count it with `leanmim cost`."""
+    """Let what is not worked on wait in host memory. With --segments only one segment and the next are on the GPU: weights,
+    gradients and optimizer state. End to end it is the optimizer's state. Same numbers, less GPU memory, more time.
+    With --segments and --accum each batch's target and activations at the segments' border wait on the GPU: `leanmim cost` counts it."""
     pipeline: bool = False
     """With --segments, under torchrun: the processes share the segments and not the images. Each runs its segments on one batch
     while the next process runs its own on the batch before. Same numbers as in one process."""
     shard: bool = False
     """In several processes (torchrun): each keeps its share of the weights, gradients and optimizer state, and gathers the
     weights of a block when it computes it (FSDP2). Same numbers but for rounding, less memory, more traffic."""
+    checkpointing: bool = False
+    """Activation checkpointing: keep only the input of each block for the backward pass, and compute the rest again. Same numbers,
+    less memory, about a quarter more computation. Not for backbones with batch norms."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit keeps the moments in 8 bits, a quarter of the memory, as torchao does it (pip install 'leanmim[memory]')."""
+    update_in_backward: bool = False
+    """Step each parameter in the backward pass, as soon as its gradient is there, and free that. Same numbers, hardly any
+    gradients in memory. For one process, --accum 1 and no --clip-grad."""
     throw: float = 0.0
     """Partial reconstruction (PR-MIM): share of all patches, masked ones, that the decoder's layers do not see. 0 is
     full reconstruction. With --decoder-depth 0 there are no layers, and little is saved."""
@@ -184,6 +192,7 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
         super().check()
         check_size(self.input_size)
         self.check_masks()
+        self.check_memory_options()
         self.check_decoder()
         self.check_phases()
         self.check_batches()
@@ -200,8 +209,6 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
                 f"--mask-ratio {' '.join(map(str, self.mask_ratios))} falls; a later segment cannot see what an earlier one "
                 "did not: give ratios that stay or rise"
             )
-        if self.offload and not self.cut:
-            raise UserError("--offload keeps one segment of several on the GPU; give --segments, or leave it out")
         if self.pipeline and not self.cut:
             raise UserError(
                 "--pipeline shares the segments among the processes, and training end to end is one segment; give --segments (as "
@@ -217,6 +224,33 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
         for name in ("offload", "pipeline", "compile", "channels_last"):
             if self.shard and getattr(self, name) is True:
                 raise UserError(f"--shard and {flag(name)} do not go together; leave one of them out")
+
+    def check_memory_options(self) -> None:
+        """Ways to save memory, and what they do not go with."""
+        if self.update_in_backward and self.clip_grad:
+            raise UserError(
+                "--update-in-backward steps the first parameters before the norm of all gradients is known; give --clip-grad 0, or "
+                "leave --update-in-backward out"
+            )
+        if self.update_in_backward and max(self.accum, *self.phase_accums, 1) > 1:
+            raise UserError(
+                "--update-in-backward frees each gradient at once, so none can be accumulated; give --accum 1, or leave "
+                "--update-in-backward out"
+            )
+        if self.optimizer == "adamw8bit" and self.phase_scales:
+            raise UserError(
+                "--optimizer adamw8bit keeps moments in blocks, which cannot be resized from one phase to the next; leave "
+                "--phase-scales out, or give --optimizer adamw"
+            )
+        if self.optimizer == "adamw8bit" and self.channels_last is True:
+            raise UserError(
+                "--optimizer adamw8bit does not take weights in another memory format; leave --channels-last out"
+            )
+        if self.optimizer == "adamw8bit" and (self.shard or self.pipeline or (self.offload and self.cut)):
+            raise UserError(
+                "--optimizer adamw8bit keeps its state in tensors of a form of their own, which --shard, --pipeline and --offload with "
+                "--segments do not move; leave these out, or give --optimizer adamw"
+            )
 
     def check_decoder(self) -> None:
         """Depth, width and heads."""

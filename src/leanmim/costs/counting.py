@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.optim import AdamW
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,9 +30,11 @@ from leanmim.errors import UserError
 from leanmim.factory import build
 from leanmim.mim import MIM
 from leanmim.offload import Offload
+from leanmim.offload_state import StateOffload, inner_tensors
 from leanmim.recipes import titles
+from leanmim.recompute import checkpoint_blocks
 from leanmim.schedule import phase_named, phases
-from leanmim.step import make_optimizers, update
+from leanmim.step import make_optimizers, optimizer_named, update
 from leanmim.targets import with_levels
 
 
@@ -124,9 +126,12 @@ def count_phase(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[s
     if cuda and config.precision == "auto" and not torch.cuda.is_available():
         config = replace(config, precision="bf16")
     backbone = backbone_of(config, config.depth, device="meta")
+    optimizer_named(config.optimizer)  # imported before tensors are fake
     with empty_caches(), FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
         model = build(config, backbone.to_empty(device="cpu")).train()
         model.autocast = resolve_precision(config.precision, torch.device(device))
+        if config.checkpointing:
+            checkpoint_blocks(model.encoder, model.decoders)
         parameters, of_decoders = (sum(p.numel() for p in part.parameters()) for part in (model, model.decoders))
         storages, flops, tokens, segments = count_step(
             model, with_state(make_optimizers(model, config), model), config, cuda
@@ -169,7 +174,7 @@ def peaks(storages: Storages, cuda: bool) -> dict[str, Any]:
     }
 
 
-def with_state(optimizers: list[AdamW], model: nn.Module) -> list[AdamW]:
+def with_state(optimizers: list[Optimizer], model: nn.Module) -> list[Optimizer]:
     """The optimizers with their state, as before any step but the first."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -179,19 +184,20 @@ def with_state(optimizers: list[AdamW], model: nn.Module) -> list[AdamW]:
     return optimizers
 
 
-def follow_all(model: nn.Module, optimizers: list[AdamW], cuda: bool) -> Storages:
+def follow_all(model: nn.Module, optimizers: list[Optimizer], cuda: bool) -> Storages:
     """Storages that know the weights and the optimizers' state."""
     storages = Storages(round_to=512 if cuda else 1)
     for tensor in (*model.parameters(), *model.buffers()):
         storages.follow(tensor, "weights")
     for optimizer in optimizers:
-        for tensor in tree_leaves([list(state.values()) for state in optimizer.state.values()]):
-            storages.follow(tensor, "optimizer")
+        for value in tree_leaves([list(state.values()) for state in optimizer.state.values()]):
+            for tensor in inner_tensors(value):
+                storages.follow(tensor, "optimizer")
     return storages
 
 
 def count_step(
-    model: MIM, optimizers: list[AdamW], config: Pretrain, cuda: bool
+    model: MIM, optimizers: list[Optimizer], config: Pretrain, cuda: bool
 ) -> tuple[Storages, dict[str, Flops], dict[str, int], tuple[int, ...]]:
     """Run a step, with all who watch it.
 
@@ -214,13 +220,17 @@ def count_step(
     trained: MIM | Offload = model
     if config.offload and cuda:
         with storages:
-            trained = Offload(model, optimizers, images.device)
-        for flat in trained.hosts:
-            for memory in flat.memory:
-                storages.follow(memory, "host")
-        for room in trained.rooms:
-            for memory, what in zip(room, ("weights", "optimizer"), strict=True):
-                storages.follow(memory, what)
+            if config.cut:
+                trained = Offload(model, optimizers, images.device)
+            else:
+                StateOffload(optimizers, images.device, storages.fetch, storages.store)
+        if isinstance(trained, Offload):
+            for flat in trained.hosts:
+                for memory in flat.memory:
+                    storages.follow(memory, "host")
+            for room in trained.rooms:
+                for memory, what in zip(room, ("weights", "optimizer"), strict=True):
+                    storages.follow(memory, what)
         storages.peak = storages.now.copy()
     with flop_counter() as of_target:
         model.target(normalise(images))
@@ -235,7 +245,10 @@ def count_step(
     found: list[int] = []  # bytes before each batch
     feed = batches(images, normalise, accum, lambda: found.append(storages.now["all"]))
     with watched(model, storages, counter, cuda):
-        update(losses, optimizers, feed, accum, config.clip_grad, segment_first=segment_first)
+        update(
+            losses, optimizers, feed, accum, config.clip_grad,
+            segment_first=segment_first, in_backward=config.update_in_backward,
+        )  # fmt: skip
     if segment_first and accum < config.accum:
         waiting = (config.accum - accum) * (found[2] - found[1])  # or what the others have left for the next segment
         for what in ("transient", "all"):

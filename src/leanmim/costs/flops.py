@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from leanmim.decoder import Decoder
 from leanmim.errors import UserError
@@ -66,9 +67,24 @@ MATRIX_PRODUCTS = frozenset([
 """Words in an operator's name each of which says that it multiplies matrices."""
 
 
+class Anywhere(ModuleTracker):
+    """In place of the counter's own tracker: totals are all that is read here, and its hooks on gradients would keep alive what
+    activation checkpointing computes again.
+    """
+
+    def __enter__(self) -> "Anywhere":
+        """Watch no module."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing was watched."""
+
+
 def flop_counter() -> FlopCounterMode:
     """torch's counter with our formulas, so that all versions of torch count the same."""
-    return FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    counter.mod_tracker = Anywhere()
+    return counter
 
 
 class NoneUncounted(TorchDispatchMode):

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.overrides import TorchFunctionMode
 
 
@@ -11,8 +12,14 @@ class AsOnCuda(TorchFunctionMode):
     """Lets fake CPU tensors do what CUDA does: its attention kernels, and layer norms in float32 under autocast."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace the two functions in which the devices differ."""
+        """Replace the functions in which the devices differ."""
         kwargs = kwargs or {}
+        if func is Tensor.backward:  # what it computes again is to be done as on CUDA, too
+            with self:  # off in here, and torch's own way into the engine would turn it off again
+                engine, ones = Variable._execution_engine, torch.ones_like(args[0])
+                return engine.run_backward(
+                    (args[0],), (ones,), False, False, (), allow_unreachable=True, accumulate_grad=True
+                )
         if func is nn.functional.layer_norm and torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
                 return func(args[0].float(), *args[1:], **kwargs)

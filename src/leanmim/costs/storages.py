@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 
@@ -22,6 +22,7 @@ class Storages(TorchDispatchMode):
         self.round_to = round_to
         self.live: dict[int, tuple[weakref.ref, int, str]] = {}
         self.held: Counter[int] = Counter()  # storage -> how many times autograd holds it
+        self.kinds: dict[int, str] = {}  # storage on the host -> its kind on the device
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
 
@@ -46,6 +47,20 @@ class Storages(TorchDispatchMode):
             self.live[key] = weakref.ref(storage, partial(self.forget, key)), size, kind or "transient"
             self.add(kind or "transient", size)
 
+    def store(self, tensor: Tensor) -> Tensor:
+        """A copy that is not on the device, for `StateOffload`."""
+        kind = self.live[id(tensor.untyped_storage())][2]
+        copy = tensor.clone()
+        self.follow(copy, "host")
+        self.kinds[id(copy.untyped_storage())] = kind
+        return copy
+
+    def fetch(self, tensor: Tensor) -> Tensor:
+        """A copy on the device of what was stored."""
+        copy = tensor.clone()
+        self.follow(copy, self.kinds.pop(id(tensor.untyped_storage())))
+        return copy
+
     def forget(self, key: int, _: Any) -> None:
         """A storage has ended."""
         _, size, kind = self.live.pop(key)
@@ -57,7 +72,9 @@ class Storages(TorchDispatchMode):
             self.now[name] -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator, follow its results."""
+        """Run the operator, follow its results; of an operator on quantised tensors those of which it consists."""
+        if any(is_traceable_wrapper_subclass(leaf) for leaf in tree_leaves((args, kwargs))):
+            return NotImplemented
         result = func(*args, **kwargs or {})
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):

@@ -13,6 +13,7 @@ from leanmim.encoders.paint import paint
 from leanmim.encoders.segments import Borders, Setting, cuts
 from leanmim.errors import UserError
 from leanmim.masking import Grid, Mask
+from leanmim.recompute import run
 
 
 class AnyTimmEncoder(nn.Module):
@@ -32,6 +33,7 @@ class AnyTimmEncoder(nn.Module):
 
     full_grid = True
     prefix_tokens = 0
+    recompute = False
 
     def __init__(self, backbone: Backbone, setting: Setting) -> None:
         super().__init__()
@@ -83,9 +85,7 @@ class AnyTimmEncoder(nn.Module):
         """Run the backbone, or the modules of segment ``i``."""
         if len(self.depths) == 1:
             return self.backbone.forward_features(x)
-        for module in self.modules_of(i):
-            x = module(x)
-        return x
+        return run(self.modules_of(i), x, self.recompute)
 
     def modules_of(self, i: int) -> list[nn.Module]:
         """The run of the backbone's modules that is segment ``i`` of several."""

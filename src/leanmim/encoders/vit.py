@@ -13,6 +13,7 @@ from leanmim.encoders.paint import paint
 from leanmim.encoders.segments import BorderTokens, Setting, cuts, fresh_norm, newly_hidden
 from leanmim.errors import UserError
 from leanmim.masking import Grid, Mask, hidden_squares, take
+from leanmim.recompute import run
 
 
 class ViTEncoder(nn.Module):
@@ -27,6 +28,8 @@ class ViTEncoder(nn.Module):
     Raises:
         UserError: patches are not square, or do not divide the input size; or the width is no multiple of 4.
     """
+
+    recompute = False
 
     def __init__(self, backbone: Backbone, setting: Setting) -> None:
         super().__init__()
@@ -119,9 +122,7 @@ class ViTEncoder(nn.Module):
     def segment(self, i: int, x: Float[Tensor, "b s d"]) -> Float[Tensor, "b s d"]:
         """Run the blocks of segment ``i``."""
         start = self.depths[i - 1] if i else 0
-        for block in self.backbone.blocks[start : self.depths[i]]:
-            x = block(x)
-        return x
+        return run(self.backbone.blocks[start : self.depths[i]], x, self.recompute)
 
     def narrow(self, i: int, x: Float[Tensor, "b s d"], before: Mask, after: Mask) -> Float[Tensor, "b z d"]:
         """The first visible ones (nested masks keep their order), or a token in place of those newly masked."""

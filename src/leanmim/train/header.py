@@ -8,7 +8,7 @@ from leanmim.config import Pretrain
 from leanmim.costs import StepCost
 from leanmim.files import readable
 from leanmim.mim import MIM
-from leanmim.placement import offloads
+from leanmim.placement import offloads, offloads_state
 from leanmim.train.phases import PhaseSteps
 from leanmim.train.training import Training
 
@@ -43,7 +43,7 @@ def header(
         yield f"{len(depths)} segments, which end at {', '.join(map(str, depths))}: one loss each"
     if config.pipeline:
         yield shared_segments(predicted, training)
-    if config.offload and not offloads(config, device):
+    if config.offload and not (offloads(config, device) or offloads_state(config, device)):
         yield f"nothing to offload: {device.type} has no memory of its own"
     yield from coarse_masks(training.model, config)
     yield from few_steps(plan[-1].stop)

@@ -64,6 +64,10 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
             "--shard shares a model out among processes, and this is the only one; start several (torchrun --nproc_per_node=2 -m "
             "leanmim pretrain ...), or leave --shard out, which also goes on with a run that was begun with it"
         )
+    if config.update_in_backward and process.world > 1:
+        raise UserError(
+            "--update-in-backward steps before the gradients of several processes are averaged; leave it out, or train in one process"
+        )
     run = Run(Path(config.out))
     process = Stage(*process) if config.pipeline and process.world > 1 else process
     source = open_source(config.data, config.read_as)

@@ -220,6 +220,11 @@ def batch_that_fits(
             "--input-size, or give more --memory"
         )
     fitting, cost = found
+    if config.effective_batch != "auto" and int(fitting.batch_size) * fitting.accum * world != effective:
+        raise UserError(
+            f"--update-in-backward accumulates nothing, and of --effective-batch {effective} only {fitting.batch_size} images fit; give "
+            f"--effective-batch {fitting.batch_size}, or leave --update-in-backward out"
+        )
     return fitting, cost, memory
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from leanmim.config import Pretrain
 from leanmim.config.base import Stored
@@ -149,6 +149,7 @@ class Training:
             self.seeds(step),
             average=not self.parts,
             segment_first=offloads(self.phase.config, self.device),
+            in_backward=self.config.update_in_backward,
         )
         for values, old, loss in zip(running, before, losses, strict=True):
             undo(values, old, loss)
@@ -250,8 +251,8 @@ def begin(
 
 
 def at_next_size(
-    model: MIM, optimizers: list[AdamW], config: Pretrain, device: torch.device
-) -> tuple[MIM, list[AdamW]]:
+    model: MIM, optimizers: list[Optimizer], config: Pretrain, device: torch.device
+) -> tuple[MIM, list[Optimizer]]:
     """The same model and optimizers for another input size."""
     larger = build(config)
     larger = larger if offloads(config, device) else larger.to(device)
