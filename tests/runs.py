@@ -113,12 +113,12 @@ def pretrain_until(config: Pretrain, steps: int) -> None:
     """Pre-train from nothing until so many steps are done and a signal comes."""
     update, done = training.update, 0
 
-    def counted(*arguments: Any) -> Any:
+    def counted(*arguments: Any, **options: Any) -> Any:
         nonlocal done
         done += 1
         if done == steps:
             os.kill(os.getpid(), signal.SIGTERM)
-        return update(*arguments)
+        return update(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(training, "update", counted)

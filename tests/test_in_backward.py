@@ -1,7 +1,9 @@
 """Steps in the backward pass: the same weights, one gradient at a time."""
 
 import math
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +13,9 @@ from torch import Tensor
 import leanmim
 from leanmim.config import Pretrain
 from leanmim.errors import UserError
-from leanmim.placement import place
 from leanmim.processes import Process
 from leanmim.step import update
+from leanmim.train.pretrain import train
 from tests.helpers import batches_of, equal, in_segments, made, small, state_of
 
 
@@ -72,8 +74,7 @@ def test_what_it_does_not_go_with(changes: dict[str, Any], message: str) -> None
         replace(leanmim.MAE, update_in_backward=True, batch_size=2, **changes).check()
 
 
-def test_several_processes_are_refused() -> None:
-    config = small(update_in_backward=True)
-    model, optimizers = made(config)
+def test_several_processes_are_refused(tiny: Pretrain) -> None:
     with pytest.raises(UserError, match="gradients of several processes are averaged; leave it out, or train in one"):
-        place(model, optimizers, config, torch.device("cpu"), Process(rank=0, world=2))
+        train(replace(tiny, update_in_backward=True), Process(0, 2), torch.device("cpu"), ExitStack())
+    assert not Path(tiny.out).exists()

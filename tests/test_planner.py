@@ -146,7 +146,7 @@ def test_steps_are_measured_for_a_while(
     """Each step takes 15 ms by the clock; the first two do not count."""
     done = []
     monkeypatch.setattr(leanmim.planner, "SECONDS", seconds)
-    monkeypatch.setattr(leanmim.planner, "update", lambda *_: done.append(0))
+    monkeypatch.setattr(leanmim.planner, "update", lambda *_, **__: done.append(0))
     monkeypatch.setattr(leanmim.planner.time, "perf_counter", lambda: 0.015 * len(done))
     assert throughput(tiny, open_source(tiny.data, 3), CPU) == pytest.approx(4 / 0.015)
     assert len(done) == WARM_UP + counted

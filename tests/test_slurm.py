@@ -5,6 +5,7 @@ import signal
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,9 +45,9 @@ def test_a_warning_signal_ends_in_a_checkpoint_and_a_code_that_requeues(
 ) -> None:
     config, update = replace(tiny, epochs=50), training.update
 
-    def warned(*given: object) -> object:
+    def warned(*given: Any, **options: Any) -> Any:
         os.kill(os.getpid(), signal.SIGUSR1)
-        return update(*given)
+        return update(*given, **options)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(training, "update", warned)

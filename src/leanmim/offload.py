@@ -15,6 +15,7 @@ The results are bit-identical to training without offloading, on a GPU where its
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import accumulate
 from mmap import mmap
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -23,10 +24,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from leanmim.errors import UserError
 from leanmim.mim import MIM
+from leanmim.offload_state import each_inner
 
 ALIGNED = 128  # numbers: each tensor begins at a multiple of 512 bytes, as torch's allocator has it
 PIECE = 2**23  # numbers that are copied at once; room that one piece leaves is filled while the next one leaves
@@ -104,7 +106,7 @@ class Offload:
     """A model whose segments are copied to the device before their forward pass and back to the host after their step.
 
     `losses` replaces the model's in `update`: when it is asked for the loss of segment ``i``, the caller has finished the
-    step of ``i - 1``.
+    step of ``i - 1``. Moments of 8 bits are a quarter of AdamW's, and stay on the device.
 
     Args:
         model: on the host; from now on this class alone moves its parameters, which are float32.
@@ -124,10 +126,11 @@ class Offload:
         trained = {p for own in self.parameters for p in own}
         for tensor in (*model.buffers(), *(p for p in model.parameters() if p not in trained)):
             tensor.data = tensor.data.to(device)  # running statistics, fixed positions: always on the device
-        self.hosts = [on_host(own, pinned=device.type == "cuda") for own in self.parameters]
+        moved = isinstance(optimizers[0], AdamW)
+        self.hosts = [on_host(own, moved, pinned=device.type == "cuda") for own in self.parameters]
         sizes = [max(len(host.memory[k]) for host in self.hosts) for k in range(2)]
         self.rooms = [tuple(torch.zeros(size, device=device) for size in sizes) for _ in range(2)]
-        self.views = [[in_room(own, room) for room in self.rooms] for own in self.parameters]
+        self.views = [[in_room(own, moved, room) for room in self.rooms] for own in self.parameters]
         self.there: list[int | None] = [None, None]  # the segment in each room
         self.at_work: int | None = None
         self.arrived: dict[int, list[Any]] = {}  # events: the weights of a segment in a room are there, then its state
@@ -236,7 +239,9 @@ class Offload:
         for parameter, own in zip(self.parameters[i], self.home(i).state, strict=True):
             state = self.optimizers[i].state.get(parameter, {})
             for name, value in state.items():
-                if value is not own[name]:
+                if name not in own:
+                    state[name] = each_inner(partial(Tensor.to, device=self.device), value)
+                elif value is not own[name]:
                     state[name] = own[name].copy_(value)
 
     def bind(self, i: int, flat: Flat) -> None:
@@ -244,7 +249,7 @@ class Offload:
         for parameter, weight, own in zip(self.parameters[i], flat.weights, flat.state, strict=True):
             parameter.data = weight
             state = self.optimizers[i].state.get(parameter, {})
-            for name in state:
+            for name in own.keys() & state.keys():
                 state[name] = own[name]
 
 
@@ -263,9 +268,9 @@ def shapes(parameters: list[nn.Parameter]) -> list[torch.Size]:
     return [p.shape for p in parameters]
 
 
-def state_shapes(parameters: list[nn.Parameter]) -> list[torch.Size]:
-    """Of the optimizer's state, for each parameter in the order of `STATE`."""
-    return [shape for p in parameters for shape in (torch.Size(), p.shape, p.shape)]
+def state_shapes(parameters: list[nn.Parameter], moved: bool) -> list[torch.Size]:
+    """Of the optimizer's state, for each parameter in the order of `STATE`; of none if it is not ``moved``."""
+    return [shape for p in parameters for shape in (torch.Size(), p.shape, p.shape) if moved]
 
 
 def starts(sizes: list[torch.Size]) -> list[int]:
@@ -278,34 +283,36 @@ def cut(flat: Tensor, sizes: list[torch.Size]) -> list[Tensor]:
     return [flat[start : start + size.numel()].view(size) for start, size in zip(starts(sizes), sizes, strict=False)]
 
 
-def by_parameter(state: list[Tensor]) -> list[dict[str, Tensor]]:
-    """The optimizer's state of each parameter, by name."""
-    return [dict(zip(STATE, state[k : k + 3], strict=True)) for k in range(0, len(state), 3)]
+def by_parameter(state: list[Tensor], count: int) -> list[dict[str, Tensor]]:
+    """The optimizer's state of each of so many parameters, by name, as far as there is some."""
+    return [dict(zip(STATE, state[3 * k : 3 * k + 3], strict=False)) for k in range(count)]
 
 
-def in_room(parameters: list[nn.Parameter], room: tuple[Tensor, ...]) -> Flat:
-    """A segment's views of a room."""
+def in_room(parameters: list[nn.Parameter], moved: bool, room: tuple[Tensor, ...]) -> Flat:
+    """A segment's views of a room; of the optimizer's state if that is ``moved``."""
     weights, state = room
-    return Flat((weights, state), cut(weights, shapes(parameters)), by_parameter(cut(state, state_shapes(parameters))))
+    moments = cut(state, state_shapes(parameters, moved))
+    return Flat((weights, state), cut(weights, shapes(parameters)), by_parameter(moments, len(parameters)))
 
 
-def on_host(parameters: list[nn.Parameter], pinned: bool) -> Flat:
+def on_host(parameters: list[nn.Parameter], moved: bool, pinned: bool) -> Flat:
     """Host memory for a segment.
 
     Args:
         parameters: of the segment.
+        moved: whether the optimizer's state goes there too.
         pinned: whether a GPU copies from and to it.
 
     Raises:
         UserError: so much memory cannot be locked.
     """
     assert all(p.dtype == torch.float32 for p in parameters)
-    kinds = shapes(parameters), state_shapes(parameters)
+    kinds = shapes(parameters), state_shapes(parameters, moved)
     if isinstance(parameters[0], FakeTensor):  # is only counted
         weights, state = (torch.zeros(starts(sizes)[-1]) for sizes in kinds)
-        return in_room(parameters, (weights, state))
+        return in_room(parameters, moved, (weights, state))
     (weights, own), (state, moments) = (host_memory(sizes, pinned) for sizes in kinds)
-    return Flat((weights, state), own, by_parameter(moments))
+    return Flat((weights, state), own, by_parameter(moments, len(parameters)))
 
 
 def host_memory(sizes: list[torch.Size], pinned: bool) -> tuple[Tensor, list[Tensor]]:
@@ -316,7 +323,7 @@ def host_memory(sizes: list[torch.Size], pinned: bool) -> tuple[Tensor, list[Ten
     of its pages is ever copied away from where the GPU looks for it.
     """
     places = starts(sizes)
-    memory = mmap(-1, 4 * places[-1])
+    memory = mmap(-1, 4 * max(places[-1], 1))
     flat = torch.frombuffer(memory, dtype=torch.float32)
     if pinned:
         cudart, address = torch.cuda.cudart(), flat.data_ptr()

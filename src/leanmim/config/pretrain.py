@@ -246,10 +246,10 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
             raise UserError(
                 "--optimizer adamw8bit does not take weights in another memory format; leave --channels-last out"
             )
-        if self.optimizer == "adamw8bit" and (self.shard or self.pipeline or (self.offload and self.cut)):
+        if self.optimizer == "adamw8bit" and (self.shard or self.pipeline):
             raise UserError(
-                "--optimizer adamw8bit keeps its state in tensors of a form of their own, which --shard, --pipeline and --offload with "
-                "--segments do not move; leave these out, or give --optimizer adamw"
+                "--optimizer adamw8bit keeps its state in a form of its own, which --shard and --pipeline do not share; leave them out, "
+                "or give --optimizer adamw"
             )
 
     def check_decoder(self) -> None:
