@@ -69,7 +69,7 @@ def counted(models: list[str], batches: list[int]) -> None:
             record.write("memory-rivals-cost", "Ways to save memory, counted", {"input": "224 px", "device": "as on CUDA", "precision": "bf16"},
                          rows, raw, "Ratios to MAE of the same model and batch; peaks of each kind, which fall at different times. All "
                          "four: checkpointing, 8-bit, update in backward, offload. Offload: of MAE the optimizer's state, but for two parameters, waits on the "
-                         "host; of BIM all of every segment but two. What the 8-bit optimizer takes for a parameter while it steps is "
+                         "host; of BIM all of every segment but two, moments of 8 bits excepted. What the 8-bit optimizer takes for a parameter while it steps is "
                          "counted as if it were not compiled.")  # fmt: skip
 
 
