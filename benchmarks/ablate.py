@@ -227,7 +227,15 @@ def write(name: str, config: Compare, scale: str) -> None:
         return
     found = json.loads(file.read_text())
     rows = [
-        Row(**row | {"scores": {measure: Score(**score) for measure, score in row["scores"].items()}})
+        Row(
+            **row
+            | {
+                "scores": {
+                    measure: Score(**score | {"values": tuple(score["values"])})
+                    for measure, score in row["scores"].items()
+                }
+            }
+        )
         for row in found["rows"]
         if row["seeds"]
     ]

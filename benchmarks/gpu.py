@@ -181,16 +181,19 @@ def main() -> None:
     ended = {entry["ended"]: entry["code"] for entry in journal.find(device=device) if "ended" in entry}
     left = [name for name in known if ended.get(name) != 0]
     names = given.names or sorted(left, key=lambda name: ended.get(name) not in (None, GOES_ON))  # failed ones last
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a piece ends with this process
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a piece ends with this process
     end = time.monotonic() + 60 * given.minutes
-    for name in names:
-        seconds = min(end - time.monotonic(), 60 * known[name].minutes)
-        if seconds < LEAST:
-            print("bench-gpu: the time is over", flush=True)
-            break
-        print(f"\nbench-gpu: {name}, {known[name].title}", flush=True)
-        ended[name] = run(known[name], seconds, work, given.dry)
-        journal.add(ended=name, code=ended[name], device=device)
+    try:
+        for name in names:
+            seconds = min(end - time.monotonic(), 60 * known[name].minutes)
+            if seconds < LEAST:
+                print("bench-gpu: the time is over", flush=True)
+                break
+            print(f"\nbench-gpu: {name}, {known[name].title}", flush=True)
+            ended[name] = run(known[name], seconds, work, given.dry)
+            journal.add(ended=name, code=ended[name], device=device)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     codes = [ended.get(name) for name in names]
     print("\n" + "\n".join(f"{name}: {SAID.get(ended.get(name), 'failed')}" for name in known))
     raise SystemExit(1 if set(codes) - {0, GOES_ON, None} else GOES_ON if any(code != 0 for code in codes) else 0)

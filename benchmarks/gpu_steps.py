@@ -11,6 +11,7 @@ import argparse
 import gc
 import json
 import os
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -88,14 +89,13 @@ CELLS = {
 
 
 def tiny(found: list[Cell]) -> list[Cell]:
-    """The cells of the first model, in seconds on a CPU."""
+    """The first cells with a tiny model, in two segments at most: seconds on a CPU."""
     shape: dict[str, Any] = dict(
-        model="vit_tiny_patch16_224", model_kwargs=dict(patch_size=8, embed_dim=64, depth=8, num_heads=2), input_size=(32,), batch_size=2,
-        precision="fp32", decoder_depth=1, decoder_width=32, decoder_heads=2,
+        model="vit_tiny_patch16_224", model_kwargs=dict(patch_size=8, embed_dim=64, depth=2, num_heads=2), input_size=(32,),
+        batch_size=2, precision="fp32", decoder_depth=1, decoder_width=32, decoder_heads=2,
     )  # fmt: skip
-    return [
-        Cell(cell.name, replace(cell.config, **shape)) for cell in found if cell.config.model == found[0].config.model
-    ]
+    changes = ({**shape, "segments": min(cell.config.segments, 2)} for cell in found)
+    return [Cell(cell.name, replace(cell.config, **own)) for cell, own in zip(found, changes, strict=True)][:2]
 
 
 def described(config: Pretrain) -> dict[str, Any]:
@@ -106,11 +106,11 @@ def described(config: Pretrain) -> dict[str, Any]:
 def predict(found: list[Cell]) -> None:
     """Count the step of every cell as CUDA does it; write the file."""
     rows, raw = [], []
-    for config in {json.dumps(described(cell.config)): cell.config for cell in found}.values():
-        cost, _ = count(config, "cuda")
-        raw.append({"config": described(config), "workspace": cuda_workspace(), **asdict(cost)})
+    for cell in {json.dumps(described(cell.config)): cell for cell in found}.values():
+        cost, _ = count(cell.config, "cuda")
+        raw.append({"config": described(cell.config), "workspace": cuda_workspace(), **asdict(cost)})
         rows.append({
-            "model": config.model.removesuffix("_224"), "configuration": cost.title, "batch": cost.batch_size,
+            "model": cell.config.model.removesuffix("_224"), "recipe": cell.name, "batch": cost.batch_size,
             "training GFLOP an image": f"{cost.train_flops_per_image / 1e9:.1f}",
             **{f"{kind}, GB": f"{getattr(cost, f'{kind}_bytes') / 1e9:.2f}" for kind in ("weight", "gradient", "optimizer", "saved", "peak")},
         })  # fmt: skip
@@ -202,8 +202,8 @@ def row(cell: Cell, found: dict[str, Any], card: dict[str, Any]) -> dict[str, An
     return own
 
 
-def write(piece: str, found: list[tuple[Cell, dict[str, Any]]], total: int, card: dict[str, Any]) -> None:
-    """The table of what is finished; the columns are those of all rows."""
+def write(piece: str, found: list[tuple[Cell, dict[str, Any]]], total: int, card: dict[str, Any], shown: bool) -> None:
+    """The table of what is finished, perhaps ``shown`` too; the columns are those of all rows."""
     rows = [row(cell, one, card) for cell, one in found]
     columns = dict.fromkeys(key for line in rows for key in line)
     configuration = {
@@ -215,9 +215,8 @@ def write(piece: str, found: list[tuple[Cell, dict[str, Any]]], total: int, card
         "context included."
     )
     raw = [{"recipe": cell.name, "config": described(cell.config), **one} for cell, one in found]
-    record.write(
-        f"gpu-{piece}", TITLES[piece], configuration, [dict.fromkeys(columns, "") | line for line in rows], raw, note
-    )
+    rows = [dict.fromkeys(columns, "") | line for line in rows]
+    record.write(f"gpu-{piece}", TITLES[piece], configuration, rows, raw, note, shown)
 
 
 TITLES = {
@@ -233,11 +232,11 @@ def run(piece: str, own: list[Cell], journal: Journal, device: torch.device, min
     Returns:
         Exit code: 0 all are measured; 1 some failed, which are tried again by the next call; 3 the time is over.
     """
-    end, where, slowest, failed = time.monotonic() + 60 * minutes, device_name(device), ENOUGH, False
+    end, where, slowest, code = time.monotonic() + 60 * minutes, device_name(device), ENOUGH, 0
     cuda = device.type == "cuda"
     card = {
         "product": product_speed(device), "workspace": cuda_workspace() if cuda else 0,
-        "sheet": next((1e12 * peak for name, peak in PEAKS.items() if name in where), None),
+        "sheet": next((1e12 * PEAKS[word] for word in re.split(r"\W+", where) if word in PEAKS), None),
     }  # fmt: skip
     keys = {cell: dict(piece=piece, cell=cell.name, config=described(cell.config), device=where) for cell in own}
 
@@ -249,7 +248,8 @@ def run(piece: str, own: list[Cell], journal: Journal, device: torch.device, min
     left = [cell for cell in own if cell not in known]
     for cell in sorted(left, key=lambda cell: len(journal.find(**keys[cell]))):  # what was begun in vain comes last
         if end - time.monotonic() < slowest:
-            return 3
+            code = 3
+            break
         began = time.monotonic()
         journal.add(**keys[cell])
         try:
@@ -258,18 +258,19 @@ def run(piece: str, own: list[Cell], journal: Journal, device: torch.device, min
             found = {"error": "out of memory"}
         except Exception:  # the other cells are worth their time
             traceback.print_exc()
-            print(f"{piece}: {cell.name} failed, see above", flush=True)
-            found, failed = None, True
+            print(f"{piece}: {cell.name}, {cell.config.model} failed, see above", flush=True)
+            found, code = None, 1
         if found:
             journal.add(**keys[cell], found=found)
-            write(piece, finished(), len(own), card)
+            write(piece, finished(), len(own), card, shown=False)
+            print(row(cell, found, card), flush=True)
         gc.collect()
         if cuda:
             torch.cuda.empty_cache()
         slowest = max(slowest, time.monotonic() - began)
-    if not left:
-        write(piece, finished(), len(own), card)
-    return int(failed)
+    if done := finished():
+        write(piece, done, len(own), card, shown=True)
+    return code
 
 
 def main() -> None:

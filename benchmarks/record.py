@@ -67,9 +67,15 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def write(
-    name: str, title: str, configuration: dict[str, Any], rows: list[dict[str, Any]], raw: Any, note: str = ""
+    name: str,
+    title: str,
+    configuration: dict[str, Any],
+    rows: list[dict[str, Any]],
+    raw: Any,
+    note: str = "",
+    shown: bool = True,
 ) -> None:
-    """Write results/NAME.json and results/NAME.md, and print the table."""
+    """Write results/NAME.json and results/NAME.md, and print the table unless it is not to be ``shown``."""
     where = hardware()
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(
@@ -87,4 +93,5 @@ def write(
         if part
     )
     (RESULTS / f"{name}.md").write_text(text + "\n")
-    print(text, flush=True)
+    if shown:
+        print(text, flush=True)
