@@ -110,14 +110,13 @@ def predict(found: list[Cell]) -> None:
         cost, _ = count(cell.config, "cuda")
         raw.append({"config": described(cell.config), "workspace": cuda_workspace(), **asdict(cost)})
         rows.append({
-            "model": cell.config.model.removesuffix("_224"), "recipe": cell.name, "batch": cost.batch_size,
+            "model": cell.config.model.removesuffix("_224"), "recipe": cell.name, "precision": cell.config.precision, "batch": cost.batch_size,
             "training GFLOP an image": f"{cost.train_flops_per_image / 1e9:.1f}",
             **{f"{kind}, GB": f"{getattr(cost, f'{kind}_bytes') / 1e9:.2f}" for kind in ("weight", "gradient", "optimizer", "saved", "peak")},
         })  # fmt: skip
         print(rows[-1], flush=True)
-    record.write(
-        PREDICTED, "What `make bench-gpu` compares with: steps counted without a GPU", {"as on": "CUDA"}, rows, raw
-    )
+    title = "What `make bench-gpu` compares with: steps counted without a GPU"
+    record.write(PREDICTED, title, {"as on": "CUDA", "GB": "1e9 bytes"}, rows, raw)
 
 
 def predicted(config: Pretrain) -> dict[str, Any] | None:
