@@ -71,10 +71,12 @@ BASE ?= HEAD
 loss-compare: $(VENV)/.dev
 	$(BIN)/python benchmarks/loss_compare.py --base $(BASE)
 
-# On a machine with a GPU, with that machine's own Python (torch, timm, transformers installed): 8 minutes at most.
-# With PHOTOS, a labelled folder: the recipes compared at real scale; the same command again continues.
+# On a machine with a GPU, with that machine's own Python: the pieces that are not finished, one after the other, or PIECE="NAME ...".
+# Each takes 8 minutes at most; MINUTES is a limit for all of them. With PHOTOS, a labelled folder: also the recipes compared at real
+# scale. WORK holds what is finished: the same command goes on. DRY=1 needs no GPU: tiny models.
+PIECE ?=
 bench-gpu:
-	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py $(if $(PHOTOS),--photos $(PHOTOS))
+	$(PYTHON) benchmarks/gpu.py $(PIECE) $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(WORK),--work $(WORK)) $(if $(DRY),--dry)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -55,11 +55,16 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--step-batch-size", type=int, default=8)
+    parser.add_argument("--dry", action="store_true", help="few images, a tiny model on a CPU")
     arguments = parser.parse_args()
+    batch, sizes, shape = 64, (128, 224), {}
+    if arguments.dry:
+        arguments.device, arguments.rounds, arguments.step_batch_size = "cpu", 1, 2
+        batch, sizes, shape = 2, (32,), dict(embed_dim=32, depth=2, num_heads=2)
     device = torch.device(arguments.device)
     rows, raw = [], []
-    for size in (128, 224):
-        images = torch.randn(64, 3, size, size, device=device)
+    for size in sizes:
+        images = torch.randn(batch, 3, size, size, device=device)
         difference = (hog(images) - straightforward(images)).abs()
         calls = {"ours": lambda i=images: hog(i), "straightforward": lambda i=images: straightforward(i)}
         for call in calls.values():
@@ -67,7 +72,7 @@ def main() -> None:
         pairs = [{name: seconds(call, device) for name, call in calls.items()} for _ in range(arguments.rounds)]
         memory = {name: extra(call, device) for name, call in calls.items()}
         rows.append({
-            "what": f"batch 64 at {size} px",
+            "what": f"batch {batch} at {size} px",
             "ours, ms": f"{1e3 * statistics.median(p['ours'] for p in pairs):.1f}",
             "straightforward, ms": f"{1e3 * statistics.median(p['straightforward'] for p in pairs):.1f}",
             "times faster": f"{statistics.median(p['straightforward'] / p['ours'] for p in pairs):.1f}",
@@ -79,7 +84,9 @@ def main() -> None:
         raw.append({"size": size, "pairs": pairs, "memory": memory})
         print(rows[-1], flush=True)
 
-    config = replace(published(FASTMIM), model="vit_base_patch16_224", batch_size=arguments.step_batch_size)
+    config = replace(
+        published(FASTMIM), model="vit_base_patch16_224", model_kwargs=shape, batch_size=arguments.step_batch_size
+    )
     model = build(config).to(device).train()
     model.autocast = resolve_precision("auto", device)
     optimizers = make_optimizers(model, config)

@@ -28,6 +28,8 @@ RECIPES = {
     "fastmim, ConvNeXt-atto, 128 px": replace(FASTMIM, model="convnext_atto"),
 }
 
+TINY = replace(MAE, input_size=(32,), model_kwargs=dict(patch_size=8, embed_dim=32, depth=2, num_heads=2))
+
 
 def plain(config: Pretrain, device: torch.device) -> Timed:
     """As a run does where nothing is measured."""
@@ -87,11 +89,16 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--dry", action="store_true", help="a tiny model on a CPU, not compiled")
     given = parser.parse_args()
+    recipes, variants = RECIPES, VARIANTS
+    if given.dry:
+        given.device, given.batch_size, given.rounds = "cpu", 2, 1
+        recipes, variants = {"mae, tiny": TINY}, {name: make for name, make in VARIANTS.items() if name != "compiled"}
     device, rows, raw = torch.device(given.device), [], {}
-    for name, recipe in RECIPES.items():
+    for name, recipe in recipes.items():
         config = replace(recipe, data="d", out="o", batch_size=given.batch_size, precision="fp32", compile=False)
-        runs = {variant: make(config, device) for variant, make in VARIANTS.items()}
+        runs = {variant: make(config, device) for variant, make in variants.items()}
         for run in runs.values():
             run.step()
             run.step()  # after the first, which compiles

@@ -1,7 +1,9 @@
 """How every benchmark writes its result: one JSON file with all that is needed to read it, one Markdown table."""
 
 import json
+import os
 import platform
+import shutil
 import subprocess
 from datetime import date
 from pathlib import Path
@@ -12,7 +14,8 @@ import numpy
 import timm
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("RESULTS") or Path(__file__).parent / "results")
+"""Where results are written; the environment variable RESULTS names another folder."""
 
 
 def processor() -> str:
@@ -23,12 +26,19 @@ def processor() -> str:
     return f"{names[0]}, {len(names)} cores" if names else platform.processor()
 
 
+def commit() -> str:
+    """The version of this code; empty where there is no git, or only a copy of the files."""
+    if not shutil.which("git"):
+        return ""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
 def hardware() -> dict[str, Any]:
     """Date, hardware, versions, commit."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "date": date.today().isoformat(),
-        "commit": commit,
+        "commit": commit(),
         "cpu": processor(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
@@ -57,11 +67,17 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def write(
-    name: str, title: str, configuration: dict[str, Any], rows: list[dict[str, Any]], raw: Any, note: str = ""
+    name: str,
+    title: str,
+    configuration: dict[str, Any],
+    rows: list[dict[str, Any]],
+    raw: Any,
+    note: str = "",
+    shown: bool = True,
 ) -> None:
-    """Write results/NAME.json and results/NAME.md, and print the table."""
+    """Write results/NAME.json and results/NAME.md, and print the table unless it is not to be ``shown``."""
     where = hardware()
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(
         json.dumps({"hardware": where, "configuration": configuration, "table": rows, "raw": raw}, indent=1) + "\n"
     )
@@ -77,4 +93,5 @@ def write(
         if part
     )
     (RESULTS / f"{name}.md").write_text(text + "\n")
-    print(text, flush=True)
+    if shown:
+        print(text, flush=True)

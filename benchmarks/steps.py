@@ -124,6 +124,15 @@ def transient(call: Callable[[], object]) -> int:
     return peak
 
 
+def peak_of(step: Callable[[], object], placed: Placement, optimizers: list[AdamW], device: torch.device) -> int:
+    """Bytes allocated on the device at the peak of a step that is not the first."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated()
+    return sum(tensor.untyped_storage().nbytes() for tensor in resident(placed, optimizers)) + transient(step)
+
+
 def measure(config: Pretrain, device: torch.device) -> dict[str, int]:
     """Peak, and bytes saved for backward, of one real step, after the optimizer's state is there."""
     cost, _ = count(config, device.type)
@@ -159,12 +168,7 @@ def measure(config: Pretrain, device: torch.device) -> dict[str, int]:
 
     if device.type == "cuda":
         step(placed.losses)
-        torch.cuda.reset_peak_memory_stats()
-        step(placed.losses)
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        before = sum(tensor.untyped_storage().nbytes() for tensor in resident(placed, optimizers))
-        peak = before + transient(lambda: step(placed.losses))
+    peak = peak_of(lambda: step(placed.losses), placed, optimizers, device)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         step(watched)
     return {

@@ -9,21 +9,23 @@ Memory: bytes that autograd saves for backward (counted exactly), and on a GPU t
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import record
 import torch
+from steps import seconds
 from transformers import ViTMAEForPreTraining
 
 from leanmim import MAE, MIM, Export, build, export
+from leanmim.config import Pretrain
+from leanmim.device import resolve_precision
 from leanmim.recipes import published
 from leanmim.run import save
 
 
-def theirs_from(ours: MIM, config) -> ViTMAEForPreTraining:
+def theirs_from(ours: MIM, config: Pretrain) -> ViTMAEForPreTraining:
     """Their model with our weights, through the export."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text("{}")
@@ -49,6 +51,60 @@ def saved_bytes(step: Callable[[], None]) -> int:
     return sum(storages.values())
 
 
+def compare_steps(
+    config: Pretrain, device: torch.device, pairs: int
+) -> tuple[dict[str, str], list[tuple[float, float]]]:
+    """Steps of our MAE and of theirs in turns.
+
+    Returns:
+        Columns of the table, and seconds of ours and theirs for each pair.
+    """
+    config = replace(config, data="-", out="-")
+    ours = build(config)
+    theirs = theirs_from(ours, config).to(device)
+    ours.to(device)
+    dtype = ours.autocast = resolve_precision(config.precision, device)
+    images = torch.randn(int(config.batch_size), config.channels, *config.size, device=device)
+    optimizers = {m: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-5) for m in (ours, theirs)}
+
+    def our_loss() -> torch.Tensor:
+        (loss,) = ours.losses(images)
+        return loss
+
+    def their_loss() -> torch.Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            return theirs(images).loss
+
+    losses = {ours: our_loss, theirs: their_loss}
+
+    def step(model: torch.nn.Module) -> None:
+        losses[model]().backward()
+        optimizers[model].step()
+        optimizers[model].zero_grad()
+
+    def timed(model: torch.nn.Module) -> float:
+        return seconds(lambda: step(model), device)
+
+    peaks = {}
+    for model in (ours, theirs):
+        step(model)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            step(model)
+            peaks[model] = torch.cuda.max_memory_allocated()
+    saved = {model: saved_bytes(losses[model]) for model in (ours, theirs)}
+    times = [(timed(ours), timed(theirs)) for _ in range(pairs)]
+    row = {
+        "ours, ms": f"{1e3 * statistics.median(a for a, _ in times):.0f}",
+        "transformers, ms": f"{1e3 * statistics.median(b for _, b in times):.0f}",
+        "step time, ratio": f"{statistics.median(a / b for a, b in times):.3f}",
+        "ours, MiB saved": f"{saved[ours] / 2**20:.0f}", "transformers, MiB saved": f"{saved[theirs] / 2**20:.0f}",
+        "saved, ratio": f"{saved[ours] / saved[theirs]:.3f}",
+        **({"peak, ratio": f"{peaks[ours] / peaks[theirs]:.3f}"} if peaks else {}),
+    }  # fmt: skip
+    return row, times
+
+
 def main() -> None:
     """Measure, write."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -58,64 +114,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    cuda = device.type == "cuda"
     rows, raw = [], []
     for name in arguments.models:
-        config = replace(published(MAE), model=name, data="-", out="-")
-        ours = build(config).to(device)
-        theirs = theirs_from(ours.cpu(), config).to(device)
-        ours.to(device)
-        dtype = torch.bfloat16 if arguments.precision == "bf16" else None
-        ours.autocast = dtype
-        images = torch.randn(arguments.batch_size, 3, 224, 224, device=device)
-        optimizers = {
-            m: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-5) for m in (ours, theirs)
-        }
-
-        def our_loss(ours=ours, images=images) -> torch.Tensor:
-            (loss,) = ours.losses(images)
-            return loss
-
-        def their_loss(theirs=theirs, images=images, dtype=dtype) -> torch.Tensor:
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                return theirs(images).loss
-
-        losses = {ours: our_loss, theirs: their_loss}
-
-        def step(model, losses=losses, optimizers=optimizers) -> None:
-            losses[model]().backward()
-            optimizers[model].step()
-            optimizers[model].zero_grad()
-
-        def timed(model, step=step) -> float:
-            if cuda:
-                torch.cuda.synchronize()
-            before = time.perf_counter()
-            step(model)
-            if cuda:
-                torch.cuda.synchronize()
-            return time.perf_counter() - before
-
-        peaks = {}
-        for model in (ours, theirs):
-            step(model)
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-                step(model)
-                peaks[model] = torch.cuda.max_memory_allocated()
-        saved = {model: saved_bytes(losses[model]) for model in (ours, theirs)}
-        pairs = [(timed(ours), timed(theirs)) for _ in range(arguments.pairs)]
-        ratio = statistics.median(a / b for a, b in pairs)
-        rows.append({
-            "model": name, "batch": arguments.batch_size,
-            "ours, ms": f"{1e3 * statistics.median(a for a, _ in pairs):.0f}",
-            "transformers, ms": f"{1e3 * statistics.median(b for _, b in pairs):.0f}",
-            "step time, ratio": f"{ratio:.3f}",
-            "ours, MiB saved": f"{saved[ours] / 2**20:.0f}", "transformers, MiB saved": f"{saved[theirs] / 2**20:.0f}",
-            "saved, ratio": f"{saved[ours] / saved[theirs]:.3f}",
-            **({"peak, ratio": f"{peaks[ours] / peaks[theirs]:.3f}"} if cuda else {}),
-        })  # fmt: skip
+        config = replace(published(MAE), model=name, batch_size=arguments.batch_size, precision=arguments.precision)
+        row, pairs = compare_steps(config, torch.device(arguments.device), arguments.pairs)
+        rows.append({"model": name, "batch": arguments.batch_size, **row})
         raw.append({"model": name, "pairs": pairs})
     configuration = {"device": arguments.device, "precision": arguments.precision, "threads": torch.get_num_threads(),
                      "attention": "scaled_dot_product_attention in both", "pairs": arguments.pairs}  # fmt: skip

@@ -225,6 +225,13 @@ def test_every_measured_number_stands_in_a_result_file(file: str) -> None:
         check(shown, "| " + table, file, name)
 
 
+def test_the_table_beside_mem_tracker_is_that_of_its_file() -> None:
+    section = BENCHMARKS.split("\n## Cost, predicted")[1].split("\n## ")[0]
+    shown = [line for line in section.splitlines() if line.startswith("| ")]
+    written = (ROOT / "benchmarks" / "results" / "cost-tools-cpu.md").read_text().splitlines()
+    assert shown == [line for line in written if line.startswith("| ")]
+
+
 @pytest.mark.parametrize("shown", SUMMARY)
 def test_the_summary_stands_in_a_result_file(shown: str) -> None:
     check(shown, README.split("## Measured")[1].split("\n## ")[0], *SUMMARY[shown])
