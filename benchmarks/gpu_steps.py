@@ -10,7 +10,6 @@ stopped, the same command goes on with the cells that are left (exit code 3 wher
 import argparse
 import gc
 import json
-import os
 import re
 import time
 import traceback
@@ -28,9 +27,9 @@ from torch import Tensor
 
 from leanmim.config import Pretrain
 from leanmim.costs import count
-from leanmim.costs.kernels import cuda_workspace
+from leanmim.costs.kernels import cuda_workspaces
 from leanmim.data import Normalise
-from leanmim.device import device_name
+from leanmim.device import device_name, resolve_device
 from leanmim.recipes import BIM, FASTMIM, LEAN, LEAN_MEMORY, MAE, PR_MIM, SIMMIM, differences, published
 from leanmim.step import update
 
@@ -108,7 +107,7 @@ def predict(found: list[Cell]) -> None:
     rows, raw = [], []
     for cell in {json.dumps(described(cell.config)): cell for cell in found}.values():
         cost, _ = count(cell.config, "cuda")
-        raw.append({"config": described(cell.config), "workspace": cuda_workspace(), **asdict(cost)})
+        raw.append({"config": described(cell.config), "workspace": cuda_workspaces(), **asdict(cost)})
         rows.append({
             "model": cell.config.model.removesuffix("_224"), "recipe": cell.name, "precision": cell.config.precision, "batch": cost.batch_size,
             "training GFLOP an image": f"{cost.train_flops_per_image / 1e9:.1f}",
@@ -234,7 +233,7 @@ def run(piece: str, own: list[Cell], journal: Journal, device: torch.device, min
     end, where, slowest, code = time.monotonic() + 60 * minutes, device_name(device), ENOUGH, 0
     cuda = device.type == "cuda"
     card = {
-        "product": product_speed(device), "workspace": cuda_workspace() if cuda else 0,
+        "product": product_speed(device), "workspace": cuda_workspaces() if cuda else 0,
         "sheet": next((1e12 * PEAKS[word] for word in re.split(r"\W+", where) if word in PEAKS), None),
     }  # fmt: skip
     keys = {cell: dict(piece=piece, cell=cell.name, config=described(cell.config), device=where) for cell in own}
@@ -287,8 +286,7 @@ def main() -> None:
     if arguments.predict:
         predict([cell for own in chosen.values() for cell in own])
         return
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    device = torch.device("cpu" if arguments.dry else "cuda")
+    device = resolve_device("cpu" if arguments.dry else "cuda")
     code = run(
         arguments.piece, chosen[arguments.piece], Journal(arguments.work / "journal.jsonl"), device, arguments.minutes
     )
