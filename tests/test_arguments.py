@@ -57,7 +57,7 @@ def test_the_page_of_pretrain_begins_with_what_everybody_needs() -> None:
     parts = groups(COMMANDS["pretrain"].config)
     assert list(parts) == [
         "common", "data", "augmentation", "model", "masking", "target", "decoder", "block-wise", "phase", "optimisation",
-        "evaluation", "machine", "logging", "fault",
+        "evaluation", "memory", "machine", "logging", "fault",
     ]  # fmt: skip
     assert parts["common"][:3] == ["data", "out", "model"]
     assert {"epochs", "batch_size", "input_size"} <= set(parts["common"])

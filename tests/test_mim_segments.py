@@ -93,7 +93,10 @@ def test_gradients_are_those_of_autograd_on_the_detached_graph(name: str) -> Non
     assert equal(found, [loss.detach() for loss in expected])
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
-            assert torch.equal(parameter.grad, gradients[key]), key
+            if name == "vit, drop":  # whose stem computes the visible patches alone
+                torch.testing.assert_close(parameter.grad, gradients[key], rtol=1e-5, atol=1e-7)
+            else:
+                assert torch.equal(parameter.grad, gradients[key]), key
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -67,8 +67,8 @@ class Process(NamedTuple):
             for value in values:
                 dist.broadcast(value, 0)
 
-    def concatenate(self, rows: list[Float[Tensor, "b d"]], device: torch.device) -> Float[Tensor, "n d"]:
-        """The rows of all processes, in their order; one of them at least has some."""
+    def concatenate(self, rows: list[Tensor], device: torch.device) -> Float[Tensor, "n d"]:
+        """The rows of all processes, in their order, from parts of b rows of d numbers; one of them at least has some."""
         own = torch.cat(rows) if rows else torch.empty(0, 0)
         if self.world == 1:
             return own

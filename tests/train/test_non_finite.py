@@ -128,7 +128,7 @@ def test_running_statistics_are_those_before_a_skipped_step(tiny: Pretrain, tmp_
     """Of a backbone with batch norms; a photo that is read as not finite would spoil them for ever."""
     config = replace(
         leanmim.FASTMIM, model="resnet10t", data=tiny.data, out=str(tmp_path / "run"), input_size=(64,), decoder_width=32, decoder_heads=2,
-        decoder_depth=0, epochs=1, batch_size=4, workers=0, device="cpu",
+        decoder_depth=0, epochs=1, batch_size=4, blr=1e-3, workers=0, device="cpu",
     )  # fmt: skip
     plan = plan_phases(config, 16, 1)
     training, _ = begin(config, plan, leanmim.data.open_source(config.data, 3), None, torch.device("cpu"), ALONE)

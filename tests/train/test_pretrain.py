@@ -134,9 +134,9 @@ def test_online_knn_is_logged_and_takes_no_time_of_training(
     clock, passed = time.perf_counter, [0.0]
 
     def slowly(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
             passed[0] += seconds
-            return function(*arguments)
+            return function(*arguments, **options)
 
         return call
 

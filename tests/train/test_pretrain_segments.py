@@ -53,11 +53,11 @@ def test_interrupted_and_continued_is_bit_identical(
     config = replace(trained, out=str(tmp_path / "run"), checkpoint_minutes=0.0, offload=True)
     calls: list[int] = []
 
-    def interrupted(*arguments: Any) -> Tensor:
+    def interrupted(*arguments: Any, **options: Any) -> Tensor:
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return update(*arguments)
+        return update(*arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr("leanmim.train.training.update", interrupted)

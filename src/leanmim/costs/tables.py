@@ -183,8 +183,10 @@ def tables(costs: list[StepCost], flops: list[dict[str, Flops]], uncounted: Sequ
             form.add_row(*line)
         console.print(f"\n{title}\n", form, sep="\n")
     console.print()
-    for note in (*pipelined(costs), assumed(costs), *map(reason, uncounted)):
-        console.print(note, soft_wrap=True)
+    for note in (*pipelined(costs), assumed(costs)):
+        console.print(note)
+    for entry in uncounted:
+        console.print(reason(entry), soft_wrap=True)
     return "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines())
 
 

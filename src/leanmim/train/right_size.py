@@ -196,7 +196,7 @@ def trial(config: Pretrain, source: Source, process: Process, device: torch.devi
 def faster(config: Pretrain, process: Process) -> float:
     """How many times as fast all processes are as one."""
     if not isinstance(process, Stage):
-        return process.world
+        return float(process.world)
     return speed_up(count(replace(config, batch_size=1, accum=1))[0].segment_flops, process.world)
 
 
