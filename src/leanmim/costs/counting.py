@@ -277,7 +277,9 @@ def watched(model: nn.Module, storages: Storages, counter: FlopCounterMode, cuda
         yield
 
 
-def batches(images: Tensor, normalise: Normalise, accum: int, before: Callable[[], object]) -> Iterator[Tensor]:
+def batches(
+    images: Tensor, normalise: Normalise, accum: int, before: Callable[[], object] = lambda: None
+) -> Iterator[Tensor]:
     """Batches as the training loop makes them: the bytes live as long as the batch is worked on. ``before`` is called before
     each.
     """
