@@ -27,7 +27,7 @@ from tests.runs import Refused, arguments, lines
 
 STEPS = 3
 ONES = {
-    "a ViT, clipped": small(clip_grad=0.05),
+    "a ViT, clipped, with checkpoints": small(clip_grad=0.05, checkpointing=True),
     "in segments, of masks that grow": in_segments(masking="token", batch_size=2),
     "Swin": small(SIMMIM, (SWIN[0], SWIN[1] | {"depths": [1, 1, 1, 1]}), input_size=(64,)),
 }
@@ -71,7 +71,7 @@ def compare(rank: int, port: int, labelled: str) -> None:
             ].items():  # of Adam the weights do not tell whether gradients were summed or averaged
                 off = moments["exp_avg"] - theirs["state"][key]["exp_avg"]
                 assert off.norm() <= 1e-3 * moments["exp_avg"].norm() + 1e-7
-    model, optimizers = made(config := ONES["a ViT, clipped"])
+    model, optimizers = made(config := ONES["a ViT, clipped, with checkpoints"])
     with processes("cpu", 1.0) as (process, device):
         placement = Sharded(model, optimizers, config, device, process)
         load_state(optimizers, start)  # of a run without --shard
