@@ -12,11 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from leanmim import device as devices
 from leanmim.device import deterministic, resolve_device, resolve_precision, to_device
 from leanmim.errors import UserError
+from tests import fake_cuda
 
 CUDA = torch.device("cuda")
 GROWS = "expandable_segments:True"
 
 
+@fake_cuda.needed
 def test_a_pinned_batch_is_copied_beside_the_computation_which_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[Any] = []
 

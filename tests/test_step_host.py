@@ -25,6 +25,7 @@ from leanmim.mim import MIM
 from leanmim.recipes import BIM, FASTMIM, MAE, SIMMIM
 from leanmim.step import make_optimizers, update
 from leanmim.targets import with_levels
+from tests import fake_cuda
 from tests.helpers import small
 
 CUDA = torch.device("cuda")
@@ -66,6 +67,7 @@ def on_cuda(config: Pretrain, backbone: Backbone) -> tuple[MIM, list[AdamW]]:
         return model, with_state(make_optimizers(model, config), model)
 
 
+@fake_cuda.needed
 @pytest.mark.parametrize(
     "config",
     [
