@@ -56,6 +56,7 @@ def on_files(files: Any, config: Any) -> Any:
         "docs/reconstructions.jpg",
         "benchmarks/*.md",
         "benchmarks/*.py",
+        "examples/*.sh",
         "benchmarks/results/*.png",
     ):
         for path in ROOT.glob(pattern):
