@@ -27,7 +27,7 @@ ViT-B), normalised pixels.
 As published; crops are torchvision's RandomResizedCrop, as MAE's are, and the decoder's last layer predicts the masked
 patches only, on which alone the loss depends.
 
-58.7 training GFLOP, 80 MiB saved for backward; kNN 40.7 ± 1.1 %, linear probe 49.4 ± 0.7 %.
+58.4 training GFLOP, 80 MiB saved for backward; kNN 40.7 ± 1.1 %, linear probe 49.4 ± 0.7 %.
 """
 
 SIMMIM = replace(
@@ -122,7 +122,7 @@ in place of pixels is not (39.2, 51.3, 47.8 %), growth to 192 px hardly (42.8, 5
 masked patches (43.8, 56.0, 51.4 %) or 70 % (43.2, 54.9, 50.6 %); four segments are for memory only (38.6, 55.1, 51.9 %)
 (benchmarks/results/photos-one-vit_tiny_patch16_224-cpu.md).
 
-10.3 training GFLOP, 0.17 of MAE's and of its bytes saved (benchmarks/results/lean-cost.md).
+10.1 training GFLOP, 0.17 of MAE's and of its bytes saved (benchmarks/results/lean-cost.md).
 """
 
 LEAN_MEMORY = replace(LEAN, recipe="lean-memory", segments=4, offload=True)
@@ -131,8 +131,8 @@ otherwise; LEAN is faster.
 
     leanmim pretrain lean-memory --data photos --model vit_base_patch16_224 --out run
 
-14.5 training GFLOP, 0.25 of MAE's, 0.07 of its bytes saved, 0.12 of its peak memory with batch 256 on a GPU (predicted: 1.71 and
-13.78 GiB, bf16). Its accuracy on photos is not measured; that of the same in four segments with a decoder 128 wide is: fine-tuned
+14.4 training GFLOP, 0.25 of MAE's, 0.07 of its bytes saved, 0.12 of its peak memory with batch 256 on a GPU (predicted: 1.62 and
+13.48 GiB, bf16; benchmarks/results/lean-cost.md). Its accuracy on photos is not measured; that of the same in four segments with a decoder 128 wide is: fine-tuned
 38.6 %, end to end 44.5 (benchmarks/results/photos-one-vit_tiny_patch16_224-cpu.md).
 """
 
