@@ -132,7 +132,7 @@ otherwise; LEAN is faster.
     leanmim pretrain lean-memory --data photos --model vit_base_patch16_224 --out run
 
 14.4 training GFLOP, 0.25 of MAE's, 0.07 of its bytes saved, 0.12 of its peak memory with batch 256 on a GPU (predicted: 1.62 and
-13.48 GiB, bf16; benchmarks/results/lean-cost.md). Its accuracy on photos is not measured; that of the same in four segments with a decoder 128 wide is: fine-tuned
+13.48 GiB, bf16) (benchmarks/results/lean-cost.md). Its accuracy on photos is not measured; that of the same in four segments with a decoder 128 wide is: fine-tuned
 38.6 %, end to end 44.5 (benchmarks/results/photos-one-vit_tiny_patch16_224-cpu.md).
 """
 

@@ -106,7 +106,8 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
     --depth counts them."""
     offload: bool = False
     """Let what is not worked on wait in host memory. With --segments only one segment and the next are on the GPU: weights,
-    gradients and optimizer state. End to end it is the optimizer's state. Same numbers, less GPU memory, more time.
+    gradients and optimizer state, but for moments of 8 bits. End to end it is the optimizer's state. Same numbers, less GPU
+    memory, more time.
     With --segments and --accum each batch's target and activations at the segments' border wait on the GPU: `leanmim cost` counts it."""
     pipeline: bool = False
     """With --segments, under torchrun: the processes share the segments and not the images. Each runs its segments on one batch
@@ -116,7 +117,7 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
     weights of a block when it computes it (FSDP2). Same numbers but for rounding, less memory, more traffic."""
     checkpointing: bool = False
     """Activation checkpointing: keep only the input of each block for the backward pass, and compute the rest again. Same numbers,
-    less memory, about a quarter more computation. Not for backbones with batch norms."""
+    less memory, about a fifth more computation. Not for backbones with batch norms."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """adamw8bit keeps the moments in 8 bits, a quarter of the memory, as torchao does it (pip install 'leanmim[memory]')."""
     update_in_backward: bool = False
