@@ -232,6 +232,58 @@ def test_the_table_beside_mem_tracker_is_that_of_its_file() -> None:
     assert shown == [line for line in written if line.startswith("| ")]
 
 
+def rows_of(file: str) -> list[dict[str, str]]:
+    """The table of a result file, a dictionary for each row."""
+    text = (ROOT / "benchmarks" / "results" / f"{file}.md").read_text()
+    head, _, *rows = [[cell.strip() for cell in line[1:-2].split("|")] for line in re.findall(r"^\|.*\|\s", text, re.M)]
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def section_of(text: str, heading: str) -> dict[str, list[str]]:
+    """The table rows under a heading: what each is called, and its other cells."""
+    body = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in re.findall(r"^\| .*", body, re.M)]
+    return {name: cells for name, *cells in rows}
+
+
+def test_the_table_of_ways_to_save_memory_is_that_of_its_file() -> None:
+    shown = section_of(BENCHMARKS, "Memory")
+    del shown[""]
+    columns = [(f"vit_{size}_patch16", batch) for size in ("base", "large") for batch in ("64", "256")]
+    found = {(row["way"], row["model"], row["batch"]): row for row in rows_of("memory-rivals-cost")}
+    assert shown.keys() == {way for way, *_ in found}
+    for way, (flops, *peaks) in shown.items():
+        own = [found.get((way, *column), {}) for column in columns]
+        assert flops == ", ".join(dict.fromkeys(row["training FLOPs"] for row in own if row)), way
+        own_peaks = [f"{row['peak, GiB']} GiB" if way == "mae" else row.get("ratio", "") for row in own]
+        assert peaks == own_peaks, way
+
+
+def test_what_lean_costs_is_that_of_its_file() -> None:
+    shown = section_of(BENCHMARKS, "Recipes on photos")
+    for row in rows_of("lean-cost"):
+        size = {"base": "B", "small": "S"}[row["model"].split("_")[1]]
+        name = "MAE at 224 px, 8 x 512" if row["recipe"] == "mae" else f"`{row['recipe']}`"
+        flops, _, peak, _ = shown[f"ViT-{size}, {name}"]
+        assert peak == row["peak, GiB"] and abs(float(flops) - float(row["training GFLOP an image"])) <= 0.051, row
+
+
+@pytest.mark.parametrize(
+    ("shown", "file", "recipe"),
+    [
+        ("`pr-mim`", "pr-mim-cost", "pr-mim 50%"),
+        ("`pr-mim`, 70 % thrown", "pr-mim-cost", "pr-mim 70%"),
+        ("`bim`", "bim-cost", "bim"),
+        ("`bim`, one segment on the GPU", "bim-cost", "bim, offloaded"),
+    ],
+)
+def test_the_summarys_costs_stand_in_a_result_file(shown: str, file: str, recipe: str) -> None:
+    (row,) = [row for row in rows_of(file) if (row["model"], row["recipe"]) == ("vit_base_patch16", recipe)]
+    columns = ("training", "saved", "peak") if file == "pr-mim-cost" else ("training FLOPs", "saved", "peak")
+    ratios = [1 + float(row[key][:-1]) / 100 if "%" in row[key] else float(row[key]) for key in columns]
+    assert [float(cell) for cell in section_of(README, "Measured")[shown][1:4]] == pytest.approx(ratios, abs=0.0056)
+
+
 @pytest.mark.parametrize("shown", SUMMARY)
 def test_the_summary_stands_in_a_result_file(shown: str) -> None:
     check(shown, README.split("## Measured")[1].split("\n## ")[0], *SUMMARY[shown])
