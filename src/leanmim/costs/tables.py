@@ -194,8 +194,8 @@ def pipelined(costs: list[StepCost]) -> Iterator[str]:
     """How fast several processes can be, for each recipe in segments."""
     for cost in costs:
         if (count := len(cost.segment_flops)) > 1:
-            speeds = (f"{speed_up(cost.segment_flops, n):.2f} on {n}" for n in range(2, min(count, MOST) + 1))
-            yield f"{cost.title}: with --pipeline at most so many times as fast as one process: {', '.join(speeds)}"
+            speeds = (f"{speed_up(cost.segment_flops, n):.2f} with {n}" for n in range(2, min(count, MOST) + 1))
+            yield f"{cost.title}: speed-up by --pipeline, at most, by the number of processes: {', '.join(speeds)}"
 
 
 def lines_of(columns: Sequence[Column], costs: list[StepCost], flops: list[dict[str, Flops]]) -> Iterator[list[str]]:
@@ -213,8 +213,8 @@ def same_step(costs: list[StepCost]) -> str:
 
 
 def assumed(costs: list[StepCost]) -> str:
-    """What the memory goes by."""
-    return f"Memory as of {same(costs, 'allocator')}."
+    """The allocator for which memory is counted."""
+    return f"Memory is counted for {same(costs, 'allocator')}."
 
 
 def same(costs: list[StepCost], name: str) -> str:
