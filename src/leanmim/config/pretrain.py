@@ -119,7 +119,8 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
     """Activation checkpointing: keep only the input of each block for the backward pass, and compute the rest again. Same numbers,
     less memory, about a fifth more computation. Not for backbones with batch norms."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """adamw8bit keeps the moments in 8 bits, a quarter of the memory, as torchao does it (pip install 'leanmim[memory]')."""
+    """adamw8bit keeps the moments in 8 bits, a quarter of the memory, as torchao does it (pip install
+    'leanmim[memory]'). For GPUs: on a CPU it is not compiled, and slow."""
     update_in_backward: bool = False
     """Step each parameter in the backward pass, as soon as its gradient is there, and free that. Same numbers, hardly any
     gradients in memory. For one process, --accum 1 and no --clip-grad."""
