@@ -127,10 +127,10 @@ class StateOffload:
             self.arrived = self.lane.record_event()
 
     def to_host(self, x: Tensor) -> Tensor:
-        """A copy in host memory, pinned where the device is a GPU."""
+        """A copy in host memory, pinned where the device is a GPU; laid out as the parameter is, which fused kernels take for granted."""
         if not self.lane:
             return x.clone()
-        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        host = torch.empty_like(x, device="cpu", pin_memory=True)
         host.copy_(x, non_blocking=True)
         if x.is_cuda:
             x.record_stream(self.lane)  # keeps its memory until the copy has ended
