@@ -66,6 +66,15 @@ def test_it_continues_from_a_checkpoint_with_all_moments_on_the_host() -> None:
     assert equal(state_of(model, optimizers), state_of(other, others))
 
 
+def test_moments_lie_on_the_host_as_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    offload, empty_like = StateOffload([], CPU), torch.empty_like
+    monkeypatch.setattr(offload, "lane", "of a GPU")  # which alone has pinned memory
+    monkeypatch.setattr(torch, "empty_like", lambda x, pin_memory, **given: empty_like(x, **given))
+    moments = torch.rand(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    host = offload.to_host(moments)
+    assert torch.equal(host, moments) and host.stride() == moments.stride()
+
+
 @pytest.mark.parametrize(
     ("config", "device", "segments", "state"),
     [

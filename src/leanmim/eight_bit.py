@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torchao.optim import AdamW8bit as TorchaoAdamW8bit
 from torchao.optim.subclass_8bit import OptimState8bit
 
+from leanmim.in_backward import trained_by
+
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # whether they have a sign
 for _signed in MOMENTS.values():
     OptimState8bit.zeros((256,), _signed)  # its tables are made at first use, which must not be among fake tensors
@@ -52,7 +54,7 @@ class AdamW8bit(TorchaoAdamW8bit):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        parameters = [p for group in self.param_groups for p in group["params"]]
+        parameters = trained_by(self)
         state = {key: self.quantised(parameters[key], own) for key, own in state_dict["state"].items()}
         super().load_state_dict({"state": state, "param_groups": state_dict["param_groups"]})
 

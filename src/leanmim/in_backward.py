@@ -10,6 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 
+def trained_by(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The parameters of an optimizer, in its order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 @contextmanager
 def only(optimizer: Optimizer, parameter: nn.Parameter, group: dict[str, Any]) -> Iterator[None]:
     """Context in which the optimizer has one parameter, of one of its groups."""

@@ -134,11 +134,8 @@ class Loop:
         self.faults: set[str] = set()  # of the disk, that were told
         self.trackers: list[Sender] = []
         self.waited, self.images, self.fresh = 0.0, 0, True
-        self.spent, self.trained, self.idle = (
-            0.0,
-            0,
-            0.0,
-        )  # of all lines of this call: seconds, images, seconds of waiting
+        # of all lines of this call: seconds, images, seconds of waiting
+        self.spent, self.trained, self.idle = 0.0, 0, 0.0
         self.advised = False  # about the waiting
 
     def __enter__(self) -> "Loop":

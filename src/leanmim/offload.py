@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import AdamW, Optimizer
 
 from leanmim.errors import UserError
+from leanmim.in_backward import trained_by
 from leanmim.mim import MIM
 from leanmim.offload_state import each_inner
 
@@ -120,9 +121,7 @@ class Offload:
     ) -> None:
         self.model, self.optimizers, self.device = model, optimizers, device
         self.streams: Streams = streams or (OnCuda(device) if device.type == "cuda" else InTurn())
-        self.parameters: list[list[nn.Parameter]] = [
-            [p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers
-        ]
+        self.parameters = [trained_by(optimizer) for optimizer in optimizers]
         trained = {p for own in self.parameters for p in own}
         for tensor in (*model.buffers(), *(p for p in model.parameters() if p not in trained)):
             tensor.data = tensor.data.to(device)  # running statistics, fixed positions: always on the device

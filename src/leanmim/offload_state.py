@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from leanmim.in_backward import only
+from leanmim.in_backward import only, trained_by
 
 Move = Callable[[Tensor], Tensor]
 
@@ -53,7 +53,7 @@ class StateOffload:
         self.device = device
         self.lane = torch.cuda.Stream(device) if device.type == "cuda" else None  # for copies beside the computation
         self.fetch, self.store = fetch or (lambda x: x.to(device, non_blocking=True, copy=True)), store or self.to_host
-        self.owner = {p: own for own in optimizers for group in own.param_groups for p in group["params"]}
+        self.owner = {parameter: own for own in optimizers for parameter in trained_by(own)}
         self.after: dict[nn.Parameter | None, nn.Parameter] = {}
         self.last: nn.Parameter | None = None  # that was stepped
         self.ahead: nn.Parameter | None = None  # whose moments are here before its turn
@@ -99,7 +99,7 @@ class StateOffload:
     def put_back_all(self, optimizer: Optimizer) -> None:
         """All moments to the host, as after a checkpoint was loaded."""
         self.ahead = None
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        for parameter in trained_by(optimizer):
             self.put_back(parameter)
         self.settle()
 
@@ -127,10 +127,10 @@ class StateOffload:
             self.arrived = self.lane.record_event()
 
     def to_host(self, x: Tensor) -> Tensor:
-        """A copy in host memory, pinned where the device is a GPU."""
+        """A copy in host memory, pinned where the device is a GPU; laid out as the parameter is, which fused kernels take for granted."""
         if not self.lane:
             return x.clone()
-        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        host = torch.empty_like(x, device="cpu", pin_memory=True)
         host.copy_(x, non_blocking=True)
         if x.is_cuda:
             x.record_stream(self.lane)  # keeps its memory until the copy has ended

@@ -26,7 +26,9 @@ from jaxtyping import Float, Real
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from leanmim.device import to_device
 from leanmim.errors import UserError
+from leanmim.in_backward import trained_by
 from leanmim.mim import MIM, Part
 from leanmim.processes import Process
 
@@ -89,8 +91,8 @@ def flat(x: Tensor) -> Tensor:
     return x.as_strided((x.numel(),), (1,))
 
 
-class Arriving(NamedTuple):
-    """A message on its way here."""
+class Message(NamedTuple):
+    """What the process before sends of a batch, on its way here."""
 
     images: Tensor
     x: Tensor
@@ -122,14 +124,14 @@ class Pipeline:
         self.model, self.optimizers, self.device, self.process = model.to(device), optimizers, device, process
         self.parts, self.own, self.accum = parts, parts[process.rank], accum
         self.last = process.rank == process.world - 1
-        self.trained = [[p for group in one.param_groups for p in group["params"]] for one in optimizers]
+        self.trained = [trained_by(optimizer) for optimizer in optimizers]
         self.layouts = [[Layout.of(p) for p in own] for own in self.trained]
         self.settled = True  # all weights, and in the first process all optimizer state
         self.done = self.begun = 0  # steps: of this process, of the one that is furthest
         self.known: dict[int, Tensor] = {}  # own losses, by the step
         self.incoming: list[Layout] = []  # of a message here, once the first one has come
         self.outgoing: list[Layout] = []
-        self.coming: list[Arriving] = []
+        self.coming: list[Message] = []
         self.sent: deque[tuple[list[Any], tuple[Tensor, ...]]] = deque()
 
     def step(
@@ -160,7 +162,7 @@ class Pipeline:
         """The images of a step: those that were read, or those that the process before has sent."""
         if self.process.first:
             for images in islice(feed, self.accum):
-                self.images = images.to(self.device, non_blocking=True)
+                self.images = to_device(images, self.device)
                 yield self.images
             return
         arriving = self.coming or self.expect()
@@ -172,7 +174,7 @@ class Pipeline:
             self.images, self.x, self.state, _ = message
             yield self.images
 
-    def expect(self) -> list[Arriving]:
+    def expect(self) -> list[Message]:
         """The messages of the next step, on their way."""
         source = self.process.rank - 1
         if not self.incoming:
@@ -181,7 +183,7 @@ class Pipeline:
         arriving = []
         for _ in range(self.accum):
             images, x, state = (layout.empty(self.device) for layout in self.incoming)
-            arriving.append(Arriving(images, x, state, [dist.irecv(flat(part), source) for part in (images, x, state)]))
+            arriving.append(Message(images, x, state, [dist.irecv(flat(part), source) for part in (images, x, state)]))
         return arriving
 
     def losses(self, images: Float[Tensor, "b c H W"]) -> Iterator[Float[Tensor, ""]]:

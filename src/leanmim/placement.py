@@ -78,6 +78,15 @@ def offloads_state(config: Pretrain, device: torch.device) -> bool:
     return config.offload and not config.cut and device.type == "cuda"
 
 
+def update_options(config: Pretrain, device: torch.device) -> dict[str, Any]:
+    """The arguments of `update` that follow from where `place` puts a model."""
+    return {
+        "average": not config.pipeline,
+        "segment_first": offloads(config, device),
+        "in_backward": config.update_in_backward,
+    }
+
+
 def compile_parts(model: MIM) -> None:
     """Compile encoder and decoders, for shapes that stay: a version for each segment and input size."""
     torch._dynamo.config.recompile_limit = 16 * len(model.decoders)

@@ -22,7 +22,7 @@ from leanmim.errors import UserError
 from leanmim.factory import build
 from leanmim.files import readable
 from leanmim.names import slug
-from leanmim.placement import compile_parts, offloads, place
+from leanmim.placement import compile_parts, offloads, place, update_options
 from leanmim.processes import ALONE, Process
 from leanmim.progress import console_of, duration, progress_bar
 from leanmim.recipes import MAE, RECIPES, differences, options, titles, variant
@@ -93,8 +93,8 @@ class PretrainTrial(Trial):
     """A model of a recipe, to try settings of the machine on. Errors as for `build`."""
 
     def __init__(self, config: Pretrain, device: torch.device) -> None:
-        self.mim, self.offloads, self.in_backward = build(config), offloads(config, device), config.update_in_backward
-        if not self.offloads:
+        self.mim, self.options = build(config), update_options(config, device)
+        if not offloads(config, device):
             self.mim.to(device)
         super().__init__(self.mim, make_optimizers(self.mim, config), device, IMAGES[device.type])
         self.placement, self.shape = place(self.mim, self.optimizers, config, device), (config.channels, *config.size)
@@ -114,9 +114,7 @@ class PretrainTrial(Trial):
     def step(self, images: int) -> None:
         """See `Trial`."""
         batch = torch.randn(images, *self.shape, device=self.device)
-        update(
-            self.placement.losses, self.optimizers, [batch], segment_first=self.offloads, in_backward=self.in_backward
-        )
+        update(self.placement.losses, self.optimizers, [batch], **self.options)
         wait(self.device)
 
 
@@ -124,12 +122,10 @@ def calibrated(
     config: Pretrain, stored: Any, source: Source, device: torch.device, process: Process = ALONE
 ) -> Calibration:
     """What ``auto`` of the machine is for a recipe and these images; the largest phase stands for all. See `calibrate`."""
-    if offloads(config, device):
+    if offloads(config, device) or config.optimizer == "adamw8bit":
         config = replace(config, channels_last=False)
     if config.shard:  # one device may not hold the model, and nothing is tried on it
         config = replace(config, **{**first_guess(device), "workers": min(8, readers(8.0)), **given(config)})
-    if config.optimizer == "adamw8bit":
-        config = replace(config, channels_last=False)
     largest = max((phase.config for phase in phases(config)), key=lambda own: own.size)
     one = replace(largest, batch_size=1, accum=1, workers=0)
     crops = batches(one, source, 0, READ, process, per_epoch=len(source))
@@ -173,16 +169,16 @@ def throughput(config: Pretrain, source: Source, device: torch.device, process: 
                 raise UserError(f"{bad[0].path} cannot be read: {bad[0].reason}")
             yield normalise(images)
 
-        in_backward = config.update_in_backward
+        options = update_options(config, device)
         for _ in range(WARM_UP):  # the first step also starts readers and chooses kernels
-            update(losses, optimizers, one(), in_backward=in_backward)
+            update(losses, optimizers, one(), **options)
         wait(device)
         start, steps = time.perf_counter(), 0
         # several processes average their gradients, so they must agree on the last step
         while steps < LEAST_STEPS or (
             steps < MOST_STEPS and max(process.gather(time.perf_counter() - start)) < SECONDS
         ):
-            update(losses, optimizers, one(), in_backward=in_backward)
+            update(losses, optimizers, one(), **options)
             wait(device)
             steps += 1
         return steps * batch / (time.perf_counter() - start)

@@ -16,7 +16,7 @@ from leanmim.checkpoint import REMEDY
 from leanmim.config import Pretrain
 from leanmim.encoders.backbone import Backbone
 from leanmim.errors import Damaged, UserError
-from leanmim.in_backward import InBackward, step_if
+from leanmim.in_backward import InBackward, step_if, trained_by
 from leanmim.mim import MIM
 
 
@@ -94,7 +94,7 @@ def load_state(optimizers: list[Optimizer], states: list[dict[str, Any]]) -> Non
             )
         check_moments(optimizer, state["state"])
         groups = optimizer.state_dict()["param_groups"]  # betas and the like are the configuration's
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = trained_by(optimizer)
         own = {key: {name: laid_out(value, parameters[key]) for name, value in moments.items()}
                for key, moments in state["state"].items()}  # fmt: skip
         optimizer.load_state_dict({"state": own, "param_groups": groups})
@@ -124,7 +124,7 @@ def laid_out(value: Tensor, parameter: Tensor) -> Tensor:
 
 def check_moments(optimizer: Optimizer, state: dict[int, dict[str, Tensor]]) -> None:
     """Raise Damaged unless these can be AdamW's moments of the parameters."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = trained_by(optimizer)
     for key, own in state.items():
         expected = moments_of(optimizer, parameters[key]) if key < len(parameters) else {}
         fits = own.keys() == expected.keys() and all(
@@ -280,7 +280,7 @@ def update(
         The loss of each segment, averaged over the batches; NaN where it did not step.
     """
     means: list[Any] = [0.0] * len(optimizers)
-    parameters = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
+    parameters = [trained_by(optimizer) for optimizer in optimizers]
     shared = isinstance(parameters[0][0], DTensor)  # whose gradients are averages already (FSDP)
     averages = average and dist.is_initialized() and not (shared or averages_itself(losses))
     assert not in_backward or (accum == 1 and not clip_grad and not averages)

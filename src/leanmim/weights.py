@@ -24,6 +24,7 @@ from leanmim.encoders.anytimm import AnyTimmEncoder
 from leanmim.encoders.backbone import Backbone, Truncated, backbone_of, shallower
 from leanmim.errors import UserError
 from leanmim.factory import build
+from leanmim.in_backward import trained_by
 from leanmim.mim import MIM
 from leanmim.published import published
 from leanmim.run import Run, load
@@ -108,7 +109,7 @@ def carry_over_moments(old: MIM, before: list[Optimizer], new: MIM, after: list[
         moments[key] = own | {start + k: v for k, v in resized.items()}
     names = {parameter: name for name, parameter in new.named_parameters()}
     for optimizer in after:
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        for parameter in trained_by(optimizer):
             name = names[parameter]
             if states[name]:
                 optimizer.state[parameter] = {

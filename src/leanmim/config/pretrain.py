@@ -198,12 +198,12 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
         self.check_decoder()
         self.check_phases()
         self.check_batches()
-        self.check_shard()
+        self.check_shares()
         check_pair("crop_scale", self.crop_scale)
         check_pair("crop_ratio", self.crop_ratio)
 
     def check_masks(self) -> None:
-        """Ratios and segments."""
+        """Ratios."""
         if not self.mask_ratios:
             raise UserError("--mask-ratio takes one number, one for each segment, or the first's and the last's")
         if list(self.mask_ratios) != sorted(self.mask_ratios):
@@ -211,6 +211,9 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
                 f"--mask-ratio {' '.join(map(str, self.mask_ratios))} falls; a later segment cannot see what an earlier one "
                 "did not: give ratios that stay or rise"
             )
+
+    def check_shares(self) -> None:
+        """What does not go with segments or a model that processes share out."""
         if self.pipeline and not self.cut:
             raise UserError(
                 "--pipeline shares the segments among the processes, and training end to end is one segment; give --segments (as "
@@ -220,9 +223,6 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
             raise UserError(
                 "--pipeline keeps the segments of a process on its GPU, --offload only one of them; give --no-offload, or leave it out"
             )
-
-    def check_shard(self) -> None:
-        """What a model that is shared out cannot be."""
         for name in ("offload", "pipeline", "compile", "channels_last"):
             if self.shard and getattr(self, name) is True:
                 raise UserError(f"--shard and {flag(name)} do not go together; leave one of them out")

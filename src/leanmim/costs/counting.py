@@ -247,7 +247,7 @@ def count_step(
     with watched(model, storages, counter, cuda):
         update(
             losses, optimizers, feed, accum, config.clip_grad,
-            segment_first=segment_first, in_backward=config.update_in_backward,
+            average=not config.pipeline, segment_first=segment_first, in_backward=config.update_in_backward,
         )  # fmt: skip
     if segment_first and accum < config.accum:
         waiting = (config.accum - accum) * (found[2] - found[1])  # or what the others have left for the next segment

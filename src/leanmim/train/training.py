@@ -31,7 +31,7 @@ from leanmim.evaluators.knn import knn_accuracy
 from leanmim.factory import build
 from leanmim.mim import MIM
 from leanmim.pipeline import Pipeline
-from leanmim.placement import offloads, place
+from leanmim.placement import offloads, place, update_options
 from leanmim.processes import Process
 from leanmim.schedule import learning_rate
 from leanmim.sharded import Sharded
@@ -147,9 +147,7 @@ class Training:
             self.phase.config.accum,
             self.config.clip_grad,
             self.seeds(step),
-            average=not self.parts,
-            segment_first=offloads(self.phase.config, self.device),
-            in_backward=self.config.update_in_backward,
+            **update_options(self.phase.config, self.device),
         )
         for values, old, loss in zip(running, before, losses, strict=True):
             undo(values, old, loss)
