@@ -91,7 +91,7 @@ class Process(NamedTuple):
 ALONE = Process(0, 1)
 
 
-class Stage(Process):
+class InPipeline(Process):
     """One of several processes that share a model and have the same images: see `leanmim.pipeline`."""
 
     @property

@@ -140,9 +140,9 @@ def join(checkpoints: Path, state: dict[str, Any]) -> None:
     Raises:
         Exception: of any kind, where it is missing or damaged.
     """
-    named = state.pop("shards")
-    folder = checkpoints / Path(named["folder"]).name
-    files = {folder / Path(name).name: value for name, value in named["files"].items()}
+    written = state.pop("shards")
+    folder = checkpoints / Path(written["folder"]).name
+    files = {folder / Path(name).name: value for name, value in written["files"].items()}
     for file, value in files.items():
         if checksum(file) != value:
             raise ValueError(f"the checksum of {folder.name}/{file.name} is wrong")

@@ -22,7 +22,7 @@ from leanmim.page import report
 from leanmim.pictures import show
 from leanmim.pipeline import balanced
 from leanmim.planner import calibrated, counted_as
-from leanmim.processes import Process, Stage, processes
+from leanmim.processes import InPipeline, Process, processes
 from leanmim.run import Run, write_json
 from leanmim.train.adjusted import check_adjusted, note_adjusted, told
 from leanmim.train.bad_files import BadFiles
@@ -69,7 +69,7 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
             "--update-in-backward steps before the gradients of several processes are averaged; leave it out, or train in one process"
         )
     run = Run(Path(config.out))
-    process = Stage(*process) if config.pipeline and process.world > 1 else process
+    process = InPipeline(*process) if config.pipeline and process.world > 1 else process
     source = open_source(config.data, config.read_as)
     images = DataList.of(source, len(source), process.replica.world)
     check_alike(process, images.digest, "images in --data")
@@ -95,7 +95,7 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
     knn_sets = labelled_pair(config.knn_data, config.read_as, centre_crop(config.size)) if config.knn_data else None
     forget_peak(device)
     memory_before = psutil.Process().memory_info().rss
-    parts = balanced(predicted.segment_flops, process.world) if isinstance(process, Stage) else []
+    parts = balanced(predicted.segment_flops, process.world) if isinstance(process, InPipeline) else []
     training, origin = begin(config, plan, source, state, device, process, parts)
     if process.first and start < steps:
         run.check_room(training.model, config.keep)

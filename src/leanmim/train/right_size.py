@@ -22,7 +22,7 @@ from leanmim.factory import decoder_shape
 from leanmim.files import readable
 from leanmim.pipeline import speed_up
 from leanmim.planner import Trained, available, average_throughput, fit
-from leanmim.processes import Process, Stage
+from leanmim.processes import InPipeline, Process
 from leanmim.progress import working
 from leanmim.recipes import hyphens
 from leanmim.run import Run
@@ -195,7 +195,7 @@ def trial(config: Pretrain, source: Source, process: Process, device: torch.devi
 
 def faster(config: Pretrain, process: Process) -> float:
     """How many times as fast all processes are as one."""
-    if not isinstance(process, Stage):
+    if not isinstance(process, InPipeline):
         return float(process.world)
     return speed_up(count(replace(config, batch_size=1, accum=1))[0].segment_flops, process.world)
 
