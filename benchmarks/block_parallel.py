@@ -2,7 +2,8 @@
 
     GOMP_SPINCOUNT=1000 python benchmarks/block_parallel.py
 
-Measured: two processes of one thread each as a pipeline, and one of two threads, in turns; each turn fills and drains the pipeline.
+Measured: two and four processes of one thread each as a pipeline, and one of as many threads, in turns; each turn fills and drains the
+pipeline.
 Predicted: from counted FLOPs of the segments and bytes of a message, for a share of the card's peak and links that are assumed.
 """
 
@@ -31,7 +32,7 @@ from leanmim.factory import build
 from leanmim.mim import Part
 from leanmim.pipeline import Pipeline, balanced, speed_up
 from leanmim.placement import place
-from leanmim.processes import Stage, processes
+from leanmim.processes import InPipeline, processes
 from leanmim.recipes import BIM, published
 from leanmim.step import make_optimizers, update
 
@@ -97,18 +98,20 @@ def predicted(batch: int) -> None:
                  "data parallelism what a ring all-reduce of fp32 gradients sends from each process in a step.")  # fmt: skip
 
 
-def rounds(rank: int, port: int, config: Pretrain, turns: int, steps: int, results: Any) -> None:
-    """In one of two processes: the seconds of so many steps, alone with two threads and in a pipeline with one, in turns."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+def rounds(rank: int, world: int, port: int, config: Pretrain, turns: int, steps: int, results: Any) -> None:
+    """In one of several processes: the seconds of so many steps, alone with as many threads, and in a pipeline with one each, in
+    turns.
+    """
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     device = torch.device("cpu")
     torch.set_num_threads(1)
     costs = count(config)[0].segment_flops
     with processes("cpu", 10.0) as (process, _):
-        stage = Stage(*process)
+        process = InPipeline(*process)
         model = build(config)
         optimizers = make_optimizers(model, config)
-        pipeline = place(model, optimizers, config, device, stage, balanced(costs, 2))
+        pipeline = place(model, optimizers, config, device, process, balanced(costs, world))
         assert isinstance(pipeline, Pipeline)
         alone, of_alone = ready(config, device)
         images = torch.randint(0, 255, (int(config.batch_size), config.channels, *config.size), dtype=torch.uint8)
@@ -120,14 +123,14 @@ def rounds(rank: int, port: int, config: Pretrain, turns: int, steps: int, resul
 
         done = 0
         for turn in range(turns + 1):  # the first one warms up
-            stage.wait()
+            process.wait()
             before = time.perf_counter()
             for step in range(done, done + steps):
                 pipeline.step(step, lambda now, stop=done + steps: now == stop, share)
             together, done = time.perf_counter() - before, done + steps
-            stage.wait()
+            process.wait()
             if process.first:
-                torch.set_num_threads(2)
+                torch.set_num_threads(world)
                 before = time.perf_counter()
                 for step in range(steps):
                     update(alone.losses, of_alone, [normalise(images)], 1, 0.0, [step], False)
@@ -138,37 +141,47 @@ def rounds(rank: int, port: int, config: Pretrain, turns: int, steps: int, resul
             results.put((sum(layout.empty(device).nbytes for layout in pipeline.outgoing), costs))
 
 
-def measured(config: Pretrain, turns: int, steps: int) -> None:
-    """Two processes with a thread each against one with two."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")  # nothing was computed here yet
-    results = context.Queue()
-    both = [context.Process(target=rounds, args=(rank, port, config, turns, steps, results)) for rank in range(2)]
-    for one in both:
-        one.start()
-    times = [results.get(timeout=1800) for _ in range(turns)]
-    message, costs = results.get()
-    for one in both:
-        one.join()
-    images = int(config.batch_size) * steps
-    filled = speed_up(costs, 2) * steps / (steps + 1)  # of a turn: the first step and the last have one process idle
-    ratios = [alone / together for alone, together in times]
-    row = {
-        "model": config.model.removesuffix("_224"), "batch": config.batch_size,
-        "one process of 2 threads, images/s": f"{statistics.median(images / alone for alone, _ in times):.2f}",
-        "two processes of 1 thread, images/s": f"{statistics.median(images / together for _, together in times):.2f}",
-        "ratio": f"{statistics.median(ratios):.2f}", "ratios of the rounds": ", ".join(f"{ratio:.2f}" for ratio in sorted(ratios)),
-        "allowed by balance, filling and draining": f"{filled:.2f}", "message, MB": f"{message / 1e6:.2f}",
-    }  # fmt: skip
+def measured(config: Pretrain, worlds: list[int], turns: int, steps: int) -> None:
+    """Processes with a thread each against one with as many."""
+    rows, raw = [], []
+    for world in worlds:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = multiprocessing.get_context("fork")  # nothing was computed here yet
+        results = context.Queue()
+        together = [
+            context.Process(target=rounds, args=(rank, world, port, config, turns, steps, results))
+            for rank in range(world)
+        ]
+        for one in together:
+            one.start()
+        times = [results.get(timeout=1800) for _ in range(turns)]
+        message, costs = results.get()
+        for one in together:
+            one.join()
+        images = int(config.batch_size) * steps
+        filled = (
+            speed_up(costs, world) * steps / (steps + world - 1)
+        )  # of a turn: not all are busy in the first steps and the last
+        ratios = [alone / piped for alone, piped in times]
+        rows.append({
+            "processes": world, "model": config.model.removesuffix("_224"), "batch": config.batch_size,
+            "one process of as many threads, images/s": f"{statistics.median(images / alone for alone, _ in times):.2f}",
+            "a pipeline of processes of 1 thread, images/s": f"{statistics.median(images / piped for _, piped in times):.2f}",
+            "ratio": f"{statistics.median(ratios):.2f}", "ratios of the rounds": ", ".join(f"{ratio:.2f}" for ratio in sorted(ratios)),
+            "allowed by balance, filling and draining": f"{filled / world:.2f} of {world} times", "message, MB": f"{message / 1e6:.2f}",
+        })  # fmt: skip
+        raw.append({"processes": world, "seconds": times, "message_bytes": message, "segment_flops": costs})
+        print(rows[-1], flush=True)
     configuration = {
         "recipe": "bim", "segments": config.segments, "input": f"{config.size[0]} px", "rounds": turns, "steps of a round": steps,
         "precision": "fp32", "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "not set"), "other programs": f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores",
     }  # fmt: skip
-    record.write("block-parallel-cpu", "A pipeline of two processes against one process, the same threads in all, measured", configuration,
-                 [row], {"seconds": times, "message_bytes": message, "segment_flops": costs},
-                 "In turns, medians over rounds; each round fills and drains the pipeline. Other programs used the cores meanwhile.")  # fmt: skip
+    record.write("block-parallel-cpu", "A pipeline of processes against one process, the same threads in all, measured", configuration,
+                 rows, raw,
+                 "In turns, medians over rounds; each round fills and drains the pipeline. Where there are more processes than cores, "
+                 "neither side has a core for each thread. Other programs used the cores meanwhile.")  # fmt: skip
 
 
 def main() -> None:
@@ -178,13 +191,14 @@ def main() -> None:
     parser.add_argument("--model", default="vit_tiny_patch16_224", help="of what is measured")
     parser.add_argument("--input-size", type=int, default=128, help="of what is measured")
     parser.add_argument("--batch-size", type=int, default=16, help="of what is measured")
+    parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4], help="processes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=6, help="of a round")
     arguments = parser.parse_args()
     if "measured" in arguments.parts:
         size, batch = arguments.input_size, arguments.batch_size
         config = replace(BIM, model=arguments.model, input_size=(size,), batch_size=batch, precision="fp32")
-        measured(config, arguments.rounds, arguments.steps)
+        measured(config, arguments.worlds, arguments.rounds, arguments.steps)
     if "predicted" in arguments.parts:
         predicted(256)
 

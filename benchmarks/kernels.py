@@ -1,4 +1,4 @@
-"""What else a step could be computed with, against the defaults: attention, optimizer, memory format, compilation.
+"""What else a step could be computed with, against the defaults: attention, optimizer, memory format, compilation, CUDA graphs.
 
     python benchmarks/kernels.py
 
@@ -19,10 +19,11 @@ from steps import Timed
 from torch.optim import AdamW
 
 from leanmim.config import Pretrain
-from leanmim.recipes import FASTMIM, MAE
+from leanmim.recipes import FASTMIM, LEAN, MAE
 from leanmim.step import align_state
 
 RECIPES = {
+    "lean, ViT-Ti, 128 px": replace(LEAN, model="vit_tiny_patch16_224"),
     "mae, ViT-S, 224 px": replace(MAE, model="vit_small_patch16_224"),
     "fastmim, Swin-T, 128 px": replace(FASTMIM, model="swin_tiny_patch4_window7_224"),
     "fastmim, ConvNeXt-atto, 128 px": replace(FASTMIM, model="convnext_atto"),
@@ -73,6 +74,11 @@ def compiled(config: Pretrain, device: torch.device) -> Timed:
     return Timed(replace(config, compile=True), device)
 
 
+def recorded(config: Pretrain, device: torch.device) -> Timed:
+    """As a CUDA graph."""
+    return Timed(replace(config, cuda_graph=True), device)
+
+
 VARIANTS = {
     "default: fused attention, fused AdamW": plain,
     "attention not fused": unfused,
@@ -80,6 +86,7 @@ VARIANTS = {
     "AdamW, one parameter after the other": stepping(fused=False, foreach=False),
     "channels last": channels_last,
     "compiled": compiled,
+    "as a CUDA graph": recorded,
 }
 
 
@@ -95,6 +102,8 @@ def main() -> None:
     if given.dry:
         given.device, given.batch_size, given.rounds = "cpu", 2, 1
         recipes, variants = {"mae, tiny": TINY}, {name: make for name, make in VARIANTS.items() if name != "compiled"}
+    if given.device != "cuda":
+        variants = {name: make for name, make in variants.items() if make is not recorded}
     device, rows, raw = torch.device(given.device), [], {}
     for name, recipe in recipes.items():
         config = replace(recipe, data="d", out="o", batch_size=given.batch_size, precision="fp32", compile=False)

@@ -18,6 +18,7 @@ from leanmim.costs import count
 from leanmim.data import Normalise
 from leanmim.device import resolve_precision
 from leanmim.factory import build
+from leanmim.graphed import updating
 from leanmim.offload import Offload
 from leanmim.offload_state import StateOffload, inner_tensors
 from leanmim.placement import OnDevice, Placement, offloads, place
@@ -84,7 +85,7 @@ class Timed:
     """A recipe, ready to take steps; one model for each of its phases."""
 
     def __init__(self, config: Pretrain, device: torch.device) -> None:
-        self.device, self.parts = device, []
+        self.device, self.parts, self.updates = device, [], []
         for phase in phases(config):
             placed, optimizers = ready(phase.config, device)
             images = torch.randn(int(config.batch_size), config.channels, *phase.config.size, device=device)
@@ -92,13 +93,16 @@ class Timed:
             self.parts.append(
                 (share, placed.losses, optimizers, images, phase.config.clip_grad, phase.config.update_in_backward)
             )
+            self.updates.append(updating(phase.config) or update)
 
     def step(self) -> float:
         """Seconds of a step, on average over the epochs."""
         total = 0.0
-        for share, losses, optimizers, images, clip, in_backward in self.parts:
+        for one_step, (share, losses, optimizers, images, clip, in_backward) in zip(
+            self.updates, self.parts, strict=True
+        ):
             total += share * seconds(
-                lambda: update(losses, optimizers, [images], 1, clip, in_backward=in_backward),  # noqa: B023
+                lambda: one_step(losses, optimizers, [images], 1, clip, in_backward=in_backward),  # noqa: B023
                 self.device,
             )
         return total

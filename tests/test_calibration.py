@@ -185,7 +185,7 @@ def test_long_runs_on_a_gpu_are_compiled_where_that_is_faster(
 
     cuda = torch.device("cuda")
     found = measured(Clock(faster, LINEAR), device=cuda)
-    assert found.setting.compile and found.tried[-1]["images_per_second"] == pytest.approx({"False": 10, "True": 20})
+    assert found.setting.compile and found.tried[0]["images_per_second"] == pytest.approx({"False": 10, "True": 20})
     assert not measured(Clock(lambda own: 0.1, LINEAR), device=cuda).setting.compile
     assert not measured(Clock(faster, LINEAR), device=cuda, seconds=60).setting.compile  # over before it pays
     assert not measured(Clock(faster, LINEAR)).setting.compile
@@ -196,6 +196,32 @@ def test_long_runs_on_a_gpu_are_compiled_where_that_is_faster(
 
     assert not measured(Broken(faster, LINEAR), device=cuda).setting.compile
     assert "not compiled, which failed: no compiler\n" in capsys.readouterr().err
+
+
+def test_a_step_on_a_gpu_is_recorded_where_that_is_faster(measured: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def faster(own: Setting) -> float:
+        return 0.05 if own.cuda_graph else 0.1
+
+    cuda = torch.device("cuda")
+    found = measured(Clock(faster, LINEAR), device=cuda, seconds=60)
+    assert found.setting.cuda_graph and "computing: bf16" in str(found) and "as a CUDA graph" in str(found)
+    assert found.tried == [{"choice": "cuda_graph", "chosen": True, "images_per_second": {"False": 10.0, "True": 20.0}}]
+    again = measured(Clock(faster, LINEAR), json.loads(json.dumps(found.to_json())), device=cuda)
+    assert again.setting.cuda_graph and not again.tried
+    again = measured(Clock(faster, LINEAR), found.to_json(), device=cuda, checkpointing=True)
+    assert not again.setting.cuda_graph
+    assert not measured(Clock(lambda own: 0.1, LINEAR), device=cuda).setting.cuda_graph
+    assert not measured(Clock(faster, LINEAR), device=cuda, checkpointing=True).setting.cuda_graph  # cannot be
+    assert not measured(Clock(faster, LINEAR), device=cuda, cuda_graph=False).setting.cuda_graph
+    assert not measured(Clock(faster, LINEAR)).setting.cuda_graph
+
+    def broken(own: Setting) -> float:
+        if own.cuda_graph:
+            raise RuntimeError("CUDA error: operation not permitted\nand more")
+        return 0.1
+
+    assert not measured(Clock(broken, LINEAR), device=cuda).setting.cuda_graph
+    assert "no CUDA graph, which failed: CUDA error: operation not permitted\n" in capsys.readouterr().err
 
 
 def test_the_threads_of_the_caller_come_back(tiny: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:

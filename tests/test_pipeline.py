@@ -21,7 +21,7 @@ from leanmim.run import Run, load
 from leanmim.train import pretrain as pretraining
 from tests.helpers import equal, in_segments
 from tests.process_faults import Fault, together
-from tests.runs import arguments, lines, pretrain_until
+from tests.runs import arguments, lines, pretrain_until, weights
 
 NAMES = {"title": "bim", "recipe": "bim", "model": "vit", "segment_flops": (3, 2, 1, 1), "allocator": ""}
 COST = StepCost(**{field.name: 1 for field in fields(StepCost)} | NAMES)
@@ -102,3 +102,16 @@ def test_killed_and_continued_by_others_the_weights_are_those_of_one_process(
     keys = ("step", "epoch", "lr", "bad_steps", "loss", *(f"loss_{i}" for i in range(4)))
     logs = [[[line.get(key) for key in keys] for line in lines(of)] for of in (config, shared)]
     assert logs[0] == logs[1] and len(logs[0]) == 11 and None in logs[0][2]
+
+
+def test_each_parameter_may_step_in_the_backward_pass(tmp_path: Path) -> None:
+    """No gradient is averaged in a pipeline, so none has to wait."""
+    config = replace(
+        in_segments(batch_size=4, effective_batch=4, blr=0.1, segments=2, mask_ratio=0.5),
+        out=str(tmp_path / "one"), epochs=1, show_every=0, precision="fp32", threads=1, channels_last=False,
+    )  # fmt: skip
+    shared = replace(config, out=str(tmp_path / "shared"), pipeline=True, update_in_backward=True)
+    done = together(tmp_path, arguments(shared), 2)
+    assert done.codes == [0, 0], done.texts
+    pretraining.pretrain(config)
+    assert equal(weights(config), weights(shared))

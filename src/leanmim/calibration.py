@@ -29,9 +29,10 @@ from leanmim.step import align_state
 ROUNDS = 3  # in which two settings take turns
 TARGET = 0.5  # s of a step, which sets its images
 IMAGES = {"cpu": 16, "cuda": 256, "mps": 64}  # of a step at most, where they fit
-GAIN = {"threads": 1.1, "precision": 1.1, "channels_last": 1.03, "compile": 1.05}
+GAIN = {"threads": 1.1, "precision": 1.1, "channels_last": 1.03, "compile": 1.05, "cuda_graph": 1.05}
 """How many times as fast a change must be. Fewer threads lose once other programs end, half precision is less exact, and
 compiled steps start late."""
+WITHOUT = {"compile": "not compiled", "cuda_graph": "no CUDA graph"}
 LONG = 1200.0
 """Seconds of a run on a GPU, from which on compilation is tried, which takes about one minute. On a CPU it is not tried."""
 READ = 9  # images, to time that
@@ -51,6 +52,8 @@ class Setting:
     channels_last: bool
     """Weights and activations of convolutions with their channels side by side in memory."""
     compile: bool
+    cuda_graph: bool = False
+    """Whether a step is recorded and repeated."""
 
 
 NAMES = tuple(field.name for field in fields(Setting))
@@ -68,7 +71,7 @@ class Trial(ABC):
 
     def __init__(self, model: nn.Module, optimizers: list[Optimizer], device: torch.device, most: int) -> None:
         self.model, self.optimizers, self.device, self.most = model, optimizers, device, most
-        self.compiled = False
+        self.compiled = self.graphed = False
 
     def use(self, setting: Setting) -> None:
         """Compute so from now on; what is compiled stays so."""
@@ -79,6 +82,7 @@ class Trial(ABC):
         if setting.compile and not self.compiled:
             self.compile()
             self.compiled = True
+        self.graphed = setting.cuda_graph
 
     @abstractmethod
     def autocast(self, dtype: torch.dtype | None) -> None:
@@ -106,11 +110,11 @@ class Calibration:
 
     def applied(self, config: Configured) -> Configured:
         """The configuration with a value in place of every ``auto``."""
-        return replace(config, **asdict(self.setting))
+        return replace(config, **{name: value for name, value in asdict(self.setting).items() if hasattr(config, name)})
 
     def withdrawn(self, config: Configured, asked: Configured) -> Configured:
         """The configuration with ``auto`` where it was asked for: so it is stored, for another machine measures anew."""
-        return replace(config, **{name: getattr(asked, name) for name in NAMES})
+        return replace(config, **{name: getattr(asked, name) for name in NAMES if hasattr(config, name)})
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -128,7 +132,15 @@ class Calibration:
         own = self.setting
         counts = ((own.threads, "thread"), (own.workers, "reader"))
         words = [own.precision, *(f"{count} {what}{'s' * (count != 1)}" for count, what in counts)]
-        words += [word for word, on in (("channels last", own.channels_last), ("compiled", own.compile)) if on]
+        words += [
+            word
+            for word, on in (
+                ("channels last", own.channels_last),
+                ("compiled", own.compile),
+                ("as a CUDA graph", own.cuda_graph),
+            )
+            if on
+        ]
         lines = [
             f"{one['choice'].replace('_', ' ')} "
             + ", ".join(f"{value} {speed:.3g}" for value, speed in one["images_per_second"].items())
@@ -162,7 +174,7 @@ def this_machine(device: torch.device, process: Process) -> dict[str, Any]:
 
 def given(config: Computing) -> dict[str, Any]:
     """The choices that are not ``auto``."""
-    values = {name: getattr(config, name) for name in NAMES if getattr(config, name) not in ("auto", -1)}
+    values = {name: value for name in NAMES if (value := getattr(config, name, "auto")) not in ("auto", -1)}
     if "threads" not in values and threads_given():
         values["threads"] = torch.get_num_threads()
     return values
@@ -174,7 +186,7 @@ def kept(stored: Any, machine: dict[str, Any], device: torch.device) -> dict[str
     """
     try:
         found = Setting(**stored["setting"])
-        Computing(**asdict(found)).check()
+        Computing(**{name: value for name, value in asdict(found).items() if hasattr(Computing, name)}).check()
         same = stored["machine"] == machine
     except (TypeError, KeyError, UserError):  # of a version without calibration, or damaged
         return {}
@@ -207,14 +219,18 @@ def calibrate(
     """
     machine = this_machine(device, process)
     fixed = {**process.gather(kept(stored, machine, device))[0], **given(config)}
+    if getattr(config, "not_recorded", "the command"):
+        fixed["cuda_graph"] = False
     begin = Setting(**{**first_guess(device), **fixed})
     calibration = Calibration(begin, machine, [])
     measures = not config.deterministic  # a measurement may end otherwise the next time
     choices = [(name, values) for name, values in alternatives(backbone, device) if values and name not in fixed]
     choices = choices if measures else []
     # in several processes one whose compilation fails would leave the others waiting
-    compiles = measures and device.type == "cuda" and "compile" not in fixed and process.world == 1
-    if not choices and not compiles and "workers" in fixed:
+    alone = measures and device.type == "cuda" and process.world == 1
+    compiles = alone and "compile" not in fixed
+    records = alone and "cuda_graph" not in fixed
+    if not (choices or compiles or records) and "workers" in fixed:
         return calibration
     console = console_of(stderr=True)
     with working("measuring what suits this machine"), torch.random.fork_rng(), threads_restored():
@@ -223,11 +239,11 @@ def calibrate(
         for choice, values in choices:
             choose(calibration, turns, choice, values)
         speed = turns.images / turns.seconds(calibration.setting)
-        if compiles and seconds(speed) > LONG:
+        for choice, tried in (("compile", compiles and seconds(speed) > LONG), ("cuda_graph", records)):
             try:
-                choose(calibration, turns, "compile", [True])
-            except RuntimeError as error:  # as all that torch.compile raises
-                console.print(f"not compiled, which failed: {str(error).strip().partition(chr(10))[0]}")
+                choose(calibration, turns, choice, [True] if tried else [])
+            except RuntimeError as error:  # as all that torch.compile raises, and CUDA
+                console.print(f"{WITHOUT[choice]}, which failed: {str(error).strip().partition(chr(10))[0]}")
         if "workers" not in fixed:
             calibration.read_seconds = max(process.gather(seconds_to_read(read_one)))
             calibration.setting = replace(calibration.setting, workers=readers(calibration.read_seconds * speed))
@@ -291,7 +307,9 @@ class Turns:
 
 
 def choose(calibration: Calibration, turns: Turns, choice: str, values: list[Any]) -> None:
-    """Take what is faster, and note the speeds."""
+    """Take what is faster, and note the speeds, if there is something to try."""
+    if not values:
+        return
     speeds: dict[str, float] = {}
     for value in values:
         best = calibration.setting

@@ -81,7 +81,7 @@ COMMANDS = {
 NARROWEST = 40  # columns; help of one column is never done
 WIDEST = 120  # columns of a help page; from 130 on tyro sets groups side by side, and their order is lost
 RESUMABLE = {"compare", "pretrain", "pack", "finetune", "embed", "probe"}
-SWITCHES = {"--compile", "--channels-last"}
+SWITCHES = {"--compile", "--channels-last", "--cuda-graph"}
 RENAMED = {  # options of earlier versions
     "pretrain": {f"--stage-{name}": f"--phase-{name}" for name in ("scales", "starts", "batches", "accums", "blrs")},
     "show": {"--block": "--segment"},

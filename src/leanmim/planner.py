@@ -21,6 +21,7 @@ from leanmim.encoders.backbone import backbone_of, check_name
 from leanmim.errors import UserError
 from leanmim.factory import build
 from leanmim.files import readable
+from leanmim.graphed import GraphedUpdate, updating
 from leanmim.names import slug
 from leanmim.placement import compile_parts, offloads, place, update_options
 from leanmim.processes import ALONE, Process
@@ -97,6 +98,7 @@ class PretrainTrial(Trial):
         if not offloads(config, device):
             self.mim.to(device)
         super().__init__(self.mim, make_optimizers(self.mim, config), device, IMAGES[device.type])
+        self.recorded: GraphedUpdate | None = None
         self.placement, self.shape = place(self.mim, self.optimizers, config, device), (config.channels, *config.size)
         if config.batch_size != "auto":
             self.most = min(self.most, int(config.batch_size))
@@ -114,7 +116,11 @@ class PretrainTrial(Trial):
     def step(self, images: int) -> None:
         """See `Trial`."""
         batch = torch.randn(images, *self.shape, device=self.device)
-        update(self.placement.losses, self.optimizers, [batch], **self.options)
+        if self.graphed and self.recorded is None:
+            self.recorded = GraphedUpdate()
+            self.step(images)  # warms up, and the next one is recorded
+        one_step = (self.graphed and self.recorded) or update
+        one_step(self.placement.losses, self.optimizers, [batch], **self.options)
         wait(self.device)
 
 
@@ -158,6 +164,7 @@ def throughput(config: Pretrain, source: Source, device: torch.device, process: 
         model.autocast = resolve_precision(config.precision, device)
         optimizers = make_optimizers(model, config)
         losses = place(model, optimizers, config, device, process).losses
+        one_step = updating(config) or update
         trial = replace(config, batch_size=batch, accum=1)
         feed = iter(batches(trial, source, 0, WARM_UP + MOST_STEPS, device=device))
         mean, std = IMAGENET.get(config.channels, IMAGENET[1])
@@ -171,14 +178,14 @@ def throughput(config: Pretrain, source: Source, device: torch.device, process: 
 
         options = update_options(config, device)
         for _ in range(WARM_UP):  # the first step also starts readers and chooses kernels
-            update(losses, optimizers, one(), **options)
+            one_step(losses, optimizers, one(), **options)
         wait(device)
         start, steps = time.perf_counter(), 0
         # several processes average their gradients, so they must agree on the last step
         while steps < LEAST_STEPS or (
             steps < MOST_STEPS and max(process.gather(time.perf_counter() - start)) < SECONDS
         ):
-            update(losses, optimizers, one(), **options)
+            one_step(losses, optimizers, one(), **options)
             wait(device)
             steps += 1
         return steps * batch / (time.perf_counter() - start)

@@ -31,7 +31,7 @@ GROUPS = {
         "Evaluate.seed Probe.seed"
     ),
     "memory": "memory offload checkpointing update_in_backward shard",
-    "machine": "device workers jobs threads precision channels_last compile deterministic images_per_second cache",
+    "machine": "device workers jobs threads precision channels_last compile cuda_graph deterministic images_per_second cache",
     "logging": "log_every show_every checkpoint_minutes keep track Pretrain.recipe",
     "fault": "max_bad_share max_bad_steps data_changed data_patience process_timeout",
 }  # fmt: skip

@@ -38,7 +38,7 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
     """
 
     FREE: ClassVar[frozenset[str]] = FREE_IN_TRAINING | {
-        "offload", "pipeline", "shard", "checkpointing", "update_in_backward", "knn_data", "knn_every", "show_every"
+        "offload", "pipeline", "shard", "checkpointing", "update_in_backward", "cuda_graph", "knn_data", "knn_every", "show_every"
     }  # fmt: skip
     ADJUSTABLE: ClassVar[frozenset[str]] = AGAINST_DIVERGENCE | {"phase_blrs", "decode"}
     LEFT_EMPTY: ClassVar[frozenset[str]] = frozenset({"data", "out"})
@@ -124,6 +124,10 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
     update_in_backward: bool = False
     """Step each parameter in the backward pass, as soon as its gradient is there, and free that. Same numbers, hardly any
     gradients in memory. For one process, --accum 1 and no --clip-grad."""
+    cuda_graph: bool | Auto = "auto"
+    """On a GPU, record a step and repeat it as a CUDA graph, which spares small models the wait for launches. Same numbers, but the memory
+    of a step is kept, and evaluation needs its own beside it. For one process, --accum 1, AdamW, and a model that is on the GPU as a
+    whole. auto measures there; no elsewhere."""
     throw: float = 0.0
     """Partial reconstruction (PR-MIM): share of all patches, masked ones, that the decoder's layers do not see. 0 is
     full reconstruction. With --decoder-depth 0 there are no layers, and little is saved."""
@@ -199,6 +203,7 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
         self.check_phases()
         self.check_batches()
         self.check_shares()
+        self.check_graph()
         check_pair("crop_scale", self.crop_scale)
         check_pair("crop_ratio", self.crop_ratio)
 
@@ -226,6 +231,21 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
         for name in ("offload", "pipeline", "compile", "channels_last"):
             if self.shard and getattr(self, name) is True:
                 raise UserError(f"--shard and {flag(name)} do not go together; leave one of them out")
+
+    def check_graph(self) -> None:
+        """What cannot be recorded as it is."""
+        if self.cuda_graph is True and (other := self.not_recorded):
+            raise UserError(f"--cuda-graph and {other} do not go together; leave one of them out")
+
+    @property
+    def not_recorded(self) -> str:
+        """An option with which a step cannot be recorded; empty if there is none."""
+        for name in ("offload", "pipeline", "shard", "checkpointing", "update_in_backward"):
+            if getattr(self, name):
+                return flag(name)
+        if self.optimizer != "adamw":
+            return f"--optimizer {self.optimizer}"
+        return f"--accum {self.accum}" if max(self.accum, *self.phase_accums, 1) > 1 else ""
 
     def check_memory_options(self) -> None:
         """Ways to save memory, and what they do not go with."""

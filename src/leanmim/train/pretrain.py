@@ -64,12 +64,16 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
             "--shard shares a model out among processes, and this is the only one; start several (torchrun --nproc_per_node=2 -m "
             "leanmim pretrain ...), or leave --shard out, which also goes on with a run that was begun with it"
         )
-    if config.update_in_backward and process.world > 1:
+    run = Run(Path(config.out))
+    process = InPipeline(*process) if config.pipeline and process.world > 1 else process
+    if config.update_in_backward and process.replica.world > 1:
         raise UserError(
             "--update-in-backward steps before the gradients of several processes are averaged; leave it out, or train in one process"
         )
-    run = Run(Path(config.out))
-    process = InPipeline(*process) if config.pipeline and process.world > 1 else process
+    if config.cuda_graph is True and (device.type != "cuda" or process.world > 1):
+        raise UserError(
+            "--cuda-graph is for one process on an NVIDIA GPU; leave it out, and where it helps it is taken"
+        )
     source = open_source(config.data, config.read_as)
     images = DataList.of(source, len(source), process.replica.world)
     check_alike(process, images.digest, "images in --data")

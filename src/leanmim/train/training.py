@@ -29,6 +29,7 @@ from leanmim.evaluators.accuracy import Accuracy
 from leanmim.evaluators.features import embedding, extract
 from leanmim.evaluators.knn import knn_accuracy
 from leanmim.factory import build
+from leanmim.graphed import updating
 from leanmim.mim import MIM
 from leanmim.pipeline import Pipeline
 from leanmim.placement import offloads, place, update_options
@@ -77,6 +78,7 @@ class Training:
         model.target = with_levels(model.target, config.read_as, mean, std)
         self.optimizers = make_optimizers(model, config)
         self.placement = place(model, self.optimizers, phase.config, device, process, parts)
+        self.graphed = updating(phase.config)
 
     def enter(self, phase: PhaseSteps) -> None:
         """Go on with the same model and optimizers at the phase's input size: nothing that was learned is lost."""
@@ -88,7 +90,7 @@ class Training:
         self.model, self.optimizers = at_next_size(self.model, self.optimizers, phase.config, self.device)
         self.model.target = with_levels(self.model.target, self.config.read_as, self.mean, self.std)
         self.placement = place(self.model, self.optimizers, phase.config, self.device, self.process, self.parts)
-        self.phase = phase
+        self.graphed, self.phase = updating(phase.config), phase
 
     def set_learning_rate(self, step: int) -> float:
         """Set and return that of a step."""
@@ -140,7 +142,7 @@ class Training:
         running = [running_statistics(*self.model.parts(i)) for i in segments]
         before = [[value.clone() for value in values] for values in running]
         self.set_learning_rate(step)
-        losses = update(
+        losses = (self.graphed or update)(
             self.placement.losses,
             self.optimizers[segments.start : segments.stop],
             map(self.normalise, images),

@@ -1,0 +1,127 @@
+"""A step as a CUDA graph: the device repeats what it was told once, and nobody waits for the launches (ours, on torch's graphs).
+
+A small model at low resolution has little to compute for each of a step's about two thousand kernels, and the host cannot tell
+them as fast as the device does them. So the second step is recorded, and from then on repeated as a whole; the first one chooses
+kernels. What differs from one step to the next lies in memory that the recording reads: images, learning rate, and the state of torch's
+generator, from which masks and drop path are drawn. The kernels and their order are the same, and so are the numbers.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.optim import Optimizer
+
+from leanmim.config import Pretrain
+from leanmim.step import update
+
+Work = Callable[[], Tensor]
+
+
+@runtime_checkable
+class Recorder(Protocol):
+    """What records."""
+
+    def warm_up(self, work: Work) -> Tensor:
+        """Do the work, where it will be recorded."""
+        ...
+
+    def record(self, work: Work) -> tuple[Callable[[], None], Tensor]:
+        """Write down what the work does on the device, without doing it.
+
+        Returns:
+            What does it, and the work's result, which is overwritten each time.
+        """
+        ...
+
+
+class CudaGraphs:
+    """Records with torch."""
+
+    def __init__(self) -> None:
+        self.stream = torch.cuda.Stream()
+
+    def warm_up(self, work: Work) -> Tensor:
+        """See `Recorder`."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            result = work()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return result
+
+    def record(self, work: Work) -> tuple[Callable[[], None], Tensor]:
+        """See `Recorder`."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            result = work()
+        return graph.replay, result
+
+
+def updating(config: Pretrain) -> "GraphedUpdate | None":
+    """A new one where a run asks for it; its ``auto`` is resolved."""
+    return GraphedUpdate() if config.cuda_graph is True else None
+
+
+@contextmanager
+def reading(optimizers: list[Optimizer], rate: Float[Tensor, ""]) -> Iterator[None]:
+    """Context in which the optimizers read the learning rate from the device."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    before = [(group["lr"], group["capturable"]) for group in groups]
+    for group in groups:
+        group["lr"], group["capturable"] = rate, True
+    try:
+        yield
+    finally:
+        for group, (lr, capturable) in zip(groups, before, strict=True):
+            group["lr"], group["capturable"] = lr, capturable
+
+
+class GraphedUpdate:
+    """`leanmim.step.update` of one batch, in one process, which is repeated once it has been recorded.
+
+    Args:
+        recorder: None is torch's.
+    """
+
+    def __init__(self, recorder: Recorder | None = None) -> None:
+        self.recorder = recorder or CudaGraphs()
+        self.warm = False
+        self.images = torch.empty(0)  # of the recording
+
+    def __call__(
+        self,
+        losses: Callable[[Any], Iterator[Tensor]],
+        optimizers: list[Optimizer],
+        batches: Iterable[Tensor],
+        accum: int = 1,
+        clip_grad: float = 0.0,
+        seeds: Sequence[int] = (),
+        **options: Any,
+    ) -> Float[Tensor, " s"]:
+        """See `update`. All calls must be for the same model, optimizers and options; all groups have one learning rate."""
+        assert accum == 1
+        (images,) = batches
+        if seeds:
+            torch.manual_seed(seeds[0])  # the recording goes on from where the generator is
+
+        def work() -> Tensor:
+            return update(losses, optimizers, [images], 1, clip_grad, **options)
+
+        if not self.warm:
+            self.warm = True
+            return self.recorder.warm_up(work)
+        (rate,) = {group["lr"] for optimizer in optimizers for group in optimizer.param_groups}
+        if len(images) > len(self.images):  # there is no recording yet, or one of fewer
+            self.rate = torch.tensor(rate, device=images.device)
+            self.images = images = images.clone()
+            with reading(optimizers, self.rate):
+                self.repeat, self.found = self.recorder.record(work)
+        elif len(images) < len(self.images):  # unreadable photos are missing
+            return work()
+        self.rate.fill_(rate)
+        self.images.copy_(images)
+        self.repeat()
+        return self.found.clone()
