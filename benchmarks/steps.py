@@ -21,7 +21,8 @@ from leanmim.factory import build
 from leanmim.graphed import updating
 from leanmim.offload import Offload
 from leanmim.offload_state import StateOffload, inner_tensors
-from leanmim.placement import OnDevice, Placement, offloads, place
+from leanmim.placed import Placed
+from leanmim.placement import OnDevice, offloads, place
 from leanmim.schedule import phases
 from leanmim.step import make_optimizers, update
 
@@ -37,7 +38,7 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - before
 
 
-def ready(config: Pretrain, device: torch.device) -> tuple[Placement, list[AdamW]]:
+def ready(config: Pretrain, device: torch.device) -> tuple[Placed, list[AdamW]]:
     """A recipe's model where it trains, and its optimizers with their state, as in any step but the first. A CPU offloads too:
     then the host's memory is that which is not of torch's allocator.
     """
@@ -68,7 +69,7 @@ def parameters(optimizer: AdamW) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def resident(placed: Placement, optimizers: list[AdamW]) -> list[Tensor]:
+def resident(placed: Placed, optimizers: list[AdamW]) -> list[Tensor]:
     """The weights, buffers and optimizer state that are on the device."""
     if isinstance(placed, Offload):
         trained = {parameter for optimizer in optimizers for parameter in parameters(optimizer)}
@@ -128,7 +129,7 @@ def transient(call: Callable[[], object]) -> int:
     return peak
 
 
-def peak_of(step: Callable[[], object], placed: Placement, optimizers: list[AdamW], device: torch.device) -> int:
+def peak_of(step: Callable[[], object], placed: Placed, optimizers: list[AdamW], device: torch.device) -> int:
     """Bytes allocated on the device at the peak of a step that is not the first."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -23,7 +23,14 @@ from tests.helpers import equal, in_segments
 from tests.process_faults import Fault, together
 from tests.runs import arguments, lines, pretrain_until, weights
 
-NAMES = {"title": "bim", "recipe": "bim", "model": "vit", "segment_flops": (3, 2, 1, 1), "allocator": ""}
+NAMES = {
+    "title": "bim",
+    "recipe": "bim",
+    "model": "vit",
+    "segment_flops": (3, 2, 1, 1),
+    "segment_parameters": (1, 1, 1, 1),
+    "allocator": "",
+}
 COST = StepCost(**{field.name: 1 for field in fields(StepCost)} | NAMES)
 
 

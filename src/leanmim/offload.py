@@ -30,6 +30,7 @@ from leanmim.errors import UserError
 from leanmim.in_backward import trained_by
 from leanmim.mim import MIM
 from leanmim.offload_state import each_inner
+from leanmim.placed import Placed
 
 ALIGNED = 128  # numbers: each tensor begins at a multiple of 512 bytes, as torch's allocator has it
 PIECE = 2**23  # numbers that are copied at once; room that one piece leaves is filled while the next one leaves
@@ -103,7 +104,7 @@ class Flat(NamedTuple):
     """Views of each parameter's state."""
 
 
-class Offload:
+class Offload(Placed):
     """A model whose segments are copied to the device before their forward pass and back to the host after their step.
 
     `losses` replaces the model's in `update`: when it is asked for the loss of segment ``i``, the caller has finished the

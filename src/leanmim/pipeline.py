@@ -5,8 +5,9 @@ goes to the next batch at once: segment i works on batch k while segment i + 1 w
 filling and the draining, which a checkpoint, an evaluation, a change of phase and the end ask for. Each segment takes the same
 steps on the same inputs as in one process, so the weights are the same, on a CPU bit for bit.
 
-A message holds, of a batch, the images as they were read, the output of the sender's last segment, and the state of the
-generator after it. From these the receiver draws the same masks again and computes the same target again. Bytes are about the
+A message holds, of a batch, the images as they were read, the output of the sender's last segment, and, where segments draw
+numbers as drop path does, the state of the generator after it. The receiver draws the same masks again, from the step's seed, and
+computes the same target again. Bytes are about the
 cheapest form of a target: at 224 px an image has 0.15 MB, pixels normalised in float32 have 0.6 MB; and only the first process
 reads files.
 
@@ -30,6 +31,7 @@ from leanmim.device import to_device
 from leanmim.errors import UserError
 from leanmim.in_backward import trained_by
 from leanmim.mim import MIM, Part
+from leanmim.placed import Placed
 from leanmim.processes import Process
 
 
@@ -94,13 +96,12 @@ def flat(x: Tensor) -> Tensor:
 class Message(NamedTuple):
     """What the process before sends of a batch, on its way here."""
 
-    images: Tensor
-    x: Tensor
-    state: Tensor
+    parts: list[Tensor]
+    """Images, output of the sender's last segment, and perhaps the state of the generator after it."""
     transfers: list[Any]
 
 
-class Pipeline:
+class Pipeline(Placed):
     """The segments of this process, and what it has to do with the others.
 
     Args:
@@ -122,17 +123,23 @@ class Pipeline:
         accum: int,
     ) -> None:
         self.model, self.optimizers, self.device, self.process = model.to(device), optimizers, device, process
-        self.parts, self.own, self.accum = parts, parts[process.rank], accum
+        self.parts, self.accum = parts, accum
         self.last = process.rank == process.world - 1
         self.trained = [trained_by(optimizer) for optimizer in optimizers]
         self.layouts = [[Layout.of(p) for p in own] for own in self.trained]
         self.settled = True  # all weights, and in the first process all optimizer state
-        self.done = self.begun = 0  # steps: of this process, of the one that is furthest
+        self.done: int = 0
+        self.begun: int = 0  # steps: of this process, of the one that is furthest
         self.known: dict[int, Tensor] = {}  # own losses, by the step
         self.incoming: list[Layout] = []  # of a message here, once the first one has come
         self.outgoing: list[Layout] = []
         self.coming: list[Message] = []
-        self.sent: deque[tuple[list[Any], tuple[Tensor, ...]]] = deque()
+        self.sent: deque[tuple[list[Any], list[Tensor]]] = deque()
+
+    @property
+    def own(self) -> range:
+        """The segments of this process."""
+        return self.parts[self.process.rank]
 
     def step(
         self, step: int, meets: Callable[[int], bool], work: Callable[[int], Float[Tensor, " s"]]
@@ -171,7 +178,7 @@ class Pipeline:
         for message in arriving:
             for transfer in message.transfers:
                 transfer.wait()
-            self.images, self.x, self.state, _ = message
+            self.images, self.x, *self.states = message.parts
             yield self.images
 
     def expect(self) -> list[Message]:
@@ -182,8 +189,8 @@ class Pipeline:
             self.incoming = found[0]
         arriving = []
         for _ in range(self.accum):
-            images, x, state = (layout.empty(self.device) for layout in self.incoming)
-            arriving.append(Message(images, x, state, [dist.irecv(flat(part), source) for part in (images, x, state)]))
+            parts = [layout.empty(self.device) for layout in self.incoming]
+            arriving.append(Message(parts, [dist.irecv(flat(part), source) for part in parts]))
         return arriving
 
     def losses(self, images: Float[Tensor, "b c H W"]) -> Iterator[Float[Tensor, ""]]:
@@ -198,18 +205,22 @@ class Pipeline:
 
     def enter(self, images: Tensor) -> Tensor:
         """What the first segment of this process runs on."""
-        if self.process.first:
-            return images
-        self.generator.set_state(self.state.cpu())  # a few bytes that have come while the batch before was worked on
-        return self.x
+        if not self.process.first:
+            images = self.x
+            for state in self.states:  # a GPU's is a few bytes, for which the host waits
+                self.generator.set_state(state.cpu())
+        self.before = self.generator.get_state()
+        return images
 
     def leave(self, x: Tensor) -> None:
         """Send the output of this process's last segment; its backward pass runs meanwhile."""
         if self.last:
             return
         x = torch.empty_like(x).copy_(x)  # without gaps
-        message = (self.images, x, self.generator.get_state().to(self.device))
-        target = self.process.rank + 1
+        state, target = self.generator.get_state(), self.process.rank + 1
+        if not self.outgoing:
+            self.draws = len(self.incoming) == 3 or not torch.equal(state, self.before)
+        message = [self.images, x, *([state.to(self.device)] if self.draws else [])]
         if not self.outgoing:
             self.outgoing = [Layout.of(part) for part in message]
             dist.send_object_list([self.outgoing], target)
@@ -217,6 +228,16 @@ class Pipeline:
             for transfer in self.sent.popleft()[0]:  # of the step before: the next process works on it now
                 transfer.wait()
         self.sent.append(([dist.isend(flat(part), target) for part in message], message))
+
+    def loaded(self, i: int) -> None:
+        """As after `settle`: the first process keeps the state of all segments, that of the others' on the host."""
+        if i in self.own:
+            return
+        if not self.process.first:
+            self.optimizers[i].state.clear()
+        for state in self.optimizers[i].state.values():
+            for name, value in state.items():
+                state[name] = value.cpu()
 
     def drop(self) -> None:
         """Free the weights and optimizer state of the other processes' segments."""

@@ -2,12 +2,11 @@
 time on the device.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -16,31 +15,14 @@ from leanmim.mim import MIM
 from leanmim.offload import Offload
 from leanmim.offload_state import StateOffload
 from leanmim.pipeline import Pipeline
+from leanmim.placed import Placed
 from leanmim.processes import ALONE, Process
 from leanmim.recompute import checkpoint_blocks
 from leanmim.sharded import Sharded
 from leanmim.step import align_state
 
 
-@runtime_checkable
-class Placement(Protocol):
-    """A model, its optimizers, and where they are."""
-
-    @property
-    def losses(self) -> Callable[[Tensor], Iterator[Tensor]]:
-        """What `update` calls."""
-        ...
-
-    def settle(self) -> None:
-        """Wait until all weights and optimizer state may be read."""
-        ...
-
-    def whole(self) -> Any:
-        """A context with the model, all weights on the device, to evaluate it; all processes must enter it."""
-        ...
-
-
-class OnDevice:
+class OnDevice(Placed):
     """The model as a whole on the device. Among several processes the gradients are averaged by DistributedDataParallel, or,
     where segments step one by one, by `update`. The optimizer's state may wait in host memory.
     """
@@ -49,7 +31,7 @@ class OnDevice:
         self, model: MIM, device: torch.device, process: Process = ALONE, state: StateOffload | None = None
     ) -> None:
         self.model, self.state = model.to(device), state
-        self.losses: Callable[[Tensor], Iterator[Tensor]] = model
+        self.losses = model
         if process.world > 1 and len(model.decoders) == 1:
             ids = [device.index] if device.type == "cuda" else None
             # Its output is a generator, in which it finds no tensor. So it must not look there: with
@@ -102,7 +84,7 @@ def place(
     device: torch.device,
     process: Process = ALONE,
     parts: Sequence[range] = (),
-) -> Placement:
+) -> Placed:
     """The model, compiled as asked, where it is to train; its optimizers exist already, and no value is ``auto``. Errors as for
     `Sharded` and `checkpoint_blocks`.
 

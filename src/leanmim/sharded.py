@@ -26,11 +26,12 @@ from leanmim.encoders.backbone import Backbone
 from leanmim.errors import UserError
 from leanmim.factory import build
 from leanmim.mim import MIM
+from leanmim.placed import Placed
 from leanmim.processes import Process
 from leanmim.step import align_state
 
 
-class Sharded:
+class Sharded(Placed):
     """A model of which each process has a share. Weights and optimizer state that are there already are shared out, too.
 
     Args:

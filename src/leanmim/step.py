@@ -72,8 +72,10 @@ def make_optimizers(model: MIM, config: Pretrain) -> list[Optimizer]:
     return [optimizer_named(config.optimizer)(groups, **given) for groups in parameter_groups(model)]
 
 
-def load_state(optimizers: list[Optimizer], states: list[dict[str, Any]]) -> None:
-    """Continue with the optimizers' state of a checkpoint.
+def load_state(
+    optimizers: list[Optimizer], states: list[dict[str, Any]], loaded: Callable[[int], object] = lambda i: None
+) -> None:
+    """Continue with the optimizers' state of a checkpoint; ``loaded`` is told the number of each that has its own.
 
     Raises:
         UserError: an earlier version grouped the parameters in another way (weight decay).
@@ -83,7 +85,7 @@ def load_state(optimizers: list[Optimizer], states: list[dict[str, Any]]) -> Non
         raise Damaged(
             f"the checkpoint is damaged: it has {len(states)} optimizers for {len(optimizers)} segments; {REMEDY}"
         )
-    for optimizer, state in zip(optimizers, states, strict=True):
+    for i, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
         sizes = [
             [len(group["params"]) for group in groups] for groups in (optimizer.param_groups, state["param_groups"])
         ]
@@ -98,6 +100,7 @@ def load_state(optimizers: list[Optimizer], states: list[dict[str, Any]]) -> Non
         own = {key: {name: laid_out(value, parameters[key]) for name, value in moments.items()}
                for key, moments in state["state"].items()}  # fmt: skip
         optimizer.load_state_dict({"state": own, "param_groups": groups})
+        loaded(i)
     align_state(optimizers)
 
 

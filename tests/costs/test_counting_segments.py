@@ -5,11 +5,22 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from leanmim.caches import empty_caches
 from leanmim.cli import main
 from leanmim.config import Cost
 from leanmim.costs import StepCost, cost, count
+from leanmim.costs.counting import follow_all, watched, with_state
+from leanmim.costs.flops import flop_counter
+from leanmim.encoders.backbone import backbone_of
+from leanmim.factory import build
+from leanmim.mim import Part
+from leanmim.pipeline import balanced
 from leanmim.recipes import BIM, MAE
+from leanmim.step import make_optimizers, update
 from tests.helpers import PLAIN, in_segments
 
 
@@ -70,3 +81,43 @@ def test_beside_a_recipe_in_segments_one_without_is_not_offloaded() -> None:
     mae, bim = json.loads(cost(two))
     alone = json.loads(cost(replace(two, recipes=("mae",))))[0]
     assert mae == alone and bim["weight_bytes"] < mae["weight_bytes"]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_process_of_a_pipeline_needs_no_more_than_is_counted(world: int) -> None:
+    """Counted here: the step of each process, on fake tensors, with no weights but its own."""
+    config = in_segments(batch_size=8)
+    whole, _ = count(config)
+    predicted = whole.piped(world, 1)
+    found = []
+    backbone = backbone_of(config, config.depth, device="meta")
+    with empty_caches(), FakeTensorMode(allow_non_fake_inputs=True):
+        model = build(config, backbone.to_empty(device="cpu")).train()
+        optimizers = with_state(make_optimizers(model, config), model)
+        images, features = torch.empty(8, 3, *config.size), [torch.empty(0)]
+        weights = {p: p.data for p in model.parameters()}
+        for part in balanced(whole.segment_flops, world):
+            for parameter, data in weights.items():
+                parameter.data = data
+            states = [dict(optimizer.state) for optimizer in optimizers]
+            for i, optimizer in enumerate(optimizers):
+                if i not in part:
+                    optimizer.state.clear()
+                    for parameter in model.parameters_of(i):
+                        parameter.data = parameter.data.new_empty(0)
+
+            def losses(images: Tensor, part: range = part) -> Any:
+                def enter(images: Tensor) -> Tensor:
+                    return features[0] if part.start else images
+
+                return model.losses(images, part=Part(part, enter, lambda x: features.__setitem__(0, x)))
+
+            storages = follow_all(model, optimizers, False)
+            with watched(model, storages, flop_counter(), False):
+                update(losses, optimizers[part.start : part.stop], [images.clone()], average=False)
+            found.append((storages.peak["weights"], storages.peak["optimizer"], storages.peak["all"]))
+            for optimizer, state in zip(optimizers, states, strict=True):
+                optimizer.state.update(state)
+    for kind, most in zip(("weight_bytes", "optimizer_bytes", "peak_bytes"), map(max, *found), strict=True):
+        assert most <= 1.01 * getattr(predicted, kind) < 1.01 * getattr(whole, kind)
+    assert max(weight for weight, *_ in found) > 0.9 * predicted.weight_bytes

@@ -18,8 +18,8 @@ FAST = dict(model="vit_tiny_patch16_224", model_kwargs={"depth": 4}, input_size=
 WORDS = ["--model", "vit_tiny_patch16_224", "--model-kwargs", "depth", "4", "--input-size", "64", "--batch-size", "2",
          "--device", "cpu"]  # fmt: skip
 KEYS = (
-    "title recipe model batch_size forward_flops_per_image train_flops_per_image segment_flops encoder_parameters decoder_parameters "
-    "weight_bytes gradient_bytes optimizer_bytes saved_bytes transient_bytes peak_bytes allocator "
+    "title recipe model batch_size forward_flops_per_image train_flops_per_image segment_flops segment_parameters message_bytes "
+    "encoder_parameters decoder_parameters weight_bytes gradient_bytes optimizer_bytes saved_bytes transient_bytes peak_bytes allocator "
     "encoder_tokens decoder_tokens"
 )
 

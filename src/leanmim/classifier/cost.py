@@ -62,6 +62,8 @@ def count_tuning(
         forward_flops_per_image=flops["forward"]["encoder"],
         train_flops_per_image=flops["training"]["encoder"],
         segment_flops=(flops["training"]["encoder"],),
+        segment_parameters=(parameters,),
+        message_bytes=0,
         encoder_parameters=parameters,
         decoder_parameters=0,
         encoder_tokens=0,

@@ -31,6 +31,7 @@ from leanmim.factory import build
 from leanmim.mim import MIM
 from leanmim.offload import Offload
 from leanmim.offload_state import StateOffload, inner_tensors
+from leanmim.pipeline import balanced
 from leanmim.recipes import titles
 from leanmim.recompute import checkpoint_blocks
 from leanmim.schedule import phase_named, phases
@@ -53,6 +54,10 @@ class StepCost:
     """Forward and backward."""
     segment_flops: tuple[int, ...]
     """The same of each segment: what a process of a pipeline computes for it. The target is in none."""
+    segment_parameters: tuple[int, ...]
+    """Parameters that each segment trains."""
+    message_bytes: int
+    """Of a batch, from one process of a pipeline to the next: images, and features at a segment's end."""
     encoder_parameters: int
     decoder_parameters: int
     weight_bytes: int
@@ -78,6 +83,19 @@ class StepCost:
         spared = {name: getattr(self, name) * (world - 1) // world for name in ("weight_bytes", "optimizer_bytes")}
         own: dict[str, Any] = {name: getattr(self, name) - size for name, size in spared.items()}
         return replace(self, **own, peak_bytes=self.peak_bytes - sum(spared.values()))
+
+    def piped(self, world: int, accum: int) -> "StepCost":
+        """The same in a pipeline of so many processes, of the one that needs the most memory. Gradients and activations are those of the
+        segment that has the most, in whichever process it is: an upper bound.
+        """
+        parts = balanced(self.segment_flops, world)
+        share = max(sum(self.segment_parameters[i] for i in part) for part in parts) / sum(self.segment_parameters)
+        spared = {name: int(getattr(self, name) * (1 - share)) for name in ("weight_bytes", "optimizer_bytes")}
+        own: dict[str, Any] = {name: getattr(self, name) - size for name, size in spared.items()}
+        messages = 3 * accum * self.message_bytes  # of a step: those that come, are worked on, and go
+        step = self.peak_bytes - sum(spared.values()) + messages
+        # to save or evaluate, all weights come together
+        return replace(self, **own, peak_bytes=max(step, self.weight_bytes + own["optimizer_bytes"]))
 
 
 def count(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[str, Flops]]:
@@ -133,7 +151,7 @@ def count_phase(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[s
         if config.checkpointing:
             checkpoint_blocks(model.encoder, model.decoders)
         parameters, of_decoders = (sum(p.numel() for p in part.parameters()) for part in (model, model.decoders))
-        storages, flops, tokens, segments = count_step(
+        storages, flops, tokens, segments, message = count_step(
             model, with_state(make_optimizers(model, config), model), config, cuda
         )
     cost = StepCost(
@@ -144,6 +162,8 @@ def count_phase(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[s
         forward_flops_per_image=sum(flops["forward"].values()),
         train_flops_per_image=sum(flops["training"].values()),
         segment_flops=segments,
+        segment_parameters=tuple(sum(p.numel() for p in model.parameters_of(i)) for i in range(len(segments))),
+        message_bytes=message,
         encoder_parameters=parameters - of_decoders,
         decoder_parameters=of_decoders,
         encoder_tokens=tokens["encoder"],
@@ -198,7 +218,7 @@ def follow_all(model: nn.Module, optimizers: list[Optimizer], cuda: bool) -> Sto
 
 def count_step(
     model: MIM, optimizers: list[Optimizer], config: Pretrain, cuda: bool
-) -> tuple[Storages, dict[str, Flops], dict[str, int], tuple[int, ...]]:
+) -> tuple[Storages, dict[str, Flops], dict[str, int], tuple[int, ...], int]:
     """Run a step, with all who watch it.
 
     Args:
@@ -208,7 +228,8 @@ def count_step(
         cuda: whether to do as CUDA does, offloading included. Among several processes it is as in each of them.
 
     Returns:
-        The storages, the FLOPs of an image, the tokens of encoder and decoder, and the FLOPs of each segment.
+        The storages, the FLOPs of an image, the tokens of encoder and decoder, the FLOPs of each segment, and the bytes of a
+        batch between two processes of a pipeline.
     """
     batch = int(config.batch_size)
     half = [0.5] * config.channels  # whatever they are
@@ -256,7 +277,7 @@ def count_step(
     target = of_target.get_total_flops() // batch  # which the first segment was counted with
     flops = watch.per_image(batch * accum, target)
     segments = [watch.segments[i] // (batch * accum) - (0 if i else target) for i in range(len(model.decoders))]
-    return storages, flops, watch.tokens, tuple(segments)
+    return storages, flops, watch.tokens, tuple(segments), images.nbytes + watch.read_bytes
 
 
 @contextmanager

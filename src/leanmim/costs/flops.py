@@ -129,6 +129,7 @@ class Stopwatch:
         self.flops: Counter[tuple[str, str]] = Counter()
         self.tokens: Counter[str] = Counter()
         self.segments: Counter[int] = Counter()  # FLOPs by segment
+        self.read_bytes = 0  # of what a decoder reads of a batch, at most
         self.seen, self.direction, self.part, self.segment = 0, "forward", "encoder", 0
         for decoder in decoders:
             decoder.register_forward_pre_hook(self.into_decoder)
@@ -147,6 +148,7 @@ class Stopwatch:
         self.turn(part="decoder")
         tokens = arguments[0]
         self.tokens["encoder"] = max(self.tokens["encoder"], tokens.shape[1])
+        self.read_bytes = max(self.read_bytes, tokens.nbytes)
         tokens.register_hook(lambda gradient: self.turn(part="encoder"))
 
     def into_layers(self, _: nn.Module, arguments: tuple[Any, ...]) -> None:

@@ -229,10 +229,12 @@ def batch_that_fits(
 
 
 def of_share(counted: Counted, process: Process) -> Counted:
-    """Gives the cost for one of several processes, which with --shard has a share of the model."""
+    """Gives the cost for one of several processes, which with --shard and --pipeline has a part of the model."""
 
     def own(config: Any, device: str) -> tuple[StepCost, Any]:
         cost, flops = counted(config, device)
+        if isinstance(process, InPipeline):
+            return cost.piped(process.world, config.accum), flops
         return (cost.shared(process.world) if getattr(config, "shard", False) else cost), flops
 
     return own

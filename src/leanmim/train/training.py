@@ -31,11 +31,9 @@ from leanmim.evaluators.knn import knn_accuracy
 from leanmim.factory import build
 from leanmim.graphed import updating
 from leanmim.mim import MIM
-from leanmim.pipeline import Pipeline
 from leanmim.placement import offloads, place, update_options
 from leanmim.processes import Process
 from leanmim.schedule import learning_rate
-from leanmim.sharded import Sharded
 from leanmim.step import load_state, make_optimizers, update
 from leanmim.targets import with_levels
 from leanmim.train.non_finite import first_not_finite, running_statistics, undo
@@ -85,9 +83,7 @@ class Training:
         if phase.number == self.phase.number:
             return
         self.placement.settle()
-        if isinstance(self.placement, Sharded):
-            self.model = self.placement.gather()
-        self.model, self.optimizers = at_next_size(self.model, self.optimizers, phase.config, self.device)
+        self.model, self.optimizers = at_next_size(self.placement.gather(), self.optimizers, phase.config, self.device)
         self.model.target = with_levels(self.model.target, self.config.read_as, self.mean, self.std)
         self.placement = place(self.model, self.optimizers, phase.config, self.device, self.process, self.parts)
         self.graphed, self.phase = updating(phase.config), phase
@@ -127,18 +123,16 @@ class Training:
             feed: batches of images in memory.
             meets: whether a pipeline must be empty after so many steps.
         """
-        if isinstance(self.placement, Pipeline):
-            pipeline = self.placement
-            return pipeline.step(step, meets, lambda own: self.work(own, pipeline.batches(feed), pipeline.own))
-        return self.work(step, islice(feed, self.phase.config.accum), range(len(self.optimizers)))
+        return self.placement.step(step, meets, lambda own: self.work(own, self.placement.batches(feed)))
 
     @property
     def begun(self) -> int | None:
         """In a pipeline, steps that a process has begun."""
-        return self.placement.begun if isinstance(self.placement, Pipeline) else None
+        return self.placement.begun
 
-    def work(self, step: int, images: Iterator[Tensor], segments: range) -> Tensor:
-        """The losses of some segments, and their update."""
+    def work(self, step: int, feed: Iterator[Tensor]) -> Tensor:
+        """The losses of this process's segments, and their update."""
+        images, segments = islice(feed, self.phase.config.accum), self.placement.own
         running = [running_statistics(*self.model.parts(i)) for i in segments]
         before = [[value.clone() for value in values] for values in running]
         self.set_learning_rate(step)
@@ -242,7 +236,7 @@ def begin(
     training = Training(config, phase, model, mean, std, device, process, parts)
     if state:
         training.placement.settle()
-        load_state(training.optimizers, state["optimizers"])
+        load_state(training.optimizers, state["optimizers"], training.placement.loaded)
         since, share = state.get("ease", training.ease)
         training.ease = (since, share)
         if (before := state["config"]["epochs"]) < config.epochs:
