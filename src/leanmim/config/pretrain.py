@@ -228,6 +228,11 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
             raise UserError(
                 "--pipeline keeps the segments of a process on its GPU, --offload only one of them; give --no-offload, or leave it out"
             )
+        if self.offload and self.cut and self.channels_last is True:
+            raise UserError(
+                "--offload keeps a segment's weights side by side in one piece of memory, and --channels-last lays them out in another "
+                "way; leave one of them out"
+            )
         for name in ("offload", "pipeline", "compile", "channels_last"):
             if self.shard and getattr(self, name) is True:
                 raise UserError(f"--shard and {flag(name)} do not go together; leave one of them out")

@@ -147,7 +147,7 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
             feed = batches(phase.config, source, begins, phase.own(phase.stop), share, device, phase.per_epoch)
             read = map(bad.filter, loop.timed(feed))  # in a pipeline by the first process only
             for step in loop.until(phase.stop):
-                lr = training.set_learning_rate(step)
+                lr = training.learning_rate(step, config)
                 losses = training.step(step, read, partial(meets, config, phase, loop, strips))
                 epoch, last = phase.own(step + 1) / phase.per_epoch, step + 1 == phase.stop
                 loop.record(losses, images=phase.images, epoch=epoch, lr=lr, line=last, begun=training.begun)

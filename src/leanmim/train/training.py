@@ -88,13 +88,12 @@ class Training:
         self.placement = place(self.model, self.optimizers, phase.config, self.device, self.process, self.parts)
         self.graphed, self.phase = updating(phase.config), phase
 
-    def set_learning_rate(self, step: int) -> float:
-        """Set and return that of a step."""
+    def set_learning_rate(self, step: int) -> None:
+        """Set that of a step."""
         lr = self.learning_rate(step, self.config)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        return lr
 
     def learning_rate(self, step: int, config: Pretrain) -> float:
         """That of a step by the schedule of ``config``."""
