@@ -43,7 +43,7 @@ def draw(budgets: dict[float, list[dict[str, Any]]]) -> Figure:
             axes.axhline(100 * untrained[-1], color="#7a8594", linestyle="--", label="not pre-trained")
         axes.set(xscale="log", xticks=list(budgets), xticklabels=[f"{minutes:g}" for minutes in budgets])
         axes.minorticks_off()
-        axes.set(xlabel="pre-training, minutes of one core", ylabel="accuracy (%)", title=title)
+        axes.set(xlabel="pre-training, minutes of one core (2.7 TFLOP each)", ylabel="accuracy (%)", title=title)
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return figure
