@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,12 @@ from leanmim.config import Pretrain
 from leanmim.errors import UserError
 from leanmim.graphed import GraphedUpdate
 from leanmim.recipes import BIM, FASTMIM, MAE, SIMMIM
+from leanmim.run import Run, load
 from leanmim.step import update
 from leanmim.train import pretrain as pretraining
-from tests.helpers import PLAIN, equal, made, small
+from leanmim.train import training
+from tests.helpers import PLAIN, equal, made, small, three_classes
+from tests.runs import lines
 from tests.tape import Tape
 
 DROPPING = ("vit_tiny_patch16_224", {**PLAIN, "drop_path_rate": 0.2, "proj_drop_rate": 0.1})
@@ -38,7 +42,7 @@ def trained(config: Pretrain, step: Any, sizes: tuple[int, ...] = (4, 4, 4, 4, 3
     for number, size in enumerate(sizes):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = 0.01 * (number + 1)
+                group["lr"] = 2.0**-7 * (number + 1)  # a number of float32
         images = torch.randn(size, 3, *config.size, generator=draw)
         images[0] *= torch.nan if number == 3 else 1
         losses.append(step(model, optimizers, [images], 1, config.clip_grad, [number]).nan_to_num(-1))
@@ -53,6 +57,29 @@ def test_losses_and_weights_are_the_same(config: Pretrain) -> None:
     tape = Tape()
     assert equal(trained(config, GraphedUpdate(tape)), trained(config, update))
     assert tape.repeats == 4  # of six, one to warm up and one with fewer images
+
+
+def test_a_run_with_phases_and_evaluation_is_the_same_run(
+    tiny: Pretrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = dict(
+        phase_scales=(1.0, 1.5), phase_starts=(0.0, 0.5), knn_data=three_classes(tmp_path / "labelled"), knn_every=1
+    )
+    plain, recorded = (replace(tiny, out=str(tmp_path / name), epochs=4, **own) for name in ("plain", "recorded"))
+    pretraining.pretrain(plain)
+    tapes: list[Tape] = []
+
+    def updating(config: Pretrain) -> GraphedUpdate:
+        tapes.append(Tape())
+        return GraphedUpdate(tapes[-1])
+
+    monkeypatch.setattr(training, "updating", updating)
+    pretraining.pretrain(recorded)
+    ends = [load(Run(Path(run.out)).last) for run in (plain, recorded)]
+    torch.testing.assert_close(
+        ends[1]["model"], ends[0]["model"], rtol=1e-6, atol=1e-9
+    )  # the rate is rounded to float32
+    assert [tape.repeats for tape in tapes] == [lines(plain)[-1]["step"] // 2 - 1] * 2  # one to warm up in each phase
 
 
 def test_more_images_than_recorded_are_recorded_anew() -> None:
@@ -87,6 +114,19 @@ def test_what_cannot_be_recorded_is_refused(changes: dict[str, Any], other: str)
     with pytest.raises(UserError, match=f"--cuda-graph and {other} do not go together"):
         replace(MAE, cuda_graph=True, **changes).check()
     assert replace(MAE, **changes).not_recorded == other
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_recorded_training_on_a_gpu_is_the_same_training(tiny: Pretrain, tmp_path: Path) -> None:
+    """Masks, rates, a phase of another size, evaluation and checkpoints on the way; rounding aside, for sums by atomics may differ."""
+    labelled = three_classes(tmp_path / "labelled")
+    runs = [replace(tiny, out=str(tmp_path / str(graph)), device="cuda", cuda_graph=graph, epochs=4, knn_data=labelled, knn_every=1,
+                    phase_scales=(1.0, 1.5), phase_starts=(0.0, 0.5), checkpoint_minutes=0.0) for graph in (False, True)]  # fmt: skip
+    for run in runs:
+        pretraining.pretrain(run)
+    losses = [[line["loss"] for line in lines(run) if "loss" in line] for run in runs]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_a_cpu_has_none(tiny: Pretrain) -> None:

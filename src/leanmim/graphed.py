@@ -3,7 +3,8 @@
 A small model at low resolution has little to compute for each of a step's about two thousand kernels, and the host cannot tell
 them as fast as the device does them. So the second step is recorded, and from then on repeated as a whole; the first one chooses
 kernels. What differs from one step to the next lies in memory that the recording reads: images, learning rate, and the state of torch's
-generator, from which masks and drop path are drawn. The kernels and their order are the same, and so are the numbers.
+generator, from which masks and drop path are drawn. The kernels and their order are the same, and so are
+the numbers, but for the learning rate, which is rounded to float32.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -125,8 +125,8 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
     """Step each parameter in the backward pass, as soon as its gradient is there, and free that. Same numbers, hardly any
     gradients in memory. For one process, --accum 1 and no --clip-grad."""
     cuda_graph: bool | Auto = "auto"
-    """On a GPU, record a step and repeat it as a CUDA graph, which spares small models the wait for launches. Same numbers, but the memory
-    of a step is kept, and evaluation needs its own beside it. For one process, --accum 1, AdamW, and a model that is on the GPU as a
+    """On a GPU, record a step and repeat it as a CUDA graph, which spares small models the wait for launches. Same numbers but for the
+    rounding of the learning rate; the memory of a step is kept, and evaluation needs its own beside it. For one process, --accum 1, AdamW, and a model that is on the GPU as a
     whole. auto measures there; no elsewhere."""
     throw: float = 0.0
     """Partial reconstruction (PR-MIM): share of all patches, masked ones, that the decoder's layers do not see. 0 is
