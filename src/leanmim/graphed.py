@@ -67,9 +67,8 @@ def updating(config: Pretrain) -> "GraphedUpdate | None":
 
 
 @contextmanager
-def reading(optimizers: list[Optimizer], rate: Float[Tensor, ""]) -> Iterator[None]:
-    """Context in which the optimizers read the learning rate from the device."""
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+def reading(groups: list[dict[str, Any]], rate: Float[Tensor, ""]) -> Iterator[None]:
+    """Context in which optimizers read the learning rate of these groups from the device."""
     before = [(group["lr"], group["capturable"]) for group in groups]
     for group in groups:
         group["lr"], group["capturable"] = rate, True
@@ -105,6 +104,10 @@ class GraphedUpdate:
         """See `update`. All calls must be for the same model, optimizers and options; all groups have one learning rate."""
         assert accum == 1
         (images,) = batches
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        (rate,) = {group["lr"] for group in groups}
+        for group in groups:
+            group["lr"] = rate = torch.tensor(rate).item()  # in every step as a recording reads it
         if seeds:
             torch.manual_seed(seeds[0])  # the recording goes on from where the generator is
 
@@ -114,11 +117,10 @@ class GraphedUpdate:
         if not self.warm:
             self.warm = True
             return self.recorder.warm_up(work)
-        (rate,) = {group["lr"] for optimizer in optimizers for group in optimizer.param_groups}
         if len(images) > len(self.images):  # there is no recording yet, or one of fewer
             self.rate = torch.tensor(rate, device=images.device)
             self.images = images = images.clone()
-            with reading(optimizers, self.rate):
+            with reading(groups, self.rate):
                 self.repeat, self.found = self.recorder.record(work)
         elif len(images) < len(self.images):  # unreadable photos are missing
             return work()
