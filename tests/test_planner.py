@@ -10,15 +10,18 @@ import pytest
 import torch
 
 import leanmim.planner
+from leanmim import placement
 from leanmim.auto import epochs_within, images_a_step
 from leanmim.cli import main
 from leanmim.config import Plan, Pretrain, parse_bytes
 from leanmim.costs import count
 from leanmim.data import open_source
 from leanmim.errors import UserError
+from leanmim.offload import Offload
 from leanmim.planner import SHARE, WARM_UP, average_throughput, command, fit, plan, throughput
 from leanmim.recipes import BIM, MAE, SIMMIM
 from leanmim.train.pretrain import pretrain
+from tests.helpers import in_segments
 
 CPU = torch.device("cpu")
 KWARGS = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -150,6 +153,21 @@ def test_steps_are_measured_for_a_while(
     monkeypatch.setattr(leanmim.planner.time, "perf_counter", lambda: 0.015 * len(done))
     assert throughput(tiny, open_source(tiny.data, 3), CPU) == pytest.approx(4 / 0.015)
     assert len(done) == WARM_UP + counted
+
+
+def test_the_speed_is_measured_with_what_is_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that may not hold the model as a whole; here a CPU offloads."""
+    config, placed = in_segments(offload=True), []
+
+    def place(*arguments: Any) -> Any:
+        placed.append(placement.place(*arguments))
+        return placed[-1]
+
+    for module in (leanmim.planner, placement):
+        monkeypatch.setattr(module, "offloads", lambda config, device: config.offload and config.cut)
+    monkeypatch.setattr(leanmim.planner, "place", place)
+    assert throughput(config, open_source(config.data, 3), CPU) > 0
+    assert isinstance(placed[0], Offload)
 
 
 def test_the_throughput_of_phases_is_that_of_their_shares(tiny: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from leanmim.auto import EPOCHS, HOURS, MOST, epochs_within, few_steps, images_a_step, short
-from leanmim.calibration import IMAGES, READ, Calibration, Trial, calibrate, first_guess, given, readers
+from leanmim.calibration import IMAGES, READ, Calibration, Trial, calibrate, first_guess, given
 from leanmim.config import Finetune, Plan, Pretrain, parse_bytes
 from leanmim.costs import StepCost, count
-from leanmim.data import IMAGENET, Normalise, Source, batches, open_source
+from leanmim.data import IMAGENET, Normalise, Source, batches, open_source, resolve_workers
 from leanmim.device import resolve_device, resolve_precision
 from leanmim.encoders.backbone import backbone_of, check_name
 from leanmim.errors import UserError
@@ -130,8 +130,9 @@ def calibrated(
     """What ``auto`` of the machine is for a recipe and these images; the largest phase stands for all. See `calibrate`."""
     if offloads(config, device) or config.optimizer == "adamw8bit":
         config = replace(config, channels_last=False)
-    if config.shard:  # one device may not hold the model, and nothing is tried on it
-        config = replace(config, **{**first_guess(device), "workers": min(8, readers(8.0)), **given(config)})
+    if config.shard or (config.pipeline and device.type == "cuda"):
+        # one device may not hold the model, and nothing is tried on it
+        config = replace(config, **{**first_guess(device), "workers": resolve_workers(-1), **given(config)})
     largest = max((phase.config for phase in phases(config)), key=lambda own: own.size)
     one = replace(largest, batch_size=1, accum=1, workers=0)
     crops = batches(one, source, 0, READ, process, per_epoch=len(source))
@@ -157,9 +158,9 @@ def throughput(config: Pretrain, source: Source, device: torch.device, process: 
     """Images per second of this process in real steps, after some to warm up: reading, forward, backward, update."""
     batch = min(int(config.batch_size), IMAGES[device.type], len(source))
     with torch.random.fork_rng():
-        config = replace(config, offload=False, shard=config.shard and process.world > 1)
+        config = replace(config, shard=config.shard and process.world > 1)
         model = build(config)
-        if not config.shard:
+        if not (config.shard or offloads(config, device)):
             model.to(device)
         model.autocast = resolve_precision(config.precision, device)
         optimizers = make_optimizers(model, config)

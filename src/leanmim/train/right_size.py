@@ -22,7 +22,7 @@ from leanmim.factory import decoder_shape
 from leanmim.files import readable
 from leanmim.pipeline import speed_up
 from leanmim.planner import Trained, available, average_throughput, fit
-from leanmim.processes import InPipeline, Process
+from leanmim.processes import ALONE, InPipeline, Process
 from leanmim.progress import working
 from leanmim.recipes import hyphens
 from leanmim.run import Run
@@ -190,7 +190,9 @@ def trial(config: Pretrain, source: Source, process: Process, device: torch.devi
     """What is measured: the largest batch that fits, weights that stay."""
     most = min(MOST, len(source))
     config = replace(config, blr=0.0, phase_batches=(), phase_accums=(), phase_blrs=())
-    return batch_that_fits(config, most * process.replica.world, process, device)[0]
+    if isinstance(process, InPipeline):  # each tries the model as a whole
+        return batch_that_fits(config, most, ALONE, device)[0]
+    return batch_that_fits(config, most * process.world, process, device)[0]
 
 
 def faster(config: Pretrain, process: Process) -> float:
