@@ -25,6 +25,7 @@ from leanmim.placed import Placed
 from leanmim.placement import OnDevice, offloads, place
 from leanmim.schedule import phases
 from leanmim.step import make_optimizers, update
+from leanmim.targets import with_levels
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
@@ -48,6 +49,7 @@ def ready(config: Pretrain, device: torch.device) -> tuple[Placed, list[AdamW]]:
 
     model = build(config)
     model.autocast = resolve_precision(config.precision, device)
+    model.target = with_levels(model.target, config.read_as, [0.5] * config.channels, [0.5] * config.channels)
     if not offloads(config, device):
         model.to(device)
     optimizers = make_optimizers(model, config)

@@ -16,6 +16,7 @@
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) WORLD_SIZE=$SLURM_NTASKS
+export LOCAL_WORLD_SIZE=${SLURM_NTASKS_PER_NODE:-1} # they share a machine's cores and shared memory
 
 # No torchrun: each task is a process of leanmim, and gets the signals itself.
 srun bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec leanmim "$@"' leanmim "$@"

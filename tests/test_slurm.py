@@ -16,7 +16,7 @@ from leanmim.train import training
 from tests.runs import arguments
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "slurm.sh"
-TASK = 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" > task; exit {code}'
+TASK = 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" > task; exit {code}'
 
 
 def submitted(folder: Path, code: int) -> subprocess.CompletedProcess:
@@ -34,6 +34,7 @@ def submitted(folder: Path, code: int) -> subprocess.CompletedProcess:
         "PATH": f"{folder}:{os.environ['PATH']}",
         "SLURM_JOB_ID": "123",
         "SLURM_NTASKS": "8",
+        "SLURM_NTASKS_PER_NODE": "4",
         "SLURM_JOB_NODELIST": "n[1-2]",
     }
     words = ["bash", str(SCRIPT), "pretrain", "mae", "--data", "my photos"]
@@ -58,7 +59,7 @@ def test_a_warning_signal_ends_in_a_checkpoint_and_a_code_that_requeues(
     done = submitted(tmp_path / "job", 128 + signal.SIGUSR1)
     assert done.returncode == 128 + signal.SIGUSR1 and done.stderr == ""
     assert (tmp_path / "job" / "requeued").read_text() == "requeue 123\n"
-    assert (tmp_path / "job" / "task").read_text() == "5 1 8 first 20123 pretrain mae --data my photos\n"
+    assert (tmp_path / "job" / "task").read_text() == "5 1 8 4 first 20123 pretrain mae --data my photos\n"
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from leanmim.progress import console_of, duration, progress_bar
 from leanmim.recipes import MAE, RECIPES, differences, options, titles, variant
 from leanmim.schedule import phase_named, phases
 from leanmim.step import make_optimizers, update
+from leanmim.targets import with_levels
 
 Trained = TypeVar("Trained", Pretrain, Finetune)
 SHARE = 0.9  # of the memory is planned with; the rest is the allocator's and the libraries'
@@ -95,6 +96,7 @@ class PretrainTrial(Trial):
 
     def __init__(self, config: Pretrain, device: torch.device) -> None:
         self.mim, self.options = build(config), update_options(config, device)
+        self.mim.target = with_levels(self.mim.target, config.read_as, *IMAGENET.get(config.channels, IMAGENET[1]))
         if not offloads(config, device):
             self.mim.to(device)
         super().__init__(self.mim, make_optimizers(self.mim, config), device, IMAGES[device.type])
@@ -169,6 +171,7 @@ def throughput(config: Pretrain, source: Source, device: torch.device, process: 
         trial = replace(config, batch_size=batch, accum=1)
         feed = iter(batches(trial, source, 0, WARM_UP + MOST_STEPS, device=device))
         mean, std = IMAGENET.get(config.channels, IMAGENET[1])
+        model.target = with_levels(model.target, config.read_as, mean, std)
         normalise = Normalise(mean, std, device)  # whatever they are: the time does not depend on them
 
         def one() -> Iterator[Tensor]:

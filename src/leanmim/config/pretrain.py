@@ -123,7 +123,7 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
     'leanmim[memory]'). For GPUs: on a CPU it is not compiled, and slow."""
     update_in_backward: bool = False
     """Step each parameter in the backward pass, as soon as its gradient is there, and free that. Same numbers, hardly any
-    gradients in memory. For one process, --accum 1 and no --clip-grad."""
+    gradients in memory. For one process or --pipeline, --accum 1 and no --clip-grad."""
     cuda_graph: bool | Auto = "auto"
     """On a GPU, record a step and repeat it as a CUDA graph, which spares small models the wait for launches. Same numbers but for the
     rounding of the learning rate; the memory of a step is kept, and evaluation needs its own beside it. For one process, --accum 1, AdamW, and a model that is on the GPU as a

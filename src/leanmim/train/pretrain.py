@@ -68,7 +68,7 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
     process = InPipeline(*process) if config.pipeline and process.world > 1 else process
     if config.update_in_backward and process.replica.world > 1:
         raise UserError(
-            "--update-in-backward steps before the gradients of several processes are averaged; leave it out, or train in one process"
+            "--update-in-backward steps before the gradients of several processes are averaged; leave it out, or train in one process or with --pipeline"
         )
     if config.cuda_graph is True and (device.type != "cuda" or process.world > 1):
         raise UserError(
