@@ -33,6 +33,7 @@ GAIN = {"threads": 1.1, "precision": 1.1, "channels_last": 1.03, "compile": 1.05
 """How many times as fast a change must be. Fewer threads lose once other programs end, half precision is less exact, and
 compiled steps start late."""
 WITHOUT = {"compile": "not compiled", "cuda_graph": "no CUDA graph"}
+FAILS_WELL = torch.__version__ >= "2.13"  # earlier ones draw no more random numbers where a recording failed
 LONG = 1200.0
 """Seconds of a run on a GPU, from which on compilation is tried, which takes about one minute. On a CPU it is not tried."""
 READ = 9  # images, to time that
@@ -218,8 +219,10 @@ def calibrate(
         device: where to compute.
     """
     machine = this_machine(device, process)
-    fixed = {**process.gather(kept(stored, machine, device))[0], **given(config)}
-    if getattr(config, "not_recorded", "the command"):
+    asked = given(config)
+    fixed = {**process.gather(kept(stored, machine, device))[0], **asked}
+    refused: str = getattr(config, "not_recorded", "the command")
+    if "cuda_graph" not in asked and (refused or not FAILS_WELL):
         fixed["cuda_graph"] = False
     begin = Setting(**{**first_guess(device), **fixed})
     calibration = Calibration(begin, machine, [])
@@ -240,9 +243,11 @@ def calibrate(
             choose(calibration, turns, choice, values)
         speed = turns.images / turns.seconds(calibration.setting)
         for choice, tried in (("compile", compiles and seconds(speed) > LONG), ("cuda_graph", records)):
+            if tried and trial.compiled and not calibration.setting.compile:  # which is not undone
+                trial = turns.trial = make_trial()
             try:
                 choose(calibration, turns, choice, [True] if tried else [])
-            except RuntimeError as error:  # as all that torch.compile raises, and CUDA
+            except (RuntimeError, UserError) as error:  # as all that torch.compile raises, and CUDA
                 console.print(f"{WITHOUT[choice]}, which failed: {str(error).strip().partition(chr(10))[0]}")
         if "workers" not in fixed:
             calibration.read_seconds = max(process.gather(seconds_to_read(read_one)))

@@ -7,6 +7,7 @@ generator, from which masks and drop path are drawn. The kernels and their order
 the numbers, but for the learning rate, which is rounded to float32.
 """
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from leanmim.config import Pretrain
+from leanmim.errors import UserError
 from leanmim.step import update
 
 Work = Callable[[], Tensor]
@@ -35,7 +37,14 @@ class Recorder(Protocol):
 
         Returns:
             What does it, and the work's result, which is overwritten each time.
+
+        Raises:
+            UserError: it cannot be recorded.
         """
+        ...
+
+    def wait(self) -> None:
+        """Until all that was told is done."""
         ...
 
 
@@ -55,10 +64,21 @@ class CudaGraphs:
 
     def record(self, work: Work) -> tuple[Callable[[], None], Tensor]:
         """See `Recorder`."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
-            result = work()
+        gc.collect()  # what hides in cycles would be freed meanwhile
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # of this thread alone: another one pins the images that are read
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                result = work()
+        except RuntimeError as error:
+            torch.cuda.set_stream(before)
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"this step cannot be recorded as a CUDA graph ({reason}); give --no-cuda-graph") from error
         return graph.replay, result
+
+    def wait(self) -> None:
+        """See `Recorder`."""
+        torch.cuda.synchronize()
 
 
 def updating(config: Pretrain) -> "GraphedUpdate | None":
@@ -89,7 +109,13 @@ class GraphedUpdate:
     def __init__(self, recorder: Recorder | None = None) -> None:
         self.recorder = recorder or CudaGraphs()
         self.warm = False
-        self.images = torch.empty(0)  # of the recording
+        self.recording: tuple[Callable[[], None], Tensor] | None = None
+
+    def forget(self) -> None:
+        """Give the memory of a step back. The next step warms up, the one after is recorded anew."""
+        if self.recording:
+            self.recorder.wait()  # it may be under way
+        self.warm, self.recording = False, None
 
     def __call__(
         self,
@@ -101,7 +127,12 @@ class GraphedUpdate:
         seeds: Sequence[int] = (),
         **options: Any,
     ) -> Float[Tensor, " s"]:
-        """See `update`. All calls must be for the same model, optimizers and options; all groups have one learning rate."""
+        """See `update`. All calls must be for the same model, optimizers and options, and as many images; all groups have one learning
+        rate.
+
+        Raises:
+            UserError: the step cannot be recorded.
+        """
         assert accum == 1
         (images,) = batches
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -117,14 +148,14 @@ class GraphedUpdate:
         if not self.warm:
             self.warm = True
             return self.recorder.warm_up(work)
-        if len(images) > len(self.images):  # there is no recording yet, or one of fewer
+        if not self.recording:
             self.rate = torch.tensor(rate, device=images.device)
             self.images = images = images.clone()
             with reading(groups, self.rate):
-                self.repeat, self.found = self.recorder.record(work)
-        elif len(images) < len(self.images):  # unreadable photos are missing
-            return work()
+                self.recording = self.recorder.record(work)
+        repeat, found = self.recording
+        assert images.shape == self.images.shape
         self.rate.fill_(rate)
         self.images.copy_(images)
-        self.repeat()
-        return self.found.clone()
+        repeat()
+        return found.clone()

@@ -44,6 +44,7 @@ CHOSEN = (
 def available(device: torch.device) -> int:
     """Bytes free on the device: a GPU's own memory, or the machine's within the limit of a container."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # of what was tried before
         return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")

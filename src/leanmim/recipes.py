@@ -106,8 +106,8 @@ border, and later segments see fewer patches (the paper names no ratios; these a
     leanmim pretrain bim --data photos --model vit_base_patch16_224 --out run
 
 0.75 of MAE's training FLOPs, 0.20 of its bytes saved, 0.23 of its gradients, 0.36 of its peak memory with batch 64.
-Where memory is all, mae --checkpointing takes less (0.27 of MAE's peak against 0.31, batch 256, bf16), for 1.22 of its FLOPs
-(benchmarks/results/memory-rivals-cost.md).
+Where memory is all, mae --checkpointing takes less (0.27 of MAE's peak against 0.31, batch 256, bf16), for 1.22 of its FLOPs; with
+--decoder-depth 1 it takes 0.23, for 0.63 of them (benchmarks/results/memory-rivals-cost.md).
 A ViT of twelve thin blocks on 5,000 images: kNN 35.1 ± 0.2 %, linear probe 44.8 ± 0.3 %, MAE 32.3 ± 1.3 and 43.6 ± 0.4 %.
 """
 

@@ -237,9 +237,9 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
             if self.shard and getattr(self, name) is True:
                 raise UserError(f"--shard and {flag(name)} do not go together; leave one of them out")
 
-    def check_graph(self) -> None:
-        """What cannot be recorded as it is."""
-        if self.cuda_graph is True and (other := self.not_recorded):
+    def check_graph(self, chosen: str = "") -> None:
+        """What cannot be recorded as it is; ``chosen`` is an option that was chosen for the run and is no part of this."""
+        if self.cuda_graph is True and (other := self.not_recorded or chosen):
             raise UserError(f"--cuda-graph and {other} do not go together; leave one of them out")
 
     @property

@@ -90,6 +90,9 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
     if state:
         check_extension(config, state)
     own, other_split = split(calibration.applied(config), process)
+    if own.cuda_graph is True and own.not_recorded:  # now that the accumulation is known
+        asked.check_graph(own.not_recorded)
+        own = replace(own, cuda_graph=False)
     plan = plan_phases(own, images.images, process.replica.world)
     steps, start = plan[-1].stop, state["step"] if state else 0
     adjusted = check_adjusted(config, run, start, steps)
