@@ -103,7 +103,7 @@ def folders(run: Run) -> set[str]:
     return {path.name for path in run.last.parent.glob("*.shards")}
 
 
-def test_killed_while_it_writes_continued_and_gone_on_with_by_one_process(tiny: Pretrain, tmp_path: Path) -> None:
+def test_killed_while_it_writes_continued_and_gone_on_with_by_one_process_and_by_four(tiny: Pretrain, tmp_path: Path) -> None:
     config = replace(tiny, blr=0.01, checkpoint_minutes=0.0, knn_data=three_classes(tmp_path / "labelled"), knn_every=1)
     shared, run = replace(config, shard=True), Run(Path(config.out))
     killed = together(tmp_path, arguments(shared), faults=[Fault("killed_in_a_checkpoint", 1, 0)])
@@ -126,6 +126,9 @@ def test_killed_while_it_writes_continued_and_gone_on_with_by_one_process(tiny: 
     said = finish(arguments(replace(config, epochs=3)), tmp_path / "alone.txt")
     assert "continuing after step 3" in said and "will not be bit for bit" in said
     assert load(run.last)["step"] == 6 and not folders(run)
+    four = together(tmp_path, arguments(replace(shared, epochs=4)), 4)
+    assert four.codes == [0] * 4, four.texts
+    assert "continuing after step 6" in four.texts[0] and load(run.last)["step"] == 8
 
 
 def test_what_does_not_go_with_it(tiny: Pretrain, refused: Refused) -> None:
