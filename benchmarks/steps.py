@@ -20,9 +20,10 @@ from leanmim.device import resolve_precision
 from leanmim.factory import build
 from leanmim.graphed import updating
 from leanmim.offload import Offload
-from leanmim.offload_state import StateOffload, inner_tensors
+from leanmim.offload_state import StateOffload
 from leanmim.placed import Placed
 from leanmim.placement import OnDevice, offloads, place
+from leanmim.rooms import inner_tensors
 from leanmim.schedule import phases
 from leanmim.step import make_optimizers, update
 from leanmim.targets import with_levels
@@ -43,10 +44,6 @@ def ready(config: Pretrain, device: torch.device) -> tuple[Placed, list[AdamW]]:
     """A recipe's model where it trains, and its optimizers with their state, as in any step but the first. A CPU offloads too:
     then the host's memory is that which is not of torch's allocator.
     """
-
-    def to_host(x: Tensor) -> Tensor:
-        return torch.from_numpy(x.numpy().copy())
-
     model = build(config)
     model.autocast = resolve_precision(config.precision, device)
     model.target = with_levels(model.target, config.read_as, [0.5] * config.channels, [0.5] * config.channels)
@@ -62,7 +59,7 @@ def ready(config: Pretrain, device: torch.device) -> tuple[Placed, list[AdamW]]:
         model.train()
         if config.cut:
             return Offload(model, optimizers, device), optimizers
-        return OnDevice(model, device, state=StateOffload(optimizers, device, torch.clone, to_host)), optimizers
+        return OnDevice(model, device, state=StateOffload(optimizers, device)), optimizers
     return place(model, optimizers, config, device), optimizers
 
 
@@ -78,9 +75,11 @@ def resident(placed: Placed, optimizers: list[AdamW]) -> list[Tensor]:
         fixed = [p for p in placed.model.parameters() if p not in trained]
         return [*(memory for room in placed.rooms for memory in room), *fixed, *placed.model.buffers()]
     model: Any = placed.losses
-    waiting = placed.state if isinstance(placed, OnDevice) else None
-    states = [state for o in optimizers for p, state in o.state.items() if not waiting or p is waiting.ahead]
-    moments = [tensor for state in states for value in state.values() for tensor in inner_tensors(value)]
+    if isinstance(placed, OnDevice) and placed.state:
+        moments = [memory for room in placed.state.rooms for memory in room]
+    else:
+        values = [value for o in optimizers for state in o.state.values() for value in state.values()]
+        moments = [tensor for value in values for tensor in inner_tensors(value)]
     return [*model.parameters(), *model.buffers(), *moments]
 
 

@@ -28,22 +28,26 @@ class Stream:
         return self.clock | self.watch.host
 
     def wait_event(self, event: Clock) -> None:
-        if (self.name, sys._getframe(1).f_code.co_name) != self.watch.left_out:
+        if not self.left_out():
             self.clock |= event
 
     def synchronize(self) -> None:
-        self.watch.host |= self.clock
+        if not self.left_out():
+            self.watch.host |= self.clock
         self.watch.waits += 1
+
+    def left_out(self) -> bool:
+        return (self.name, sys._getframe(2).f_code.co_name) == self.watch.left_out
 
 
 class HappensBefore(TorchDispatchMode):
-    """Stands for `leanmim.offload.Streams`, and is told of every operator.
+    """Stands for `leanmim.rooms.Streams`, and is told of every operator.
 
     Two operators that touch the same bytes of watched memory, one of which writes them, must be in the same stream, or one
     must wait for an event after the other; else it raises `Race`.
 
     Args:
-        left_out: a stream and a function: waits of that stream in that function are left out.
+        left_out: a stream and a function: waits of that stream, or for it, in that function are left out.
     """
 
     def __init__(self, left_out: tuple[str, str] = ("", "")) -> None:

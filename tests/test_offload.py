@@ -107,7 +107,7 @@ def test_two_segments_stay() -> None:
 
 @pytest.fixture
 def train_watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[HappensBefore], None]:
-    monkeypatch.setattr("leanmim.offload.PIECE", 8000)  # numbers: several a segment
+    monkeypatch.setattr("leanmim.rooms.PIECE", 32000)  # bytes: several a segment
 
     def train(streams: HappensBefore) -> None:
         model, optimizers = made(DROPPING)
@@ -136,9 +136,19 @@ def test_copies_and_computations_are_in_order(train_watched: Callable[[HappensBe
 
 
 @pytest.mark.parametrize(
-    "left_out", [("work", "enter"), ("work", "wait"), ("outward", "exchange"), ("inward", "exchange")]
+    "left_out",
+    [
+        ("work", "enter"),
+        ("work", "wait"),
+        ("outward", "exchange"),
+        ("inward", "exchange"),
+        ("outward", "wait"),
+        ("inward", "wait"),
+    ],
 )
 def test_no_wait_can_be_left_out(left_out: tuple[str, str], train_watched: Callable[[HappensBefore], None]) -> None:
-    """Weights that have not come, state that has not come, a segment that leaves before its step, one that comes too early."""
+    """Weights that have not come, state that has not come, a segment that leaves before its step, one that comes too early, and
+    the whole model before copies have ended, each way.
+    """
     with pytest.raises(Race):
         train_watched(HappensBefore(left_out))

@@ -42,7 +42,7 @@ class AdamW8bit(TorchaoAdamW8bit):
         """Zeros as a checkpoint has them."""
         return parts({"step": torch.zeros(()), **self.fresh(parameter)})
 
-    def fresh(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+    def fresh(self, parameter: Tensor) -> dict[str, Tensor]:
         """Moments before the first step."""
         return {name: self._new_buffer(parameter.detach(), signed) for name, signed in MOMENTS.items()}
 

@@ -30,10 +30,11 @@ from leanmim.errors import UserError
 from leanmim.factory import build
 from leanmim.mim import MIM
 from leanmim.offload import Offload
-from leanmim.offload_state import StateOffload, inner_tensors
+from leanmim.offload_state import StateOffload
 from leanmim.pipeline import balanced
 from leanmim.recipes import titles
 from leanmim.recompute import checkpoint_blocks
+from leanmim.rooms import inner_tensors
 from leanmim.schedule import phase_named, phases
 from leanmim.step import make_optimizers, optimizer_named, update
 from leanmim.targets import with_levels
@@ -241,17 +242,12 @@ def count_step(
     trained: MIM | Offload = model
     if config.offload and cuda:
         with storages:
-            if config.cut:
-                trained = Offload(model, optimizers, images.device)
-            else:
-                StateOffload(optimizers, images.device, storages.fetch, storages.store)
-        if isinstance(trained, Offload):
-            for flat in trained.hosts:
-                for memory in flat.memory:
-                    storages.follow(memory, "host")
-            for room in trained.rooms:
-                for memory, what in zip(room, ("weights", "optimizer"), strict=True):
-                    storages.follow(memory, what)
+            rooms = Offload(model, optimizers, images.device) if config.cut else StateOffload(optimizers, images.device)
+        trained = rooms if isinstance(rooms, Offload) else model
+        storages.follow(rooms.memory, "host")
+        for room in rooms.rooms:
+            for memory, what in zip(room, ("weights", "optimizer"), strict=True):
+                storages.follow(memory, what)
         storages.peak = storages.now.copy()
     with flop_counter() as of_target:
         model.target(normalise(images))

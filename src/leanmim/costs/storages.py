@@ -22,7 +22,6 @@ class Storages(TorchDispatchMode):
         self.round_to = round_to
         self.live: dict[int, tuple[weakref.ref, int, str]] = {}
         self.held: Counter[int] = Counter()  # storage -> how many times autograd holds it
-        self.kinds: dict[int, str] = {}  # storage on the host -> its kind on the device
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
 
@@ -46,20 +45,6 @@ class Storages(TorchDispatchMode):
             size = -(-storage.nbytes() // self.round_to) * self.round_to
             self.live[key] = weakref.ref(storage, partial(self.forget, key)), size, kind or "transient"
             self.add(kind or "transient", size)
-
-    def store(self, tensor: Tensor) -> Tensor:
-        """A copy that is not on the device, for `StateOffload`."""
-        kind = self.live[id(tensor.untyped_storage())][2]
-        copy = tensor.clone()
-        self.follow(copy, "host")
-        self.kinds[id(copy.untyped_storage())] = kind
-        return copy
-
-    def fetch(self, tensor: Tensor) -> Tensor:
-        """A copy on the device of what was stored."""
-        copy = tensor.clone()
-        self.follow(copy, self.kinds.pop(id(tensor.untyped_storage())))
-        return copy
 
     def forget(self, key: int, _: Any) -> None:
         """A storage has ended."""
