@@ -131,6 +131,35 @@ def test_pieces_go_on_and_those_that_failed_come_last(
     assert not bench.ran
 
 
+TESTS = """
+import pytest
+def test_it_passes(): pass
+def test_it_fails(): assert "a" == "b"
+@pytest.mark.skip(reason="needs two | GPUs")
+def test_it_is_skipped(): pass
+@pytest.fixture
+def ended(): yield; raise ValueError("never ends")
+def test_it_fails_at_its_end(ended): pass
+"""
+
+
+def test_the_tests_outcomes_are_a_result_whatever_they_are(bench: SimpleNamespace, tmp_path: Path, capfd: Any) -> None:
+    (tmp_path / "test_some.py").write_text(TESTS)
+    (tmp_path / "test_none.py").write_text("import no_such_package")
+    (tmp_path / "pytest.ini").touch()
+    options = bench.gpu.OPTIONS
+    assert pytest.main([*options, "-c", str(tmp_path / "pytest.ini"), str(tmp_path)]) == 1
+    written = result(bench, "gpu-tests")
+    assert written["configuration"] == {"passed": 1, "failed": 3, "skipped": 1}
+    table = {row["test"].rpartition("::")[2]: (row["outcome"], row["message"]) for row in written["table"]}
+    assert table["test_it_passes"] == ("passed", "")
+    assert table["test_it_fails"] == ("failed", "AssertionError: assert 'a' == 'b'")
+    assert table["test_it_is_skipped"] == ("skipped", "needs two \\| GPUs")
+    assert table["test_it_fails_at_its_end"] == ("failed", "ValueError: never ends")
+    assert table["test_none.py"][0] == "failed" and "no_such_package" in str(written["raw"])
+    assert capfd.readouterr().out.endswith("ValueError: never ends |\n")
+
+
 def test_all_missing_packages_are_named_before_any_work(
     bench: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
