@@ -88,6 +88,7 @@ def pieces(data: str | None, dry: bool) -> dict[str, Piece]:
             "transformers", "MAE's step against transformers', share of the card's peak", "transformers"
         ),
         "recipes": steps("recipes", "step time and peak memory of the recipes"),
+        "memory": steps("memory", "ways to save memory, ViT-B/16, batch 256", "torchao"),
         "tests": gpu_tests(),
         "kernels": script("what else a step could be computed with", "kernels.py", "--batch-size", "64"),
         "hog": script("HOG", "hog_speed.py", "--step-batch-size", "64"),

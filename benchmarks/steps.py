@@ -23,6 +23,7 @@ from leanmim.offload import Offload
 from leanmim.offload_state import StateOffload, inner_tensors
 from leanmim.placed import Placed
 from leanmim.placement import OnDevice, offloads, place
+from leanmim.recompute import checkpoint_blocks
 from leanmim.schedule import phases
 from leanmim.step import make_optimizers, update
 
@@ -58,6 +59,8 @@ def ready(config: Pretrain, device: torch.device) -> tuple[Placed, list[AdamW]]:
         optimizer.zero_grad()
     if config.offload and device.type == "cpu":
         model.train()
+        if config.checkpointing:
+            checkpoint_blocks(model.encoder, model.decoders)
         if config.cut:
             return Offload(model, optimizers, device), optimizers
         return OnDevice(model, device, state=StateOffload(optimizers, device, torch.clone, to_host)), optimizers
@@ -71,14 +74,15 @@ def parameters(optimizer: AdamW) -> list[Tensor]:
 
 def resident(placed: Placed, optimizers: list[AdamW]) -> list[Tensor]:
     """The weights, buffers and optimizer state that are on the device."""
-    if isinstance(placed, Offload):
-        trained = {parameter for optimizer in optimizers for parameter in parameters(optimizer)}
-        fixed = [p for p in placed.model.parameters() if p not in trained]
-        return [*(memory for room in placed.rooms for memory in room), *fixed, *placed.model.buffers()]
-    model: Any = placed.losses
     waiting = placed.state if isinstance(placed, OnDevice) else None
     states = [state for o in optimizers for p, state in o.state.items() if not waiting or p is waiting.ahead]
     moments = [tensor for state in states for value in state.values() for tensor in inner_tensors(value)]
+    if isinstance(placed, Offload):
+        trained = {parameter for optimizer in optimizers for parameter in parameters(optimizer)}
+        fixed = [p for p in placed.model.parameters() if p not in trained]
+        stay = [] if isinstance(optimizers[0], AdamW) else moments  # of 8 bits; others are in the rooms
+        return [*(memory for room in placed.rooms for memory in room), *fixed, *placed.model.buffers(), *stay]
+    model: Any = placed.losses
     return [*model.parameters(), *model.buffers(), *moments]
 
 

@@ -17,7 +17,7 @@ from tests.comparison.fakes import made_up
 from tests.runs import noisy_tiles
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-CPU = ["predicted", "headline", "transformers", "recipes", "kernels", "hog", "photos-224-small"]
+CPU = ["predicted", "headline", "transformers", "recipes", "memory", "kernels", "hog", "photos-224-small"]
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +61,16 @@ def result(bench: SimpleNamespace, name: str) -> dict[str, Any]:
     return json.loads((bench.work / "results" / f"{name}.json").read_text())
 
 
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")  # in torchao's sources, where nothing keeps them compiled
 def test_a_dry_run_of_all_pieces(bench: SimpleNamespace) -> None:
     photos = noisy_tiles(bench.work / "photos", 8, 4)
     assert call(bench, "--dry", "--photos", str(photos), *CPU, "tests") == 0
     headline, recipes = result(bench, "gpu-headline")["table"], result(bench, "gpu-recipes")["table"]
     assert [row["recipe"] for row in headline] == ["bim, 8 segments", "bim, 8 segments"]
     assert [row["recipe"] for row in recipes] == ["mae", "pr-mim"]
-    for row in (*headline, *recipes):
+    memory = result(bench, "gpu-memory")["table"]
+    assert [row["recipe"] for row in memory] == ["mae", "mae, all four"]
+    for row in (*headline, *recipes, *memory):
         assert float(row["predicted, GB"]) > 0 and row["error"].endswith("%") and float(row["step, ms"]) > 0
     assert float(result(bench, "gpu-transformers")["table"][0]["saved, ratio"]) < 1.1
     for other in ("kernels-cpu", "hog-speed-cpu", "photos-224-vit_small_patch16_224-gpu"):
@@ -98,7 +101,7 @@ def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(
     bench.patch.setattr(gpu_steps, "measured", measured)
     journal = gpu_steps.Journal(tmp_path / "journal.jsonl")
     own = gpu_steps.tiny(gpu_steps.CELLS["recipes"])
-    gpu_steps.predict(own)
+    gpu_steps.predict(own, [])
     one = (gpu_steps.torch.device("cpu"), 8.0)
     assert gpu_steps.run("headline", own, journal, *one) == 1
     assert "no kernel" in capfd.readouterr().err
