@@ -31,6 +31,10 @@ GRACE = 30  # s of a piece's limit for its last cell or its checkpoint
 GOES_ON, TOO_LONG = 3, 124  # exit codes of a piece that its limit has stopped: one that continues, one that begins anew
 SAID = {0: "finished", GOES_ON: "goes on with the same command", TOO_LONG: "did not end in its time", None: "not begun"}
 TESTS = ("pytest", "pytest-timeout", "jaxtyping")
+OPTIONS = (
+    "-v", "-p", "no:cacheprovider", "-p", "outcomes", "-o", "addopts=--strict-markers", "--continue-on-collection-errors",
+    "-W", "default",  # a warning, of another version or for another card, is no failure
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,7 @@ def gpu_tests() -> Piece:
         for file in sorted((ROOT / "tests").rglob("test_*.py"))
         if "mark.gpu" in file.read_text()
     ]
-    options = ("-q", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers", "-m", "gpu")
-    return Piece("the tests that need a GPU", ("-m", "pytest", *options, *files), TESTS)
+    return Piece("the tests that need a GPU", ("-m", "pytest", *OPTIONS, "-m", "gpu", *files), TESTS)
 
 
 def photos(name: str, model: str, data: str) -> Piece:
@@ -85,6 +88,7 @@ def pieces(data: str | None, dry: bool) -> dict[str, Piece]:
             "transformers", "MAE's step against transformers', share of the card's peak", "transformers"
         ),
         "recipes": steps("recipes", "step time and peak memory of the recipes"),
+        "memory": steps("memory", "ways to save memory, ViT-B/16, batch 256", "torchao"),
         "tests": gpu_tests(),
         "kernels": script("what else a step could be computed with", "kernels.py", "--batch-size", "64"),
         "hog": script("HOG", "hog_speed.py", "--step-batch-size", "64"),
@@ -144,12 +148,11 @@ def run(piece: Piece, seconds: float, work: Path, dry: bool) -> int:
     if piece.command[0].endswith(".py"):
         command[1] = str(HERE / piece.command[0])
         command += ["--dry"] if dry else []
-    elif dry:
-        command += ["--collect-only"]
     if piece.continues:
         command += ["--work", str(work), "--minutes", f"{(seconds - GRACE) / 60:.2f}"]
     if dry:
         environment["RESULTS"] = str(work / "results")
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # tests that need a GPU are skipped, on a machine with one too
     code = launch(command, environment, seconds)
     return GOES_ON if code == TOO_LONG and piece.continues else code
 

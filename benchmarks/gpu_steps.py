@@ -1,7 +1,8 @@
-"""Training steps on a GPU, beside what was counted without one: the headline, transformers' MAE, the recipes.
+"""Training steps on a GPU, beside what was counted without one: the headline, transformers' MAE, the recipes, ways to save memory.
 
     python benchmarks/gpu_steps.py headline --minutes 8
     python benchmarks/gpu_steps.py --predict            # no GPU needed: results/gpu-predicted.json
+    python benchmarks/gpu_steps.py memory --predict     # the cells of this piece anew, the others stay
 
 Each recipe on each model is a cell. A finished cell is added to the journal in --work at once and the table is written anew: however it is
 stopped, the same command goes on with the cells that are left (exit code 3 where --minutes were over). `make bench-gpu` runs this.
@@ -22,6 +23,7 @@ from typing import Any
 import record
 import torch
 from journal import Journal
+from memory_rivals import WAYS
 from steps import peak_of, ready, seconds
 from torch import Tensor
 
@@ -30,6 +32,7 @@ from leanmim.costs import count
 from leanmim.costs.kernels import cuda_workspaces
 from leanmim.data import Normalise
 from leanmim.device import device_name, resolve_device
+from leanmim.offload import Offload
 from leanmim.recipes import BIM, FASTMIM, LEAN, LEAN_MEMORY, MAE, PR_MIM, SIMMIM, differences, published
 from leanmim.step import update
 
@@ -84,6 +87,7 @@ CELLS = {
         *cells({name: published(recipe) for name, recipe in (("mae", MAE), ("lean", LEAN))}, SMALL),
         *cells({name: published(recipe) for name, recipe in (("simmim", SIMMIM), ("fastmim", FASTMIM))}, SWIN),
     ],
+    "memory": cells({name: WAYS[name] for name in ("mae", "mae, all four")} | WAYS, BASE),  # the extremes first
 }
 
 
@@ -102,27 +106,39 @@ def described(config: Pretrain) -> dict[str, Any]:
     return json.loads(json.dumps(differences(config) | {"recipe": config.recipe}))
 
 
-def predict(found: list[Cell]) -> None:
-    """Count the step of every cell as CUDA does it; write the file."""
-    rows, raw = [], []
-    for cell in {json.dumps(described(cell.config)): cell for cell in found}.values():
+def counted() -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """What the file holds: rows of its table, and the numbers."""
+    file = record.RESULTS / f"{PREDICTED}.json"
+    known = json.loads(file.read_text()) if file.is_file() else {"table": [], "raw": []}
+    return list(zip(known["table"], known["raw"], strict=True))
+
+
+def key_of(config: dict[str, Any]) -> str:
+    """Of a configuration as files have it."""
+    return json.dumps(config, sort_keys=True)
+
+
+def predict(found: list[Cell], others: list[Cell]) -> None:
+    """Count the step of every cell as CUDA does it; write the file, in which what was counted for ``others`` stays."""
+    stay = {key_of(described(cell.config)) for cell in others}
+    known = {key: entry for entry in counted() if (key := key_of(entry[1]["config"])) in stay}
+    for key, cell in {key_of(described(cell.config)): cell for cell in found}.items():
         cost, _ = count(cell.config, "cuda")
-        raw.append({"config": described(cell.config), "workspace": cuda_workspaces(), **asdict(cost)})
-        rows.append({
+        row = {
             "model": cell.config.model.removesuffix("_224"), "recipe": cell.name, "precision": cell.config.precision, "batch": cost.batch_size,
             "training GFLOP an image": f"{cost.train_flops_per_image / 1e9:.1f}",
             **{f"{kind}, GB": f"{getattr(cost, f'{kind}_bytes') / 1e9:.2f}" for kind in ("weight", "gradient", "optimizer", "saved", "peak")},
-        })  # fmt: skip
-        print(rows[-1], flush=True)
+        }  # fmt: skip
+        known[key] = row, {"config": described(cell.config), "workspace": cuda_workspaces(), **asdict(cost)}
+        print(row, flush=True)
+    rows, raw = [row for row, _ in known.values()], [one for _, one in known.values()]
     title = "What `make bench-gpu` compares with: steps counted without a GPU"
     record.write(PREDICTED, title, {"as on": "CUDA", "GB": "1e9 bytes"}, rows, raw)
 
 
 def predicted(config: Pretrain) -> dict[str, Any] | None:
     """What was counted for a configuration; None where it was not, or another one was."""
-    file = record.RESULTS / f"{PREDICTED}.json"
-    known = json.loads(file.read_text())["raw"] if file.is_file() else ()
-    return next((entry for entry in known if entry["config"] == described(config)), None)
+    return next((one for _, one in counted() if one["config"] == described(config)), None)
 
 
 def measured(config: Pretrain, device: torch.device) -> dict[str, Any]:
@@ -137,7 +153,10 @@ def measured(config: Pretrain, device: torch.device) -> dict[str, Any]:
             yield normalise(read)
 
     def step() -> None:
-        update(placed.losses, optimizers, batches(), config.accum, config.clip_grad)
+        update(
+            placed.losses, optimizers, batches(), config.accum, config.clip_grad,
+            segment_first=isinstance(placed, Offload), in_backward=config.update_in_backward,
+        )  # fmt: skip
 
     step()
     found: dict[str, Any] = {"allocated": peak_of(step, placed, optimizers, device)}
@@ -221,6 +240,7 @@ TITLES = {
     "headline": "ViT-L/16 and ViT-H/14 with one segment at a time on the GPU",
     "transformers": "MAE's training step against transformers' ViTMAE, and its share of the card's peak",
     "recipes": "Step time and peak memory of the recipes",
+    "memory": "Ways to save memory: step time and peak of ViT-B/16",
 }
 
 
@@ -275,7 +295,9 @@ def main() -> None:
     """Count, or measure a piece."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("piece", nargs="?", choices=list(CELLS))
-    parser.add_argument("--predict", action="store_true", help="count what all pieces compare with; needs no GPU")
+    parser.add_argument(
+        "--predict", action="store_true", help="count what all pieces, or this one, compare with; needs no GPU"
+    )
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--work", type=Path, default=Path("runs/bench-gpu"))
     parser.add_argument("--dry", action="store_true", help="tiny models on a CPU")
@@ -284,7 +306,8 @@ def main() -> None:
         parser.error(f"name a piece ({', '.join(CELLS)}), or give --predict")
     chosen = {name: tiny(own) if arguments.dry else own for name, own in CELLS.items()}
     if arguments.predict:
-        predict([cell for own in chosen.values() for cell in own])
+        everything = [cell for own in chosen.values() for cell in own]
+        predict(*((chosen[arguments.piece], everything) if arguments.piece else (everything, [])))
         return
     device = resolve_device("cpu" if arguments.dry else "cuda")
     code = run(

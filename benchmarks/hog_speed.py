@@ -17,7 +17,7 @@ import torch
 from steps import seconds, transient
 from torch import Tensor, nn
 
-from leanmim.device import resolve_precision
+from leanmim.device import resolve_device, resolve_precision
 from leanmim.factory import build
 from leanmim.recipes import FASTMIM, published
 from leanmim.step import make_optimizers, update
@@ -61,7 +61,7 @@ def main() -> None:
     if arguments.dry:
         arguments.device, arguments.rounds, arguments.step_batch_size = "cpu", 1, 2
         batch, sizes, shape = 2, (32,), dict(embed_dim=32, depth=2, num_heads=2)
-    device = torch.device(arguments.device)
+    device = resolve_device(arguments.device)
     rows, raw = [], []
     for size in sizes:
         images = torch.randn(batch, 3, size, size, device=device)
@@ -100,7 +100,10 @@ def main() -> None:
     pairs = [(seconds(lambda: hog(images), device), seconds(step, device)) for _ in range(5)]
     share = statistics.median(a / b for a, b in pairs)
     note = f"Share of HOG in a ViT-B/16 FastMIM step (128 px, batch {arguments.step_batch_size}): {share:.2%}."
-    configuration = {"device": arguments.device, "threads": torch.get_num_threads(), "rounds": arguments.rounds}
+    configuration = {
+        "device": arguments.device, "precision of the step": "bf16" if model.autocast else "fp32",
+        "threads": torch.get_num_threads(), "rounds": arguments.rounds,
+    }  # fmt: skip
     record.write(f"hog-speed-{arguments.device}", "HOG against its straightforward form", configuration, rows,
                  [*raw, {"step pairs": pairs}], note)  # fmt: skip
 

@@ -19,6 +19,7 @@ from steps import Timed
 from torch.optim import AdamW
 
 from leanmim.config import Pretrain
+from leanmim.device import resolve_device, resolve_precision
 from leanmim.recipes import FASTMIM, LEAN, MAE
 from leanmim.step import align_state
 
@@ -104,9 +105,9 @@ def main() -> None:
         recipes, variants = {"mae, tiny": TINY}, {name: make for name, make in VARIANTS.items() if name != "compiled"}
     if given.device != "cuda":
         variants = {name: make for name, make in variants.items() if make is not recorded}
-    device, rows, raw = torch.device(given.device), [], {}
+    device, rows, raw = resolve_device(given.device), [], {}
     for name, recipe in recipes.items():
-        config = replace(recipe, data="d", out="o", batch_size=given.batch_size, precision="fp32", compile=False)
+        config = replace(recipe, data="d", out="o", batch_size=given.batch_size, precision="auto", compile=False)
         runs = {variant: make(config, device) for variant, make in variants.items()}
         for run in runs.values():
             run.step()
@@ -121,7 +122,7 @@ def main() -> None:
         raw[name] = taken
     configuration = {
         "batch": given.batch_size,
-        "precision": "fp32",
+        "precision": "bf16" if resolve_precision("auto", device) else "fp32",
         "threads": torch.get_num_threads(),
         "rounds": given.rounds,
     }

@@ -23,6 +23,7 @@ from leanmim.offload import Offload
 from leanmim.offload_state import StateOffload
 from leanmim.placed import Placed
 from leanmim.placement import OnDevice, offloads, place
+from leanmim.recompute import checkpoint_blocks
 from leanmim.rooms import inner_tensors
 from leanmim.schedule import phases
 from leanmim.step import make_optimizers, update
@@ -57,6 +58,8 @@ def ready(config: Pretrain, device: torch.device) -> tuple[Placed, list[AdamW]]:
         optimizer.zero_grad()
     if config.offload and device.type == "cpu":
         model.train()
+        if config.checkpointing:
+            checkpoint_blocks(model.encoder, model.decoders)
         if config.cut:
             return Offload(model, optimizers, device), optimizers
         return OnDevice(model, device, state=StateOffload(optimizers, device)), optimizers
@@ -70,16 +73,16 @@ def parameters(optimizer: AdamW) -> list[Tensor]:
 
 def resident(placed: Placed, optimizers: list[AdamW]) -> list[Tensor]:
     """The weights, buffers and optimizer state that are on the device."""
+    values = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
+    moments = [tensor for value in values for tensor in inner_tensors(value)]
     if isinstance(placed, Offload):
         trained = {parameter for optimizer in optimizers for parameter in parameters(optimizer)}
         fixed = [p for p in placed.model.parameters() if p not in trained]
-        return [*(memory for room in placed.rooms for memory in room), *fixed, *placed.model.buffers()]
+        stay = [] if isinstance(optimizers[0], AdamW) else moments  # of 8 bits; others are in the rooms
+        return [*(memory for room in placed.rooms for memory in room), *fixed, *placed.model.buffers(), *stay]
     model: Any = placed.losses
     if isinstance(placed, OnDevice) and placed.state:
         moments = [memory for room in placed.state.rooms for memory in room]
-    else:
-        values = [value for o in optimizers for state in o.state.values() for value in state.values()]
-        moments = [tensor for value in values for tensor in inner_tensors(value)]
     return [*model.parameters(), *model.buffers(), *moments]
 
 

@@ -17,7 +17,7 @@ from tests.comparison.fakes import made_up
 from tests.runs import noisy_tiles
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-CPU = ["predicted", "headline", "transformers", "recipes", "kernels", "hog", "photos-224-small"]
+CPU = ["predicted", "headline", "transformers", "recipes", "memory", "kernels", "hog", "photos-224-small"]
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +61,16 @@ def result(bench: SimpleNamespace, name: str) -> dict[str, Any]:
     return json.loads((bench.work / "results" / f"{name}.json").read_text())
 
 
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")  # in torchao's sources, where nothing keeps them compiled
 def test_a_dry_run_of_all_pieces(bench: SimpleNamespace) -> None:
     photos = noisy_tiles(bench.work / "photos", 8, 4)
     assert call(bench, "--dry", "--photos", str(photos), *CPU, "tests") == 0
     headline, recipes = result(bench, "gpu-headline")["table"], result(bench, "gpu-recipes")["table"]
     assert [row["recipe"] for row in headline] == ["bim, 8 segments", "bim, 8 segments"]
     assert [row["recipe"] for row in recipes] == ["mae", "pr-mim"]
-    for row in (*headline, *recipes):
+    memory = result(bench, "gpu-memory")["table"]
+    assert [row["recipe"] for row in memory] == ["mae", "mae, all four"]
+    for row in (*headline, *recipes, *memory):
         assert float(row["predicted, GB"]) > 0 and row["error"].endswith("%") and float(row["step, ms"]) > 0
     assert float(result(bench, "gpu-transformers")["table"][0]["saved, ratio"]) < 1.1
     for other in ("kernels-cpu", "hog-speed-cpu", "photos-224-vit_small_patch16_224-gpu"):
@@ -98,7 +101,7 @@ def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(
     bench.patch.setattr(gpu_steps, "measured", measured)
     journal = gpu_steps.Journal(tmp_path / "journal.jsonl")
     own = gpu_steps.tiny(gpu_steps.CELLS["recipes"])
-    gpu_steps.predict(own)
+    gpu_steps.predict(own, [])
     one = (gpu_steps.torch.device("cpu"), 8.0)
     assert gpu_steps.run("headline", own, journal, *one) == 1
     assert "no kernel" in capfd.readouterr().err
@@ -129,6 +132,35 @@ def test_pieces_go_on_and_those_that_failed_come_last(
     assert call(bench, "--dry", work=tmp_path) == 0
     assert call(bench, "--dry", work=tmp_path) == 0
     assert not bench.ran
+
+
+TESTS = """
+import pytest
+def test_it_passes(): pass
+def test_it_fails(): assert "a" == "b"
+@pytest.mark.skip(reason="needs two | GPUs")
+def test_it_is_skipped(): pass
+@pytest.fixture
+def ended(): yield; raise ValueError("never ends")
+def test_it_fails_at_its_end(ended): pass
+"""
+
+
+def test_the_tests_outcomes_are_a_result_whatever_they_are(bench: SimpleNamespace, tmp_path: Path, capfd: Any) -> None:
+    (tmp_path / "test_some.py").write_text(TESTS)
+    (tmp_path / "test_none.py").write_text("import no_such_package")
+    (tmp_path / "pytest.ini").touch()
+    options = bench.gpu.OPTIONS
+    assert pytest.main([*options, "-c", str(tmp_path / "pytest.ini"), str(tmp_path)]) == 1
+    written = result(bench, "gpu-tests")
+    assert written["configuration"] == {"passed": 1, "failed": 3, "skipped": 1}
+    table = {row["test"].rpartition("::")[2]: (row["outcome"], row["message"]) for row in written["table"]}
+    assert table["test_it_passes"] == ("passed", "")
+    assert table["test_it_fails"] == ("failed", "AssertionError: assert 'a' == 'b'")
+    assert table["test_it_is_skipped"] == ("skipped", "needs two \\| GPUs")
+    assert table["test_it_fails_at_its_end"] == ("failed", "ValueError: never ends")
+    assert table["test_none.py"][0] == "failed" and "no_such_package" in str(written["raw"])
+    assert capfd.readouterr().out.endswith("ValueError: never ends |\n")
 
 
 def test_all_missing_packages_are_named_before_any_work(

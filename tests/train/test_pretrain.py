@@ -6,7 +6,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import numpy as np
@@ -216,12 +218,52 @@ def test_bf16_trains(tiny: Pretrain) -> None:
     assert all(value.dtype != torch.bfloat16 for value in weights(tiny).values())
 
 
+FEATURES: dict[str, dict[str, Any]] = {
+    "as a run chooses": dict.fromkeys(("precision", "compile", "channels_last", "cuda_graph"), "auto"),
+    "checkpointing": {"checkpointing": True},
+    "update in backward": {"update_in_backward": True},
+    "offload": {"offload": True},
+    "8 bits": {"optimizer": "adamw8bit"},
+    "compiled": {"compile": True},
+    "deterministic": {"deterministic": True},
+    "channels last": {"channels_last": True},
+}
+NARROW = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
+ALONE = (
+    "8 bits",
+    "compiled",
+    "deterministic",
+)  # a process each: tests check types, which is not compiled; not after others used the GPU
+GPU = "cuda"  # with "cpu", and without the mark that skips them, the same tests pass, some of whose features then do nothing
+COMPILING = find_spec("triton") and (which("cc") or which("gcc") or which("clang"))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_it_trains_on_a_gpu(tiny: Pretrain) -> None:
-    pretrain(replace(tiny, device="cuda", epochs=20, blr=0.05, workers=2))
-    losses = [line["loss"] for line in lines(tiny)]
-    assert sum(losses[-8:]) < sum(losses[:8])
+@pytest.mark.filterwarnings("default")  # what torch says of a card is no failure
+@pytest.mark.parametrize("feature", FEATURES)
+def test_it_trains_on_a_gpu(feature: str, tiny: Pretrain, tiny_simmim: Pretrain, tmp_path: Path) -> None:
+    """With each of what a run can ask for, as it does in fp32 without; matrix products of TF32 and sums by atomics are not the same bits."""
+    if feature == "8 bits":
+        pytest.importorskip("torchao")
+    if feature in ("8 bits", "compiled") and GPU == "cuda" and not COMPILING:
+        pytest.skip("needs Triton and a C compiler")
+    if feature == "channels last":
+        tiny = replace(tiny_simmim, model="convnext_atto", model_kwargs=NARROW, masking="pixel", mask_unit=32)
+    plain = replace(
+        tiny, device=GPU, precision="fp32", compile=False, channels_last=False, cuda_graph=False, epochs=20, blr=0.05,
+        workers=2,
+    )  # fmt: skip
+    other = replace(plain, out=str(tmp_path / "other"), **FEATURES[feature])
+    pretrain(plain)
+    if feature in ALONE:
+        done = subprocess.run(command(other), env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    else:
+        pretrain(other)
+    expected, losses = ([line["loss"] for line in lines(config)] for config in (plain, other))
+    assert losses == pytest.approx(expected, rel=1e-2)
+    assert feature == "channels last" or sum(losses[-8:]) < sum(losses[:8])  # so narrow it learns little in 80 steps
 
 
 @pytest.mark.results
