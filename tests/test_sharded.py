@@ -103,7 +103,9 @@ def folders(run: Run) -> set[str]:
     return {path.name for path in run.last.parent.glob("*.shards")}
 
 
-def test_killed_while_it_writes_continued_and_gone_on_with_by_one_process_and_by_four(tiny: Pretrain, tmp_path: Path) -> None:
+def test_killed_while_it_writes_continued_and_gone_on_with_by_one_process_and_by_four(
+    tiny: Pretrain, tmp_path: Path
+) -> None:
     config = replace(tiny, blr=0.01, checkpoint_minutes=0.0, knn_data=three_classes(tmp_path / "labelled"), knn_every=1)
     shared, run = replace(config, shard=True), Run(Path(config.out))
     killed = together(tmp_path, arguments(shared), faults=[Fault("killed_in_a_checkpoint", 1, 0)])

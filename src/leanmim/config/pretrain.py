@@ -120,7 +120,7 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
     less memory, about a fifth more computation. Not for backbones with batch norms."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """adamw8bit keeps the moments in 8 bits, a quarter of the memory, as torchao does it (pip install
-    'leanmim[memory]'). For GPUs: on a CPU it is not compiled, and slow."""
+    'leanmim[memory]'). For GPUs, where the host waits for the device once a step: on a CPU it is not compiled, and slow."""
     update_in_backward: bool = False
     """Step each parameter in the backward pass, as soon as its gradient is there, and free that. Same numbers, hardly any
     gradients in memory. For one process or --pipeline, --accum 1 and no --clip-grad."""
