@@ -87,7 +87,7 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.dev: pyproject.toml $(PIP_CONSTRAINT) | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --no-compile -e '.[dev]'  # what is imported is compiled then
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $@ $(VENV)/.demo
 
 $(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
