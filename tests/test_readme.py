@@ -260,6 +260,14 @@ def test_the_table_of_ways_to_save_memory_is_that_of_its_file() -> None:
         assert peaks == own_peaks, way
 
 
+def test_what_was_measured_of_them_is_that_of_its_file() -> None:
+    shown = section_of(BENCHMARKS, "Memory, measured")
+    del shown[""]
+    found = {row["way"]: [row["ratio"], row["time"]] for row in rows_of("memory-rivals-cpu")}
+    del found["mae"]
+    assert shown == found
+
+
 def test_what_lean_costs_is_that_of_its_file() -> None:
     shown = section_of(BENCHMARKS, "Recipes on photos")
     for row in rows_of("lean-cost"):
