@@ -49,6 +49,7 @@ EIGHT_SEGMENTS = {
         EIGHT, checkpointing=True, optimizer="adamw8bit", update_in_backward=True, offload=True
     ),
 }
+BATCH = 8  # of what is measured, which takes a CPU a quarter of an hour
 MODELS = ("vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224")
 
 
@@ -84,27 +85,28 @@ def counted(models: list[str], batches: list[int], again: bool) -> None:
                          "counted as if it were not compiled.")  # fmt: skip
 
 
-def measured(model: str, batch: int, rounds: int) -> None:
-    """What steps allocate, and their time in turns; memory outside torch's allocator stands for the host's."""
-    configs = [replace(way, model=model, batch_size=batch, precision="fp32", compile=False) for way in WAYS.values()]
+def measured(names: list[str], model: str, batch: int, rounds: int) -> None:
+    """What steps allocate, and, if there are rounds, their time in turns; memory outside torch's allocator stands for the host's."""
+    configs = [replace(WAYS[name], model=model, batch_size=batch, precision="fp32", compile=False) for name in names]
     device = torch.device("cpu")
     memory = list(measure_each(configs, device))
     rows, raw = [], []
-    for name, config, found in zip(WAYS, configs, memory, strict=True):
-        times = in_turns([configs[0], config], device, rounds)  # two at a time fit the memory
+    for name, config, found in zip(names, configs, memory, strict=True):
+        times = in_turns([configs[0], config], device, rounds) if rounds else []  # two at a time fit the memory
         rows.append({
             "way": name, "peak, MiB": f"{found['peak'] / 2**20:.0f}", "ratio": f"{found['peak'] / memory[0]['peak']:.2f}",
             "predicted": "" if config.offload else f"{found['predicted_peak'] / found['peak']:.3f}",
-            "step, ms": f"{1e3 * statistics.median(own for _, own in times):.0f}",
-            "time": f"{statistics.median(own / first for first, own in times):.2f}",
         })  # fmt: skip
+        if rounds:
+            rows[-1]["step, ms"] = f"{1e3 * statistics.median(own for _, own in times):.0f}"
+            rows[-1]["time"] = f"{statistics.median(own / first for first, own in times):.2f}"
         raw.append({"way": name, "seconds, mae and this": times, **found})
         print(rows[-1], flush=True)
     configuration = {
         "model": model, "device": "cpu", "precision": "fp32", "batch": batch, "rounds": rounds, "input": "224 px",
         "threads": torch.get_num_threads(),
     }  # fmt: skip
-    record.write("memory-rivals-cpu", "Ways to save memory, measured", configuration, rows, raw,
+    record.write(f"memory-rivals{'' if batch == BATCH else f'-{batch}'}-cpu", "Ways to save memory, measured", configuration, rows, raw,
                  "Ratios to MAE, of times the median over rounds; predicted: what is counted, as a share of what is measured, where nothing "
                  "is offloaded. Offloaded: what is on the device; memory outside torch's allocator stands for the host's. On a CPU the "
                  "8-bit optimizer is not compiled.")  # fmt: skip
@@ -117,14 +119,17 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="of counted")
     parser.add_argument("--batches", nargs="+", type=int, default=[64, 256], help="of counted")
     parser.add_argument("--again", action="store_true", help="count what was counted before, too")
+    parser.add_argument(
+        "--ways", nargs="+", default=list(WAYS), help="of measured, the first one is what the others are compared with"
+    )
     parser.add_argument("--model", default=MODELS[0], help="of measured")
-    parser.add_argument("--batch-size", type=int, default=4, help="of measured")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=BATCH, help="of measured")
+    parser.add_argument("--rounds", type=int, default=1, help="of measured; 0 measures memory only")
     arguments = parser.parse_args()
     if "counted" in arguments.parts:
         counted(arguments.models, arguments.batches, arguments.again)
     if "measured" in arguments.parts:
-        measured(arguments.model, arguments.batch_size, arguments.rounds)
+        measured(arguments.ways, arguments.model, arguments.batch_size, arguments.rounds)
 
 
 if __name__ == "__main__":
