@@ -59,8 +59,10 @@ class Experiment:
         return tuple(joined) if self.common else self.recipes
 
 
-# Thumbnails: small ViTs, equal epochs, frozen features. PHOTOS: what a core did in 15 minutes where photos-rival was measured, in FLOPs, for machines
-# differ (each recipe of photos-one came to within 4 % of it; those cells are of 4 to 7 % fewer epochs than the plan now gives, for the stem got cheaper); fine-tuning takes 95 labels a class, a tenth of all that Imagenette has. What is not said is ``auto``, there a decoder of 1 x 192 and 75 % masked.
+# Thumbnails: small ViTs, equal epochs, frozen features. PHOTOS: what a core did in 15 minutes where photos-rival was measured, in
+# FLOPs, for machines differ. Each recipe of photos-one came to within 4 % of it; its first cells have 4 to 7 % fewer epochs than the
+# plan now gives, for the stem got cheaper. Fine-tuning takes 95 labels a class, a tenth of all that Imagenette has. What is not said
+# is ``auto``, there a decoder of 1 x 192 and 75 % masked.
 FROZEN: dict[str, Any] = dict(measures=("knn", "linear"), seeds=3)
 CIFAR = Experiment(
     "cifar10", (), "decoder-depth=2,decoder-width=64,decoder-heads=2,batch-size=64,blr=0.004", (1000, 500), True,

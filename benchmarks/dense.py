@@ -104,7 +104,7 @@ def run_all(cells: list[dict[str, Any]], arguments: argparse.Namespace) -> list[
 
 def report(name: str, results: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     """Write a task's table."""
-    task, like = TASKS[name], leanmim.restore(arguments.start[0][1])[0]
+    task, (like, _, state) = TASKS[name], leanmim.restore(arguments.start[0][1])
     rows = []
     for start in dict.fromkeys(found["start"] for found in results):
         own = [found for found in results if found["start"] == start]
@@ -114,7 +114,7 @@ def report(name: str, results: list[dict[str, Any]], arguments: argparse.Namespa
         })  # fmt: skip
     configuration = {
         "model": like.model, "recipe": like.recipe, "input size": like.size[0], "decoder": f"{like.decoder_depth} x {like.decoder_width}",
-        "steps": arguments.steps, "options": " ".join(task.options),
+        "images seen in pre-training": state["step"] * like.batch_size * like.accum, "steps": arguments.steps, "options": " ".join(task.options),
     }  # fmt: skip
     note = "± is the sample standard deviation over seeds of the training from one encoder; the photos of val are measured."
     record.write(f"{name}-{task.folder}-cpu", f"{task.example} on {task.folder}", configuration, rows, results, note)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from leanmim import graphed
+from leanmim.calibration import Calibration, Setting
 from leanmim.config import Pretrain
 from leanmim.errors import UserError
 from leanmim.graphed import GraphedUpdate
@@ -134,6 +135,16 @@ def test_recorded_training_on_a_gpu_is_the_same_training(tiny: Pretrain, tmp_pat
         pretraining.pretrain(run)
     losses = [[line["loss"] for line in lines(run) if "loss" in line] for run in runs]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_a_step_that_turns_out_to_accumulate_is_not_recorded(tiny: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine is measured before the batch is chosen that fits."""
+    chosen = Calibration(Setting("fp32", 1, 0, False, False, cuda_graph=True), {}, [])
+    monkeypatch.setattr(pretraining, "calibrated", lambda *_: chosen)
+    monkeypatch.setattr(training, "updating", lambda config: recorded.append(config.cuda_graph))
+    recorded: list[bool] = []
+    pretraining.pretrain(replace(tiny, batch_size=2, accum=2))
+    assert recorded == [False]
 
 
 def test_a_cpu_has_none(tiny: Pretrain) -> None:

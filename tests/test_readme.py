@@ -260,6 +260,15 @@ def test_the_table_of_ways_to_save_memory_is_that_of_its_file() -> None:
         assert peaks == own_peaks, way
 
 
+def test_segmentation_and_detection_are_those_of_their_files() -> None:
+    shown = section_of(BENCHMARKS, "Segmentation and detection")
+    segmented, detected = rows_of("segment-camvid-cpu"), rows_of("detect-bccd-cpu")
+    del shown["pre-trained on"]
+    assert list(shown) == ["nothing", "the photos at hand", "Imagenette"]
+    assert [row["pre-trained on"] for row in segmented] == ["scratch", "own", "imagenette"]
+    assert [*shown.values()] == [[a["mIoU, %"], b["mAP, %"]] for a, b in zip(segmented, detected, strict=True)]
+
+
 def test_what_was_measured_of_them_is_that_of_its_file() -> None:
     shown = section_of(BENCHMARKS, "Memory, measured")
     del shown[""]

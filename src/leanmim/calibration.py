@@ -133,15 +133,8 @@ class Calibration:
         own = self.setting
         counts = ((own.threads, "thread"), (own.workers, "reader"))
         words = [own.precision, *(f"{count} {what}{'s' * (count != 1)}" for count, what in counts)]
-        words += [
-            word
-            for word, on in (
-                ("channels last", own.channels_last),
-                ("compiled", own.compile),
-                ("as a CUDA graph", own.cuda_graph),
-            )
-            if on
-        ]
+        switches = {"channels last": own.channels_last, "compiled": own.compile, "as a CUDA graph": own.cuda_graph}
+        words += [word for word, on in switches.items() if on]
         lines = [
             f"{one['choice'].replace('_', ' ')} "
             + ", ".join(f"{value} {speed:.3g}" for value, speed in one["images_per_second"].items())
@@ -242,11 +235,12 @@ def calibrate(
         for choice, values in choices:
             choose(calibration, turns, choice, values)
         speed = turns.images / turns.seconds(calibration.setting)
-        for choice, tried in (("compile", compiles and seconds(speed) > LONG), ("cuda_graph", records)):
-            if tried and trial.compiled and not calibration.setting.compile:  # which is not undone
+        tried = {"compile": compiles and seconds(speed) > LONG, "cuda_graph": records}
+        for choice in (name for name, wanted in tried.items() if wanted):
+            if trial.compiled and not calibration.setting.compile:  # which is not undone
                 trial = turns.trial = make_trial()
             try:
-                choose(calibration, turns, choice, [True] if tried else [])
+                choose(calibration, turns, choice, [True])
             except (RuntimeError, UserError) as error:  # as all that torch.compile raises, and CUDA
                 console.print(f"{WITHOUT[choice]}, which failed: {str(error).strip().partition(chr(10))[0]}")
         if "workers" not in fixed:
@@ -312,9 +306,7 @@ class Turns:
 
 
 def choose(calibration: Calibration, turns: Turns, choice: str, values: list[Any]) -> None:
-    """Take what is faster, and note the speeds, if there is something to try."""
-    if not values:
-        return
+    """Take what is faster, and note the speeds."""
     speeds: dict[str, float] = {}
     for value in values:
         best = calibration.setting

@@ -133,8 +133,8 @@ def calibrated(
     """What ``auto`` of the machine is for a recipe and these images; the largest phase stands for all. See `calibrate`."""
     if offloads(config, device) or config.optimizer == "adamw8bit":
         config = replace(config, channels_last=False)
-    if config.shard or (config.pipeline and device.type == "cuda"):
-        # one device may not hold the model, and nothing is tried on it
+    shared = config.shard or (config.pipeline and process.world > 1 and device.type == "cuda")
+    if shared:  # one device may not hold the model, and nothing is tried on it
         config = replace(config, **{**first_guess(device), "workers": resolve_workers(-1), **given(config)})
     largest = max((phase.config for phase in phases(config)), key=lambda own: own.size)
     one = replace(largest, batch_size=1, accum=1, workers=0)

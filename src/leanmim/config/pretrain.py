@@ -125,9 +125,8 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
     """Step each parameter in the backward pass, as soon as its gradient is there, and free that. Same numbers, hardly any
     gradients in memory. For one process or --pipeline, --accum 1 and no --clip-grad."""
     cuda_graph: bool | Auto = "auto"
-    """On a GPU, record a step and repeat it as a CUDA graph, which spares small models the wait for launches. Same numbers but for the
-    rounding of the learning rate; the memory of a step is kept, and evaluation needs its own beside it. For one process, --accum 1, AdamW, and a model that is on the GPU as a
-    whole. auto measures there; no elsewhere."""
+    """On a GPU, record a step and repeat it as a CUDA graph, which spares small models the wait for launches. Same numbers but for
+    the rounding of the learning rate. For one process and --accum 1, without another way to save memory. auto measures on a GPU."""
     throw: float = 0.0
     """Partial reconstruction (PR-MIM): share of all patches, masked ones, that the decoder's layers do not see. 0 is
     full reconstruction. With --decoder-depth 0 there are no layers, and little is saved."""
@@ -237,9 +236,9 @@ class Pretrain(Logging, Faults, Computing, Optimisation, Model, Images):
             if self.shard and getattr(self, name) is True:
                 raise UserError(f"--shard and {flag(name)} do not go together; leave one of them out")
 
-    def check_graph(self, chosen: str = "") -> None:
-        """What cannot be recorded as it is; ``chosen`` is an option that was chosen for the run and is no part of this."""
-        if self.cuda_graph is True and (other := self.not_recorded or chosen):
+    def check_graph(self) -> None:
+        """What cannot be recorded."""
+        if self.cuda_graph is True and (other := self.not_recorded):
             raise UserError(f"--cuda-graph and {other} do not go together; leave one of them out")
 
     @property

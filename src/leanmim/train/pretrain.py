@@ -68,7 +68,8 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
     process = InPipeline(*process) if config.pipeline and process.world > 1 else process
     if config.update_in_backward and process.replica.world > 1:
         raise UserError(
-            "--update-in-backward steps before the gradients of several processes are averaged; leave it out, or train in one process or with --pipeline"
+            "--update-in-backward steps before the gradients of several processes are averaged; leave it out, or train in one process "
+            "or with --pipeline"
         )
     if config.cuda_graph is True and (device.type != "cuda" or process.world > 1):
         raise UserError(
@@ -90,9 +91,9 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
     if state:
         check_extension(config, state)
     own, other_split = split(calibration.applied(config), process)
-    if own.cuda_graph is True and own.not_recorded:  # now that the accumulation is known
-        asked.check_graph(own.not_recorded)
-        own = replace(own, cuda_graph=False)
+    if asked.cuda_graph is True:
+        own.check_graph()  # now that the accumulation is known
+    own = replace(own, cuda_graph=own.cuda_graph is True and not own.not_recorded)
     plan = plan_phases(own, images.images, process.replica.world)
     steps, start = plan[-1].stop, state["step"] if state else 0
     adjusted = check_adjusted(config, run, start, steps)

@@ -95,7 +95,7 @@ class Training:
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-    def room(self) -> None:
+    def make_room(self) -> None:
         """Make room for what is computed beside the steps."""
         if self.graphed:
             self.graphed.forget()
@@ -166,7 +166,7 @@ class Training:
         begin, seeds = self.phase.own(step), self.seeds(step)
         order = order_of_steps(own, len(source), per_epoch, begin, begin + 1, process)
         again = batches(replace(own, workers=0), source, begin, begin + 1, process, self.device, per_epoch)
-        self.room()
+        self.make_room()
         with self.placement.whole() as model:
             if self.parts and not self.process.first:
                 return {}
@@ -179,7 +179,7 @@ class Training:
         images, so all must call this.
         """
         own = self.phase.config
-        self.room()
+        self.make_room()
         with self.placement.whole() as model, torch.autocast(self.device.type, model.autocast, bool(model.autocast)):
             model.eval()
             self.process.broadcast(running_statistics(model))
