@@ -86,7 +86,8 @@ HOG = "target=hog,hog-cell=4"
 REFERENCE = "Published: MAE, ViT-S/16, 200 epochs of Imagenette on one A100: linear probe 84.1 %, kNN 72.1 %."
 RIVALS = {"cpu": "decoder-width=128", "gpu": "decoder-width=auto"}  # the best of photos-rival, once it is measured
 HALF, GROWING = "input-size=32", "phase-scales=1 1.25 1.5,phase-starts=0 0.5 0.8"
-DOUBLING = "input-size=32,phase-scales=1 1.5 2,phase-starts=0 0.5 0.75"
+DOUBLING = "phase-scales=1 1.5 2,phase-starts=0 0.5 0.75"
+RISING = "phase-scales=1 1.3333,phase-starts=0 0.5"
 PARTIAL = (
     "mae",
     *(
@@ -112,10 +113,10 @@ EXPERIMENTS: dict[str, Experiment] = {
         ),
     ),
     "tinyimagenet28-fastmim": replace(
-        TINY, recipes=("mae", f"mae:{HALF}", f"mae:{HOG}", f"mae:{HALF},{HOG}", f"mae:{DOUBLING},{HOG}")
+        TINY, recipes=("mae", f"mae:{HALF}", f"mae:{HOG}", f"mae:{HALF},{HOG}", f"mae:{HALF},{DOUBLING},{HOG}")
     ),
     "tinyimagenet28-fastmim-time": replace(
-        TINY, recipes=("mae", f"mae:{HALF},{HOG}", f"mae:{DOUBLING},{HOG}"), options=TINY.options | dict(budget="5min")
+        TINY, recipes=("mae", f"mae:{HALF},{HOG}", f"mae:{HALF},{DOUBLING},{HOG}"), options=TINY.options | dict(budget="5min")
     ),
     "tinyimagenet28-pr-mim": replace(TINY, recipes=PARTIAL),
     "tinyimagenet28-published": replace(
@@ -155,6 +156,10 @@ EXPERIMENTS: dict[str, Experiment] = {
         PHOTOS,
         recipes=("pr-mim:segments=4", f"pr-mim:{GROWING}", f"mae:segments=4,{GROWING}", f"pr-mim:segments=4,{GROWING}"),
         common="{rival}",
+    ),
+    # lower than the size of the evaluation: FastMIM's two means, taken further down
+    "photos-lower": replace(
+        PHOTOS, recipes=("mae:input-size=96", f"mae:input-size=96,{RISING}", f"mae:input-size=64,{DOUBLING}"), common="{rival}", gpu=False
     ),
     "photos-painted": replace(PHOTOS, recipes=("fastmim:{swin}", "simmim:{swin}", "fastmim:model=pvt_v2_b0")),
     "photos-depths": replace(
