@@ -141,7 +141,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         ),
     ),
     "photos-confirmed": replace(
-        PHOTOS, recipes=("mae", "mae:{rival}", f"mae:{GROWING},{{rival}}", "pr-mim:{rival}"), options=PHOTOS.options | dict(seeds=3), gpu=False
+        PHOTOS, recipes=("mae:{rival}", "mae:input-size=96,{rival}", "mae"), options=PHOTOS.options | dict(seeds=3), gpu=False
     ),
     "photos-one": replace(
         PHOTOS,

@@ -1,6 +1,6 @@
 """Fine-tuning a pre-trained encoder beside one from scratch, at several shares of the labels; and the same encoders frozen.
 
-    python benchmarks/finetune.py screen tune frozen --data data/imagenette --start mae=runs/mae --start fastmim=runs/fastmim
+    python benchmarks/finetune.py screen scratch tune frozen --data data/imagenette --start mae=runs/mae --start fastmim=runs/fastmim
 
 Every cell is a process of its own with one thread; what is fine-tuned is equal but for the start (from scratch all layers have
 the same learning rate). Finished cells are kept in --work: the same command continues where it was stopped, and one with
@@ -44,6 +44,11 @@ SCREEN: dict[str, dict[str, Any]] = {  # changes of the small recipe
     "crops from 8 %": dict(crop_scale=(0.08, 1.0)),
     "moving average 0.99": dict(ema=0.99),
 }
+SCRATCH = (
+    "lr x 4",
+    "small",
+    "lr / 2",
+)  # of these, from scratch: what is best for a pre-trained start need not be best there
 SCREEN_EPOCHS = 12
 PROBE_EPOCHS = 10  # of the attentive probe; published are 90
 
@@ -54,6 +59,9 @@ def cells(names: list[str], starts: dict[str, str], seeds: int, shares: list[flo
     if "screen" in names:
         first = next(iter(starts))
         found += [dict(kind="screen", start=first, share=0.1, seed=0, changes=name) for name in SCREEN]
+    if "scratch" in names:
+        first = next(iter(starts))
+        found += [dict(kind="scratch", start=f"{first}, scratch", share=0.1, seed=0, changes=name) for name in SCRATCH]
     if "tune" in names:
         found += [
             dict(kind="tune", start=start, share=share, seed=seed, changes="small")
@@ -95,14 +103,14 @@ def run_cell(cell: dict[str, Any], arguments: argparse.Namespace) -> dict[str, A
     batch = min(MOST, small_batch(round(cell["share"] * IMAGES)))
     config = Finetune(
         start="scratch" if scratch else starts[name], data=data, out=str(out), recipe="small",
-        epochs=SCREEN_EPOCHS if cell["kind"] == "screen" else EPOCHS[cell["share"]],
+        epochs=SCREEN_EPOCHS if cell["kind"] in ("screen", "scratch") else EPOCHS[cell["share"]],
         label_share=cell["share"] if cell["share"] < 1 else None, seed=cell["seed"], workers=0, device="cpu", eval_every=1000,
         effective_batch=batch,
     )  # fmt: skip
     if scratch:
         config = replace(config, model=trained.model, input_size=trained.input_size)
     if factor := changes.pop("lr", None):
-        changes["lr"] = factor * small_rate(batch)
+        changes["lr"] = factor * small_rate(batch, bool(scratch))
     began = time.perf_counter()
     leanmim.finetune(replace(config, **changes))
     seconds = time.perf_counter() - began
@@ -135,10 +143,10 @@ def result(cell: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any
 def tables(found: list[dict[str, Any]], names: list[str]) -> dict[str, list[dict[str, Any]]]:
     """Rows of each experiment."""
     rows: dict[str, list[dict[str, Any]]] = {}
-    if "screen" in names:
-        rows["screen"] = [
-            {"small recipe": r["changes"], "accuracy, %": f"{100 * r['accuracy']:.1f}", "loss": f"{r['loss']:.3f}",
-             "s": f"{r['seconds']:.0f}"} for r in found if r["kind"] == "screen"
+    for name in {"screen", "scratch"} & set(names):
+        rows[name] = [
+            {"small recipe": r["changes"], "lr": f"{r['config']['blr'] * r['config']['effective_batch'] / 256:.2g}", "accuracy, %": f"{100 * r['accuracy']:.1f}", "loss": f"{r['loss']:.3f}",
+             "s": f"{r['seconds']:.0f}"} for r in found if r["kind"] == name
         ]  # fmt: skip
     if "tune" in names:
         own = [r for r in found if r["kind"] == "tune"]
@@ -164,7 +172,7 @@ def order(cell: dict[str, Any]) -> tuple[str, float, int]:
 def main() -> None:
     """Run what is missing, write a table for each experiment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="all, or some of: screen, tune, frozen")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="all, or some of: screen, scratch, tune, frozen")
     parser.add_argument("--data", type=Path, help="labelled folder: train/CLASS, val/CLASS")
     parser.add_argument(
         "--start", action="append", default=[], metavar="NAME=RUN", help="a pre-training run; several may be given"
@@ -183,7 +191,7 @@ def main() -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(found))
         return
-    names = arguments.names or ["screen", "tune", "frozen"]
+    names = arguments.names or ["screen", "scratch", "tune", "frozen"]
     link_subset(arguments.data, arguments.work / "data", 0, arguments.val)
     starts = dict(pair.split("=", 1) for pair in arguments.start)
     todo = cells(names, starts, arguments.seeds, arguments.shares)

@@ -16,6 +16,7 @@ from PIL import Image
 from leanmim.classifier import finetune as module
 from leanmim.classifier.finetune import finetune
 from leanmim.classifier.model import build_classifier
+from leanmim.classifier.recipes import small_rate
 from leanmim.config import Finetune, Knn, Pretrain, Show
 from leanmim.errors import UserError
 from leanmim.evaluators.knn import knn
@@ -122,6 +123,7 @@ def test_resolved_numbers_are_stored(config: Finetune) -> None:
                           "channels_last", "compile", "memory", "pool", "class_weights", "values")]  # fmt: skip
     assert stored["mixup"] == 0.3
     assert (stored["batch_size"], stored["accum"], stored["input_size"], stored["channels"]) == (16, 1, [32], 3)
+    assert stored["blr"] * 16 / 256 == pytest.approx(small_rate(16, False))
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.99])
@@ -227,10 +229,11 @@ def test_few_labels_fewer_than_a_batch(config: Finetune) -> None:
     assert load(Run(folder).last)["step"] == 2
 
 
-def test_from_scratch_there_is_no_layer_decay(config: Finetune, tiny: Pretrain) -> None:
+def test_from_scratch_there_is_no_layer_decay_and_a_rate_of_its_own(config: Finetune, tiny: Pretrain) -> None:
     own = replace(config, start="scratch", model=tiny.model, model_kwargs=tiny.model_kwargs, input_size=(32,), epochs=1)
     stored = json.loads((finetune(own) / "config.json").read_text())
     assert stored["layer_decay"] == 1.0
+    assert stored["blr"] * 8 / 256 == pytest.approx(small_rate(8, True))
 
 
 def test_hours_limit_the_epochs(config: Finetune) -> None:

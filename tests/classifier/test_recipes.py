@@ -84,5 +84,6 @@ def test_the_small_recipe_sizes_itself() -> None:
     assert [small_batch(images) for images in (3, 95, 320, 947, 9469, 100_000)] == [3, 16, 16, 32, 256, 256]
     epochs = [small_epochs(images) for images in (3, 95, 947, 9469)]
     assert epochs == sorted(epochs, reverse=True)
-    assert small_rate(64) == pytest.approx(small_rate(256) / 2)
+    assert small_rate(64, False) == pytest.approx(small_rate(256, False) / 2)
+    assert small_rate(64, True) < small_rate(64, False)
     assert SMALL.recipe == "small"

@@ -92,10 +92,10 @@ def small_batch(images: int) -> int:
     return min(images, 256, max(16, 2 ** math.floor(math.log2(max(1, images / 20)))))
 
 
-def small_rate(batch: int) -> float:
-    """Learning rate of the small recipe: 4e-3 for 256 images a step, by the square root of the batch (ours: the best of three,
-    benchmarks/README.md, "Fine-tuning")."""
-    return 4e-3 * math.sqrt(batch / 256)
+def small_rate(batch: int, scratch: bool) -> float:
+    """Learning rate of the small recipe for 256 images a step, by the square root of the batch: 4e-3 for the last of pre-trained layers,
+    1e-3 for all from scratch (ours: each the best of three, benchmarks/README.md, "Fine-tuning")."""
+    return (1e-3 if scratch else 4e-3) * math.sqrt(batch / 256)
 
 
 def choose(config: Finetune, start: Start, images: int) -> Finetune:

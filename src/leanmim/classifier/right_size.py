@@ -87,7 +87,7 @@ def right_sized(
     effective = int(config.batch_size) * config.accum * processes_begun(config, run, process)
     config = replace(config, effective_batch=effective)
     if config.lr is not None or config.blr == "auto":
-        rate = small_rate(effective) if config.lr is None else config.lr
+        rate = small_rate(effective, start.weights is None) if config.lr is None else config.lr
         config = replace(config, blr=rate * 256 / effective, lr=None)
         chosen.append(f"lr {rate:.2g}")
     if config.epochs == "auto":
