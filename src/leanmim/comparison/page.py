@@ -21,7 +21,8 @@ GREY = "#7a8594"
 STYLES = ("dashed", "dotted")  # of baselines
 SPREAD = (
     "After ±: the sample standard deviation over seeds. In brackets, of one seed: Wilson's 95 % interval for the choice of "
-    "validation images. Fine-tuning takes the best epoch on these images, alike for all."
+    "validation images. Fine-tuning takes the best epoch on these images, alike for all; from scratch there is no layer decay, and with "
+    "few images a smaller learning rate."
 )
 MEMORY = "Memory: that of a training; measured on a GPU the allocator's peak, elsewhere what the process grew by."
 
