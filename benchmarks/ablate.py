@@ -151,11 +151,14 @@ EXPERIMENTS: dict[str, Experiment] = {
         ),
         common="{rival}",
     ),
-    # HOG is out: with four rows of photos-one all combinations of throwing, segments and growing
+    # HOG and growth are out: with three rows of photos-one and one of photos-lower all combinations of throwing, segments and 96 px
     "photos-together": replace(
         PHOTOS,
-        recipes=("pr-mim:segments=4", f"pr-mim:{GROWING}", f"mae:segments=4,{GROWING}", f"pr-mim:segments=4,{GROWING}"),
+        recipes=(
+            "pr-mim:segments=4", "pr-mim:input-size=96", "mae:segments=4,input-size=96", "pr-mim:segments=4,input-size=96",
+        ),
         common="{rival}",
+        gpu=False,
     ),
     # lower than the size of the evaluation: FastMIM's two means, taken further down
     "photos-lower": replace(

@@ -1,9 +1,9 @@
 """Fine-tuning a pre-trained encoder beside one from scratch, at several shares of the labels; and the same encoders frozen.
 
-    python benchmarks/finetune.py screen scratch tune frozen --data data/imagenette --start mae=runs/mae --start fastmim=runs/fastmim
+    python benchmarks/finetune.py screen scratch tune at-224 frozen --data data/imagenette --start mae=runs/mae --start fastmim=runs/fastmim
 
 Every cell is a process of its own with one thread; what is fine-tuned is equal but for the start (from scratch all layers have
-the same learning rate). Finished cells are kept in --work: the same command continues where it was stopped, and one with
+the same learning rate). at-224 is at 224 px, whatever the start was pre-trained at. Finished cells are kept in --work: the same command continues where it was stopped, and one with
 more seeds or shares adds to them.
 """
 
@@ -67,6 +67,12 @@ def cells(names: list[str], starts: dict[str, str], seeds: int, shares: list[flo
             dict(kind="tune", start=start, share=share, seed=seed, changes="small")
             for seed in range(seeds) for share in shares for name in starts for start in (name, f"{name}, scratch")
         ]  # fmt: skip
+    if "at-224" in names:
+        found += [
+            dict(kind="at-224", start=start, share=0.1, seed=seed, changes="small")
+            for seed in range(seeds)
+            for start in starts
+        ]
     if "frozen" in names:
         found += [dict(kind="frozen", start=start, share=1.0, seed=0, changes="") for start in starts]
     return found
@@ -109,6 +115,8 @@ def run_cell(cell: dict[str, Any], arguments: argparse.Namespace) -> dict[str, A
     )  # fmt: skip
     if scratch:
         config = replace(config, model=trained.model, input_size=trained.input_size)
+    if cell["kind"] == "at-224":
+        config = replace(config, input_size=(224,))
     if factor := changes.pop("lr", None):
         changes["lr"] = factor * small_rate(batch, bool(scratch))
     began = time.perf_counter()
@@ -143,9 +151,9 @@ def result(cell: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any
 def tables(found: list[dict[str, Any]], names: list[str]) -> dict[str, list[dict[str, Any]]]:
     """Rows of each experiment."""
     rows: dict[str, list[dict[str, Any]]] = {}
-    for name in {"screen", "scratch"} & set(names):
+    for name in {"screen", "scratch", "at-224"} & set(names):
         rows[name] = [
-            {"small recipe": r["changes"], "lr": f"{r['config']['blr'] * r['config']['effective_batch'] / 256:.2g}", "accuracy, %": f"{100 * r['accuracy']:.1f}", "loss": f"{r['loss']:.3f}",
+            {"start": r["start"], "seed": r["seed"], "small recipe": r["changes"], "lr": f"{r['config']['blr'] * r['config']['effective_batch'] / 256:.2g}", "accuracy, %": f"{100 * r['accuracy']:.1f}", "loss": f"{r['loss']:.3f}",
              "s": f"{r['seconds']:.0f}"} for r in found if r["kind"] == name
         ]  # fmt: skip
     if "tune" in names:
@@ -172,7 +180,9 @@ def order(cell: dict[str, Any]) -> tuple[str, float, int]:
 def main() -> None:
     """Run what is missing, write a table for each experiment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="all, or some of: screen, scratch, tune, frozen")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="all, or some of: screen, scratch, tune, at-224, frozen"
+    )
     parser.add_argument("--data", type=Path, help="labelled folder: train/CLASS, val/CLASS")
     parser.add_argument(
         "--start", action="append", default=[], metavar="NAME=RUN", help="a pre-training run; several may be given"
@@ -191,7 +201,7 @@ def main() -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(found))
         return
-    names = arguments.names or ["screen", "scratch", "tune", "frozen"]
+    names = arguments.names or ["screen", "scratch", "tune", "at-224", "frozen"]
     link_subset(arguments.data, arguments.work / "data", 0, arguments.val)
     starts = dict(pair.split("=", 1) for pair in arguments.start)
     todo = cells(names, starts, arguments.seeds, arguments.shares)
