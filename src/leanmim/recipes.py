@@ -124,7 +124,8 @@ masked patches (43.8, 56.0, 51.4 %) or 70 % (43.2, 54.9, 50.6 %); four segments 
 (benchmarks/results/photos-one-vit_tiny_patch16_224-cpu.md).
 
 Evaluated at 128 px, smaller images yet are better for the same FLOPs (three seeds, decoder 128 wide): with `--input-size 96` 46.5 ± 0.7, 55.1 ± 0.8
-and 51.7 ± 1.5 %, with 128 px 43.8 ± 1.8, 54.9 ± 0.6 and 51.9 ± 0.7 % (benchmarks/results/photos-confirmed-vit_tiny_patch16_224-cpu.md).
+and 51.7 ± 1.5 %, with 128 px 43.8 ± 1.8, 54.9 ± 0.6 and 51.9 ± 0.7 % (benchmarks/results/photos-confirmed-vit_tiny_patch16_224-cpu.md). Fine-tuned at 224 px 50.4 and 45.9 % (one seed,
+benchmarks/results/finetune-at-224-cpu.md).
 
 10.1 training GFLOP, 0.17 of MAE's and of its bytes saved (benchmarks/results/lean-cost.md).
 """
