@@ -130,7 +130,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "photos-224": replace(
         PHOTOS,
-        recipes=("mae", "lean:input-size=128", "pr-mim", "mae:segments=4"),
+        recipes=("mae", "lean:input-size=96", "lean:input-size=128", "pr-mim", "mae:segments=4"),
         options=PHOTOS.options | dict(input_size=(224,), eval_size=(224,)),
     ),
     "photos-rival": replace(
@@ -174,7 +174,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     **{
         f"photos-growth-{minutes}": replace(
             PHOTOS,
-            recipes=("mae:input-size=224", "mae:{rival}", "lean"),
+            recipes=("mae:input-size=224", "mae:{rival}", "mae:input-size=96,{rival}"),
             options=PHOTOS.options | dict(budget=f"{minutes * 41 / 15:.4g}TFLOP"),
             gpu=False,
         )

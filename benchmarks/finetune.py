@@ -3,8 +3,8 @@
     python benchmarks/finetune.py screen scratch tune at-224 frozen --data data/imagenette --start mae=runs/mae --start fastmim=runs/fastmim
 
 Every cell is a process of its own with one thread; what is fine-tuned is equal but for the start (from scratch all layers have
-the same learning rate). at-224 is at 224 px, whatever the start was pre-trained at. Finished cells are kept in --work: the same command continues where it was stopped, and one with
-more seeds or shares adds to them.
+the same learning rate, a lower one). at-224 is at 224 px, whatever the start was pre-trained at. Finished cells are kept in --work:
+the same command continues where it was stopped, and one with more seeds or shares adds to them.
 """
 
 import argparse
@@ -44,11 +44,7 @@ SCREEN: dict[str, dict[str, Any]] = {  # changes of the small recipe
     "crops from 8 %": dict(crop_scale=(0.08, 1.0)),
     "moving average 0.99": dict(ema=0.99),
 }
-SCRATCH = (
-    "lr x 4",
-    "small",
-    "lr / 2",
-)  # of these, from scratch: what is best for a pre-trained start need not be best there
+SCRATCH = ("lr x 4", "small", "lr / 2")  # of these, from scratch: it may want another rate than a pre-trained start
 SCREEN_EPOCHS = 12
 PROBE_EPOCHS = 10  # of the attentive probe; published are 90
 
@@ -151,10 +147,11 @@ def result(cell: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any
 def tables(found: list[dict[str, Any]], names: list[str]) -> dict[str, list[dict[str, Any]]]:
     """Rows of each experiment."""
     rows: dict[str, list[dict[str, Any]]] = {}
-    for name in {"screen", "scratch", "at-224"} & set(names):
+    for name in (name for name in ("screen", "scratch", "at-224") if name in names):
         rows[name] = [
-            {"start": r["start"], "seed": r["seed"], "small recipe": r["changes"], "lr": f"{r['config']['blr'] * r['config']['effective_batch'] / 256:.2g}", "accuracy, %": f"{100 * r['accuracy']:.1f}", "loss": f"{r['loss']:.3f}",
-             "s": f"{r['seconds']:.0f}"} for r in found if r["kind"] == name
+            {"start": r["start"], "seed": r["seed"], "small recipe": r["changes"],
+             "lr": f"{r['config']['blr'] * r['config']['effective_batch'] / 256:.2g}", "accuracy, %": f"{100 * r['accuracy']:.1f}",
+             "loss": f"{r['loss']:.3f}", "s": f"{r['seconds']:.0f}"} for r in found if r["kind"] == name
         ]  # fmt: skip
     if "tune" in names:
         own = [r for r in found if r["kind"] == "tune"]

@@ -24,7 +24,7 @@ from leanmim.recipes import FASTMIM, LEAN, MAE
 from leanmim.step import align_state
 
 RECIPES = {
-    "lean, ViT-Ti, 128 px": replace(LEAN, model="vit_tiny_patch16_224"),
+    "lean, ViT-Ti, 128 px": replace(LEAN, model="vit_tiny_patch16_224", input_size=(128,)),
     "mae, ViT-S, 224 px": replace(MAE, model="vit_small_patch16_224"),
     "fastmim, Swin-T, 128 px": replace(FASTMIM, model="swin_tiny_patch4_window7_224"),
     "fastmim, ConvNeXt-atto, 128 px": replace(FASTMIM, model="convnext_atto"),
