@@ -7,7 +7,7 @@
 --data holds the labelled folders that experiments name (unpack.py makes them), or is such a folder. A finished cell is kept: the same
 command continues where it was stopped, or where --minutes were over (exit code 3). Results: results/NAME-MODEL-SCALE.json, also of
 the cells that are finished when it is stopped. results/cells keeps the plan and what each finished cell found: from these any machine
-goes on, and trains what is missing.
+goes on, and trains what is missing; with other options than theirs it is refused.
 """
 
 import argparse
@@ -81,6 +81,8 @@ PHOTOS = Experiment(
     "imagenette224", (), "", (300, 200), options=dict(input_size=(128,), eval_size=(128,), **SHORT), gpu=True
 )
 LONG = dict(budget="200epochs", seeds=1, label_share=0.1)
+
+PLACES = ("data", "eval", "out")  # of this machine
 
 HOG = "target=hog,hog-cell=4"
 REFERENCE = "Published: MAE, ViT-S/16, 200 epochs of Imagenette on one A100: linear probe 84.1 %, kNN 72.1 %."
@@ -218,15 +220,18 @@ def taken_over(config: Compare) -> None:
     out, kept = Path(config.out), record.RESULTS / "cells" / Path(config.out).name
     if kept.is_dir() and not out.exists():
         shutil.copytree(kept, out)
-        (out / "config.json").write_text(json.dumps(config.to_json()))
+        before = json.loads(file.read_text()) if (file := out / "config.json").is_file() else {}
+        file.write_text(json.dumps(config.to_json() | before | {name: getattr(config, name) for name in PLACES}))
 
 
 def keep_cells(config: Compare) -> None:
     """Copy the plan and what finished cells found; there is no path in them."""
     out, kept = Path(config.out), record.RESULTS / "cells" / Path(config.out).name
-    for file in (*out.glob("plan.json"), *out.glob("cells/*/result.json")):
+    for file in (*out.glob("plan.json"), *out.glob("begun.json"), *out.glob("cells/*/result.json")):
         (to := kept / file.relative_to(out)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, to)
+    stored = {name: value for name, value in config.to_json().items() if name not in PLACES}
+    (kept / "config.json").write_text(json.dumps(stored, indent=1) + "\n")
 
 
 def tiny(config: Compare) -> Compare:

@@ -10,6 +10,7 @@ import pytest
 from leanmim.comparison import cells
 from leanmim.comparison.cells import Cell, cell_of, cells_of, finetune_epochs, run_cell, screening_of
 from leanmim.comparison.plan import Entry, recipes_of
+from leanmim.comparison.table import rows_of
 from leanmim.config import Pretrain
 from leanmim.data.labels import choose_labels
 from tests.comparison.fakes import tiny_comparison
@@ -38,6 +39,14 @@ def test_seed_by_seed_the_baselines_first(tmp_path: Path) -> None:
     )
 
 
+def test_weights_that_are_called_as_a_recipe_have_a_folder_of_their_own(tmp_path: Path) -> None:
+    config = tiny_comparison(tmp_path, weights=("mae",), seeds=1)
+    found = cells_of(config, entries(config), choose_labels(config.eval), (32,))
+    assert len({cell.folder for cell in found}) == len(found) == 5
+    rows = rows_of(found)
+    assert [(row.kind, row.name) for row in rows if row.name == "mae"] == [("weights", "mae"), ("recipe", "mae")]
+
+
 def test_every_architecture_has_its_baseline(tmp_path: Path) -> None:
     config = tiny_comparison(tmp_path, recipes=("mae", "pr-mim", "mae:depth=1"), seeds=1)
     found = cells_of(config, entries(config), choose_labels(config.eval), (32,))
@@ -45,6 +54,10 @@ def test_every_architecture_has_its_baseline(tmp_path: Path) -> None:
     assert len(names) == 2 and names[1] == f"{names[0]}, --depth 1"
     assert names[0].startswith("random initialisation, vit_tiny_patch16_224, patch_size=8, ")
     assert [cell.finetune.depth for cell in found if cell.kind == "untrained"] == [None, 1]
+    untrained = [row.architecture for row in rows_of(found) if row.kind == "untrained"]
+    assert [row.architecture for row in rows_of(found) if row.kind == "recipe"] == [
+        untrained[place] for place in (0, 0, 1)
+    ]
 
 
 def test_screening_is_a_tenth_one_seed_and_the_first_measure(tmp_path: Path) -> None:
@@ -58,8 +71,10 @@ def test_screening_is_a_tenth_one_seed_and_the_first_measure(tmp_path: Path) -> 
 @pytest.mark.parametrize(("images", "epochs"), [(9_469, 6), (947, 21), (100, 40)])
 def test_epochs_of_fine_tuning_are_a_fifth_of_the_small_recipes(tmp_path: Path, images: int, epochs: int) -> None:
     config = tiny_comparison(tmp_path)
-    labels = replace(choose_labels(config.eval), train=["a"] * images)
+    labels = replace(choose_labels(config.eval), train_labels=[0] * images)
     assert finetune_epochs(config, labels) == epochs
+    few = replace(config, label_share=0.1)
+    assert finetune_epochs(few, replace(labels, train_labels=[0] * (10 * images))) == epochs  # of those that train
     assert finetune_epochs(replace(config, finetune_epochs=7), labels) == 7
 
 

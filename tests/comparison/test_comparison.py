@@ -1,7 +1,10 @@
 """Recipes under one budget: the table and what it rests on; stopped, killed and failed comparisons."""
 
+import html
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -15,7 +18,7 @@ import numpy as np
 import pytest
 
 import leanmim
-from leanmim.cli import main
+from leanmim.cli import main, parse
 from leanmim.comparison import compare, processes
 from leanmim.comparison.table import Table
 from leanmim.config import Compare, Knn
@@ -221,10 +224,47 @@ def test_screening_drops_the_hopeless(faked: Any, tmp_path: Path) -> None:
     assert row.dropped and row.seeds == 0 and row.screened.value == 0.43
     assert not by_name(table)["pr-mim"].dropped
     page = (tmp_path / "out" / "page.html").read_text()
-    assert (
-        "the 95 % interval of fastmim lay below that of the best (kNN)" in page
-        and "43.0 (40.0 to 46.0), dropped" in page
-    )
+    assert "the 95 % interval (kNN) lay below that of the best for fastmim: they went no further" in page
+    assert "43.0 (40.0 to 46.0), dropped" in page
+
+
+def test_a_recipe_that_cannot_be_screened_does_not_hold_up_the_others(faked: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"1 of 5 cells failed:\n  pr-mim, seed 0 failed \(leanmim: no room\)"):
+        faked(lambda cell: 0.5, failing="pr-mim", screen=True, budget="30epochs", seeds=1)
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert [row["name"] for row in table["rows"] if row["seeds"]] == ["random initialisation", "raw pixels", "mae"]
+    assert "Failed: pr-mim, seed 0 (leanmim: no room)" in table["findings"][-1]
+    with pytest.raises(UserError, match="no recipe could be screened:\n  mae, seed 0 failed"):
+        faked(
+            lambda cell: 0.5,
+            failing="mae",
+            recipes=("mae",),
+            screen=True,
+            budget="30epochs",
+            seeds=1,
+            out=str(tmp_path / "b"),
+        )
+
+
+def test_a_table_is_of_one_set_of_images(faked: Any, tmp_path: Path) -> None:
+    faked(lambda cell: 0.5, seeds=1)
+    copytree(tmp_path / "tiles", tmp_path / "moved")
+    moved = dict(eval=str(tmp_path / "moved"), data=str(tmp_path / "moved" / "train"))
+    assert faked(lambda cell: 0.5, seeds=1, **moved).rows  # the same images elsewhere
+    next((tmp_path / "moved" / "val").rglob("*.png")).unlink()
+    with pytest.raises(UserError, match="was begun with other images to evaluate on; give the same ones"):
+        faked(lambda cell: 0.5, seeds=1, **moved)
+    next((tmp_path / "moved" / "train").rglob("*.png")).unlink()
+    with pytest.raises(UserError, match="other images to pre-train on and images to evaluate on"):
+        faked(lambda cell: 0.5, seeds=1, **moved)
+
+
+def test_the_page_holds_the_command_of_the_comparison(faked: Any, tmp_path: Path) -> None:
+    recipes = ("mae:batch-size=24,mask-ratio=0.8", "bim:segments=2,mask-ratio=0.72 0.78")
+    faked(lambda cell: 0.5, recipes=recipes)
+    page = html.unescape((tmp_path / "out" / "page.html").read_text())
+    (found,) = re.findall(r"leanmim compare [^<]*", page)
+    assert parse(shlex.split(found)[1:]) == ("compare", tiny_comparison(tmp_path, recipes=recipes))
 
 
 def test_other_options_are_another_comparison(faked: Any, tmp_path: Path) -> None:
@@ -258,6 +298,8 @@ def test_what_is_wrong_is_told_before_anything_is_written(refused: Refused, tmp_
     assert "names mae twice" in refused([*line, "--recipes", "mae", "mae"])
     assert "sets seed for all recipes" in refused([*line, "--recipes", "mae:seed=3"])
     assert "is neither a run folder" in refused([*line, "--recipes", "mae", "--weights", str(tmp_path)])
+    assert "mae, evaluated at 20 px (--eval-size): " in refused([*line, "--recipes", "mae", "--eval-size", "20"])
+    assert "--weights names a.b and a.b" in refused([*line, "--recipes", "mae", "--weights", "a.b", "a.b"])
     assert not Path(config.out).exists()
 
 

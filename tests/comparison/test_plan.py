@@ -10,18 +10,19 @@ import pytest
 import torch
 
 from leanmim.comparison import plan, processes
-from leanmim.comparison.plan import Entry, measured, planned, recipes_of, scheduled
+from leanmim.comparison.plan import Entry, batch_of, measured, planned, recipes_of, scheduled
 from leanmim.config import Compare, parse_budget
 from leanmim.costs import count
 from leanmim.data import open_source
 from leanmim.errors import UserError
 from leanmim.recipes import MAE
+from leanmim.train.phases import plan_phases
 from tests.comparison.fakes import here, tiny_comparison
 
 
 def entry(speed: float = 50.0, **changes: Any) -> Entry:
-    """100 images at 2 GFLOP."""
-    return Entry("mae", replace(MAE, **changes), 100, 2 * 10**9, (speed,))
+    """100 images at 2 GFLOP, in four steps."""
+    return Entry("mae", replace(MAE, **{"effective_batch": 25} | changes), 100, 2 * 10**9, (speed,))
 
 
 def under(budget: str, own: Entry, screen: bool = False) -> Entry:
@@ -43,19 +44,40 @@ def test_the_median_of_the_speeds_counts() -> None:
     assert under("60s", replace(entry(), speeds=(10.0, 50.0, 51.0))).config.epochs == 30
 
 
+@pytest.mark.parametrize(
+    ("own", "images"),
+    [({"batch_size": 30}, 90), ({"batch_size": 61}, 61), ({"batch_size": 30, "accum": 2}, 60), ({"effective_batch": 64}, 64),
+     ({"effective_batch": "auto"}, 96)],
+)  # fmt: skip
+def test_images_that_fill_no_batch_do_not_count(own: dict[str, Any], images: int) -> None:
+    found = under("6TFLOP", entry(**own))  # 30 epochs of 100 images
+    assert found.images == images
+    assert 0.98 < float(found.config.epochs) * images / 3000 <= 1.0
+
+
+def test_what_is_planned_is_what_a_run_does(tmp_path: Path) -> None:
+    config = tiny_comparison(tmp_path, recipes=("mae", "mae:batch-size=7", "pr-mim:batch-size=5"), budget="20GFLOP")
+    source = open_source(config.data, 3)
+    for own in planned(config, source, torch.device("cpu"), [{}]):
+        (phase,) = plan_phases(replace(own.config, batch_size=batch_of(own.config, own.config.epochs, 24)), 24, 1)
+        done = (phase.stop - phase.start) * phase.images * own.flops_per_image
+        assert done == pytest.approx(float(own.config.epochs) * own.epoch["flops"], rel=0.01)
+        assert 0.96 < done / 20e9 < 1.02
+
+
 def test_a_tenth_for_screening() -> None:
     assert under("30epochs", entry(), screen=True).screen_epochs == 3  # 0.1 x 30 is less than 3 in floating point
     assert under("70epochs", entry(), screen=True).screen_epochs == 7
-    with pytest.raises(UserError, match="a tenth of --budget 3epochs, for --screen, is less than one step of mae"):
-        under("3epochs", entry(), screen=True)
+    with pytest.raises(UserError, match="a tenth of --budget 2epochs, for --screen, is less than one step of mae"):
+        under("2epochs", entry(), screen=True)
 
 
 def test_less_than_a_step_is_refused_with_what_an_epoch_takes() -> None:
     with pytest.raises(
         UserError,
-        match=r"--budget 0.6s is less than one step of mae: an epoch of 100 images takes 2 s and 0.2 TFLOP",
+        match=r"--budget 0.4s is less than one step of mae: an epoch of 100 images takes 2 s and 0.2 TFLOP",
     ):
-        under("0.6s", entry())
+        under("0.4s", entry())
     with pytest.raises(UserError, match=r"--budget 1GFLOP is less than one step of mae: an epoch of 100 images takes"):
         under("1GFLOP", entry())
     with pytest.raises(UserError, match=r"--budget 1s is less than one step"):

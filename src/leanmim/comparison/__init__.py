@@ -5,7 +5,9 @@ process there has to do (cell.json), its run folders, what it says (log.txt) and
 Everything else follows from these, so that the same command continues a comparison that was stopped or killed.
 """
 
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,10 +16,11 @@ from typing import Any
 
 import torch
 
-from leanmim.comparison.cells import Cell, cells_of, finetune_epochs, screening_of
+from leanmim.comparison.cells import Cell, cell_of, cells_of, finetune_epochs, finetune_images, screening_of
+from leanmim.comparison.commands import command
 from leanmim.comparison.page import page_of
-from leanmim.comparison.plan import Entry, planned, told
-from leanmim.comparison.processes import Task, failure, places_of, run_tasks
+from leanmim.comparison.plan import Entry, planned, recipes_of, told
+from leanmim.comparison.processes import Task, failure, last_words, places_of, run_tasks
 from leanmim.comparison.table import NAMES, Table, promising, rows_of, scores_of
 from leanmim.config import Compare, parse_budget
 from leanmim.config.base import Images
@@ -26,11 +29,13 @@ from leanmim.data.labels import Labels, choose_labels
 from leanmim.device import cpus, resolve_device
 from leanmim.environment import environment
 from leanmim.errors import UserError
+from leanmim.evaluators.features import random_backbone
 from leanmim.files import write_atomically, write_json
+from leanmim.names import slug
 from leanmim.planner import available
 from leanmim.progress import console_of
 from leanmim.run import Run
-from leanmim.start import open_start
+from leanmim.start import SCRATCH, open_start, start_of
 
 
 def compare(config: Compare) -> Table:
@@ -53,19 +58,26 @@ def compare(config: Compare) -> Table:
     check_folder(config, run)
     device = resolve_device(config.device)
     places = places_of(config, device)
-    own = on_this_machine(with_stats(config), device, len(places))
+    own = on_this_machine(with_stats(config), device, places)
     source, labels = open_source(own.data, own.read_as), choose_labels(own.eval)
-    for name in own.weights:  # a wrong one is told before anything is trained
-        open_start(name, input_size=own.eval_size, images=Images(channels=own.channels, values=own.values))
-    plan = run.folder / "plan.json"
+    size = own.eval_size or max((recipe.input_size for _, recipe in recipes_of(own)), key=lambda px: px[0] * px[-1])
+    plan, begun = run.folder / "plan.json", run.folder / "begun.json"
+    now = {
+        "images to pre-train on": digest(list(source.names)),
+        "images to evaluate on": digest([labels.classes, labels.train, labels.val]),
+        "device": device.type,
+    }
     if plan.is_file():
+        check_begun(begun, now, run)
         entries = [Entry.from_json(values) for values in json.loads(plan.read_text())]
     else:
+        check_evaluation(own, labels, size)
         entries = planned(own, source, device, places)
     with run.locked():
         write_json(run.config, config.to_json())
+        write_json(begun, now)
         write_json(plan, [entry.to_json() for entry in entries])
-        return carried_out(own, run, entries, len(source), labels, device, places)
+        return carried_out(own, run, entries, len(source), labels, size, device, places)
 
 
 def carried_out(
@@ -74,6 +86,7 @@ def carried_out(
     entries: list[Entry],
     images: int,
     labels: Labels,
+    size: tuple[int, ...],
     device: torch.device,
     places: Sequence[dict[str, str]],
 ) -> Table:
@@ -85,42 +98,84 @@ def carried_out(
         entries: the recipes under the budget.
         images: to pre-train on.
         labels: the images to evaluate on.
+        size: at which all are evaluated, px.
         device: where it runs.
         places: of the trainings side by side.
     """
-    size = config.eval_size or max((entry.config.input_size for entry in entries), key=lambda px: px[0] * px[-1])
     title = title_of(config, images, labels, size)
     console = console_of(stderr=True)
     for line in (f"{title}; {len(places)} side by side on {device.type}", *map(told, entries)):
         console.print(line)
 
     screening = screening_of(config, entries, labels, size) if config.screen else []
-    if failed := run_cells(screening, entries, places, "screening"):
-        raise UserError("\n  ".join(["not all recipes could be screened:", *map(failure, failed)]))
-    hopeful = promising([(cell.name, score) for cell in screening for score in scores_of([cell.result]).values()])
+    failed = run_cells(screening, entries, places, "screening")
+    screened = [cell for cell in screening if cell.result]
+    hopeful = promising([(cell.name, score) for cell in screened for score in scores_of([cell.result]).values()])
     kept = [entry for entry in entries if entry.title in hopeful or not screening]
+    if not kept:
+        raise UserError("\n  ".join(["no recipe could be screened:", *map(failure, failed)]))
     cells = cells_of(config, kept, labels, size)
     facts = environment(device, len(places)) | {
+        "command": command("compare", Compare.from_json(run.stored())),
         "fine-tuning": f"recipe small, {finetune_epochs(config, labels)} epochs",
     }
 
     def written() -> Table:
         """The table of the cells that are finished, in the folder too."""
-        rows = rows_of(cells, screening, [entry.title for entry in kept])
-        table = Table(title, config.measures, parse_budget(config.budget).kind, rows, config.seeds)
+        rows = rows_of(cells, screened, [entry.title for entry in kept])
+        lost = tuple(f"{task.name} ({last_words(task)})" for task in failed)
+        table = Table(title, config.measures, parse_budget(config.budget).kind, rows, config.seeds, lost)
         write(run.folder, table, page_of(table, entries, [*screening, *cells], facts))
         return table
 
     written()
-    failed = run_cells(cells, entries, places, "training", written)
-    page = run.folder / "page.html"
+    failed += run_cells(cells, entries, places, "training", written)
+    table, page = written(), run.folder / "page.html"
     if failed:
         raise UserError(
-            "\n  ".join([f"{len(failed)} of {len(cells)} cells failed:", *map(failure, failed)])
+            "\n  ".join([f"{len(failed)} of {len(screening) + len(cells)} cells failed:", *map(failure, failed)])
             + f"\nThe others are in {page}; the same command tries these again"
         )
     console.print(f"page in {page}")
-    return written()
+    return table
+
+
+def digest(values: list[Any]) -> str:
+    """The same for the same values."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def check_begun(begun: Path, now: dict[str, str], run: Run) -> None:
+    """Raise UserError if the comparison began with other images or on another kind of device: a table is of one of each."""
+    before = json.loads(begun.read_text()) if begun.is_file() else now
+    if other := [what for what in now if before[what] != now[what]]:
+        raise UserError(
+            f"--out {str(run.folder)!r} was begun with other {' and '.join(other)}; give the same ones to continue it, or choose another --out"
+        )
+
+
+def check_evaluation(config: Compare, labels: Labels, size: tuple[int, ...]) -> None:
+    """Raise UserError if a recipe's model or given weights cannot be evaluated, before anything is trained."""
+    if twice := [names for names in groups_of(config.weights) if len(names) > 1]:
+        raise UserError(
+            f"--weights names {' and '.join(twice[0])}, which are the same or would share a folder; leave one out"
+        )
+    for name in config.weights:
+        open_start(name, input_size=size, images=Images(channels=config.channels, values=config.values)).encoder()
+    for title, recipe in recipes_of(config):
+        own = cell_of(config, "untrained", title, 0, labels, size, recipe).evaluate.with_stats()
+        try:
+            random_backbone(recipe, start_of(SCRATCH, own).model.size)
+        except UserError as error:
+            raise UserError(f"{title}, evaluated at {' x '.join(map(str, size))} px (--eval-size): {error}") from error
+
+
+def groups_of(names: Sequence[str]) -> list[list[str]]:
+    """The names that would have one folder."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(slug(name), []).append(name)
+    return list(groups.values())
 
 
 def check_folder(config: Compare, run: Run) -> None:
@@ -148,22 +203,28 @@ def with_stats(config: Compare) -> Compare:
     return replace(config, channels=found.channels, values=found.values)
 
 
-def on_this_machine(config: Compare, device: torch.device, jobs: int) -> Compare:
+def on_this_machine(config: Compare, device: torch.device, places: Sequence[dict[str, str]]) -> Compare:
     """The configuration with each training's part of the machine: device, reading processes, memory."""
+    jobs = len(places)
+    sharing = max(Counter(place.get("CUDA_VISIBLE_DEVICES") for place in places).values())
     changes: dict[str, Any] = {"device": device.type}
     if config.workers < 0:  # where all cores compute, a training reads its own images
         changes["workers"] = max(0, cpus() // jobs - 1) if device.type == "cuda" else 0
-    if config.memory == "auto" and device.type != "cuda":  # a GPU has one training, which asks it
-        changes["memory"] = str(available(device) // jobs)
+    if config.memory == "auto" and sharing > 1:  # a training that has a GPU for itself asks it
+        changes["memory"] = str(available(device) // sharing)
     return replace(config, **changes)
 
 
 def title_of(config: Compare, images: int, labels: Labels, size: tuple[int, ...]) -> str:
     """What was compared on what."""
+    few = finetune_images(config, labels)
+    tuned = (
+        f", fine-tuned with {few:,} of the labels" if "finetune" in config.measures and few < len(labels.train) else ""
+    )
     return (
         f"{images:,} images to pre-train on, --budget {config.budget}, seeds: {config.seeds}; evaluated on {config.eval}, "
         f"{len(labels.train):,} training and {len(labels.val):,} validation images of {len(labels.classes)} classes, at "
-        f"{' x '.join(map(str, size))} px"
+        f"{' x '.join(map(str, size))} px{tuned}"
     )
 
 

@@ -15,7 +15,7 @@ from leanmim.comparison.processes import Task
 from leanmim.config import Compare, Config, Evaluate, Finetune, Pretrain
 from leanmim.config.compare import Measure
 from leanmim.data import absolute
-from leanmim.data.labels import Labels
+from leanmim.data.labels import Labels, labels_of
 from leanmim.device import resolve_device
 from leanmim.evaluators.accuracy import Accuracy
 from leanmim.evaluators.cache import storage
@@ -52,6 +52,15 @@ class Cell:
     finetune: Finetune
     depths: bool = False
     """Whether the shallower backbones of a run in segments are evaluated too."""
+
+    @property
+    def architecture(self) -> str:
+        """The model and what is changed in it, if a recipe says so."""
+        own = self.pretrain
+        if own is None:
+            return ""
+        parts = [own.model, *(f"{key}={value}" for key, value in own.model_kwargs.items())]
+        return ", ".join([*parts, *([f"--depth {own.depth}"] if own.depth is not None else [])])
 
     @property
     def result(self) -> dict[str, Any]:
@@ -92,22 +101,19 @@ def cells_of(config: Compare, entries: Sequence[Entry], labels: Labels, size: tu
         labels: the images to evaluate on.
         size: at which all are evaluated, px.
     """
-    architectures: dict[str, Entry] = {}
-    for entry in entries:
-        own = entry.config
-        parts = [own.model, *(f"{key}={value}" for key, value in own.model_kwargs.items())]
-        if own.depth is not None:
-            parts.append(f"--depth {own.depth}")
-        architectures.setdefault(", ".join([UNTRAINED, *parts]), entry)
     found = []
     for seed in range(config.seeds):
-        for long, entry in architectures.items():
-            name = UNTRAINED if len(architectures) == 1 else long
-            found.append(cell_of(config, "untrained", name, seed, labels, size, entry.config))
+        recipes = [cell_of(config, "recipe", entry.title, seed, labels, size, entry.config) for entry in entries]
+        twins = {
+            cell.architecture: cell.pretrain for cell in reversed(recipes)
+        }  # of each architecture the first recipe
+        for architecture in dict.fromkeys(cell.architecture for cell in recipes):
+            name = UNTRAINED if len(twins) == 1 else f"{UNTRAINED}, {architecture}"
+            found.append(cell_of(config, "untrained", name, seed, labels, size, twins[architecture]))
         if seed == 0 and {"knn", "linear"} & set(config.measures):
             found.append(cell_of(config, "pixels", PIXELS, seed, labels, size, entries[0].config))
         found += [cell_of(config, "weights", name, seed, labels, size) for name in config.weights]
-        found += [cell_of(config, "recipe", entry.title, seed, labels, size, entry.config) for entry in entries]
+        found += recipes
     return found
 
 
@@ -133,7 +139,8 @@ def cell_of(
     part: str = "cells",
 ) -> Cell:
     """A cell; ``part`` is the folder within that of the comparison."""
-    folder = Path(config.out) / part / f"{slug(name)}-{seed}"
+    called = f"weights-{slug(name)}" if kind == "weights" else slug(name)  # a folder may be called as a recipe is
+    folder = Path(config.out) / part / f"{called}-{seed}"
     machine: dict[str, Any] = {"device": config.device, "workers": config.workers}
     if recipe is not None:
         out = str(folder / "pretrain")
@@ -158,11 +165,15 @@ def cell_of(
     return Cell(kind, name, seed, folder, config.measures, recipe, frozen, tuned, config.depths and kind == "recipe")
 
 
+def finetune_images(config: Compare, labels: Labels) -> int:
+    """Labelled images that fine-tuning trains with."""
+    return sum(min(count, labels_of(count, config.label_share, config.labels_per_class)) for count in labels.counts)
+
+
 def finetune_epochs(config: Compare, labels: Labels) -> int:
-    """Passes over the labelled images that train."""
-    return (
-        round(small_epochs(len(labels.train)) / 5) if config.finetune_epochs == "auto" else int(config.finetune_epochs)
-    )
+    """Passes over these."""
+    auto = config.finetune_epochs == "auto"
+    return round(small_epochs(finetune_images(config, labels)) / 5) if auto else int(config.finetune_epochs)
 
 
 def run_cell(folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from leanmim.comparison.cells import Cell
 from leanmim.comparison.commands import commands_of
-from leanmim.comparison.plan import Entry
+from leanmim.comparison.plan import Entry, pixels
 from leanmim.comparison.table import COSTS, NAMES, Row, Score, Table
 from leanmim.config.compare import Measure
 from leanmim.page import document
@@ -20,8 +20,9 @@ from leanmim.progress import duration
 GREY = "#7a8594"
 STYLES = ("dashed", "dotted")  # of baselines
 SPREAD = (
-    "After ±: the sample standard deviation over seeds. In brackets, of one seed: Wilson's 95 % interval for the choice of "
-    "validation images. Fine-tuning takes the best epoch on these images, alike for all; from scratch there is no layer decay, and with "
+    "After ±: the sample standard deviation over seeds. What is within the spread is nearer than that, or than the standard error that "
+    "the choice of the validation images has, if that is more. In brackets, of one seed: Wilson's 95 % interval for this choice. Without "
+    "a folder val, fine-tuning holds out other images for each seed. Fine-tuning takes the best epoch on these images, alike for all; from scratch there is no layer decay, and with "
     "few images a smaller learning rate."
 )
 MEMORY = "Memory: that of a training; measured on a GPU the allocator's peak, elsewhere what the process grew by."
@@ -92,7 +93,7 @@ def charts_of(found: Table, colours: dict[str, str]) -> Html:
     for measure in found.measures:
         for cost, (what, unit, factor) in COSTS.items():
             points = [(row, getattr(row, cost) * factor) for row in trained if measure in row.scores]
-            last = max((x for _, x in points), default=1.0)
+            last = 1.05 * max((x for _, x in points), default=1.0)  # no point on the frame
             curves = [
                 level(row, row.scores[measure], last, DASHES[styles[row.name]])
                 for row in others
@@ -126,7 +127,7 @@ def level(row: Row, score: Score, last: float, dash: str) -> Curve:
 
 def schedules(entries: Sequence[Entry]) -> Html:
     """What each recipe does with the budget."""
-    head = ("recipe", "epochs", "images", "TFLOP", "images/s, measured beforehand", "predicted time")
+    head = ("recipe", "px", "epochs", "images an epoch", "TFLOP", "images/s, measured beforehand", "predicted time")
     rows = []
     for entry in entries:
         epochs = float(entry.config.epochs)
@@ -135,13 +136,14 @@ def schedules(entries: Sequence[Entry]) -> Html:
             speed = f"{median(entry.speeds):,.1f} ({min(entry.speeds):,.1f} to {max(entry.speeds):,.1f})"
             time = duration(epochs * entry.epoch["seconds"])
         flops = f"{epochs * entry.epoch['flops'] / 1e12:,.4g}"
-        rows.append(row(entry.title, [f"{epochs:g}", f"{entry.images:,}", flops, speed, time]))
-    return table(head, rows, "short")
+        numbers = [pixels(entry.config), f"{epochs:g}", f"{entry.images:,}", flops]
+        rows.append(row(entry.title, [*numbers, speed, time] if entry.speeds else numbers))
+    return table(head if entries[0].speeds else head[:5], rows, "short")
 
 
 def basis(entries: Sequence[Entry]) -> str:
     """Where the epochs come from."""
-    same = "All seeds train for the same epochs, the last of them in part."
+    same = "All seeds train for the same epochs, the last of them in part; images that fill no batch are left out."
     if not entries[0].speeds:
         return same
     return (
@@ -156,7 +158,7 @@ def commands(cells: Sequence[Cell]) -> Html:
         row(f"{cell.name}, seed {cell.seed}", ["done" if cell.result else NOT_YET, lines_of(cell)]) for cell in cells
     ]
     return Html(
-        f"<details><summary>{len(cells)} cells</summary>\n{table(('cell', '', 'commands'), rows, 'long')}</details>"
+        f"<details><summary>{len(cells)} cells</summary>\n{table(('cell', 'state', 'commands'), rows, 'long')}</details>"
     )
 
 

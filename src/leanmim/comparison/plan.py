@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from leanmim.auto import FEWEST, short
+from leanmim.auto import images_a_step, short
 from leanmim.comparison.processes import Task, run_tasks
 from leanmim.config import Compare, Pretrain
 from leanmim.config.base import Precision
@@ -55,7 +55,7 @@ class Entry:
     config: Pretrain
     """Without data and run folder; its epochs are those of the whole budget."""
     images: int
-    """Of an epoch."""
+    """Of an epoch: as many as fill its steps."""
     flops_per_image: int
     """Of training, on average over the phases."""
     speeds: tuple[float, ...] = ()
@@ -145,9 +145,14 @@ def scheduled(entry: Entry, budget: Budget, config: Compare) -> Entry:
 
 def with_epochs(entry: Entry, budget: Budget, called: str) -> Entry:
     """The entry with the epochs of a budget, the last one in part. Errors as for `scheduled`."""
-    epochs = short(budget.amount / entry.epoch[budget.kind])
-    step = FEWEST if entry.config.effective_batch == "auto" else entry.config.effective_batch
-    if epochs * entry.images < min(step, entry.images):
+    there = entry.images
+    for _ in range(
+        3
+    ):  # an automatic batch follows from the epochs, and they from how many images fill an epoch's batches
+        epochs = short(budget.amount / entry.epoch[budget.kind])
+        batch = batch_of(entry.config, epochs, there)
+        entry = replace(entry, images=there // batch * batch or there)
+    if epochs * entry.images < min(batch, entry.images):
         raise UserError(
             f"{called} is less than one step of {entry.title}: an epoch of {entry.images} images takes "
             f"{duration(entry.epoch['seconds']) + ' and ' if entry.speeds else ''}{entry.epoch['flops'] / 1e12:.3g} TFLOP. Give a larger "
@@ -161,6 +166,13 @@ def with_epochs(entry: Entry, budget: Budget, called: str) -> Entry:
     return replace(entry, config=config)
 
 
+def batch_of(recipe: Pretrain, epochs: int | float, images: int) -> int:
+    """Images of a step of a training."""
+    if recipe.batch_size != "auto":
+        return recipe.batch_size * recipe.accum
+    return images_a_step(epochs * images, images) if recipe.effective_batch == "auto" else recipe.effective_batch
+
+
 def told(entry: Entry) -> str:
     """What a recipe does with the budget, for people to read."""
     epochs = float(entry.config.epochs)
@@ -169,7 +181,15 @@ def told(entry: Entry) -> str:
         if entry.speeds
         else ""
     )
-    return f"{entry.title}: {epochs:g} {'epoch' if epochs == 1 else 'epochs'}{time}, {epochs * entry.epoch['flops'] / 1e12:.4g} TFLOP"
+    return (
+        f"{entry.title}: {pixels(entry.config)} px, {epochs:g} {'epoch' if epochs == 1 else 'epochs'}{time}, "
+        f"{epochs * entry.epoch['flops'] / 1e12:.4g} TFLOP"
+    )
+
+
+def pixels(recipe: Pretrain) -> str:
+    """Its input size, for people to read; of the first phase if it grows."""
+    return " x ".join(map(str, recipe.input_size))
 
 
 def measured(config: Compare, entries: Sequence[Entry], places: Sequence[dict[str, str]]) -> list[Entry]:

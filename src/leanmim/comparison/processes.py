@@ -165,6 +165,10 @@ def time_left(took: dict[Task, float], left: Sequence[Task], side_by_side: int) 
 
 def failure(task: Task) -> str:
     """What is told of a task that failed: its last words and its log."""
+    return f"{task.name} failed ({last_words(task)}); its log is {task.log}"
+
+
+def last_words(task: Task) -> str:
+    """The last line of a task's log."""
     lines = task.log.read_text(errors="replace").splitlines()
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-    return f"{task.name} failed ({last}); its log is {task.log}"
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
@@ -18,6 +19,7 @@ COSTS: dict[str, tuple[str, str, float]] = {  # field of a row -> what it is, un
     "flops": ("training FLOPs", "TFLOP", 1e-12),
     "memory_bytes": ("predicted peak memory", "MiB", 2**-20),
 }
+ALIKE = 1.02  # costs that differ by less are the same: two trainings of one recipe take times that differ so much
 
 
 @dataclass(frozen=True)
@@ -27,26 +29,34 @@ class Score:
     value: float
     """Mean."""
     low: float
-    """Mean less one sample standard deviation over the seeds; of one seed the lower end of Wilson's 95 % interval."""
+    """Mean less the spread; of one seed the lower end of Wilson's 95 % interval."""
     high: float
     values: tuple[float, ...]
     images: int
     """That were classified."""
 
     def __str__(self) -> str:
-        """In per cent."""
+        """In per cent, with the standard deviation over the seeds; of one seed its interval."""
         value, low, high = (100 * number for number in (self.value, self.low, self.high))
-        return f"{value:.1f} ± {high - value:.1f}" if len(self.values) > 1 else f"{value:.1f} ({low:.1f} to {high:.1f})"
+        if len(self.values) > 1:
+            return f"{value:.1f} ± {100 * stdev(self.values):.1f}"
+        return f"{value:.1f} ({low:.1f} to {high:.1f})"
 
 
 def score_of(found: Sequence[dict[str, Any]]) -> Score:
-    """The accuracies of the seeds together."""
+    """The accuracies of the seeds together.
+
+    The spread is the sample standard deviation over the seeds, and no less than the standard error that the choice of so many
+    validation images has: two or three seeds may agree by chance.
+    """
     values = tuple(accuracy["value"] for accuracy in found)
     images = found[0]["images"]
     if len(values) == 1:
         low, high = found[0]["interval"]
         return Score(values[0], low, high, values, images)
-    return Score(fmean(values), fmean(values) - stdev(values), fmean(values) + stdev(values), values, images)
+    mean = fmean(values)
+    spread = max(stdev(values), math.sqrt(mean * (1 - mean) / images))
+    return Score(mean, mean - spread, mean + spread, values, images)
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,8 @@ class Row:
     """With --screen: the accuracy after a tenth of the budget."""
     dropped: bool = False
     """Whether the recipe went no further."""
+    architecture: str = ""
+    """Of a recipe and of its untrained twin: the model and what was changed in it."""
 
 
 def rows_of(cells: Iterable[Cell], screening: Sequence[Cell] = (), kept: Sequence[str] = ()) -> list[Row]:
@@ -80,13 +92,13 @@ def rows_of(cells: Iterable[Cell], screening: Sequence[Cell] = (), kept: Sequenc
         screening: the cells of a tenth of it.
         kept: names of the recipes that went further.
     """
-    groups: dict[str, list[Cell]] = {}
+    groups: dict[tuple[Kind, str], list[Cell]] = {}
     for cell in cells:
-        groups.setdefault(cell.name, []).append(cell)
-    screened = {cell.name: score for cell in screening for score in scores_of([cell.result]).values()}
+        groups.setdefault((cell.kind, cell.name), []).append(cell)
+    screened = {cell.name: score for cell in screening if cell.result for score in scores_of([cell.result]).values()}
     rows = []
-    for name, own in groups.items():
-        rows += [row_of(own, screened.get(name)), *depths_of(own)]
+    for (kind, name), own in groups.items():
+        rows += [row_of(own, screened.get(name) if kind == "recipe" else None), *depths_of(own)]
     return rows + [
         Row("recipe", name, 0, {}, screened=found, dropped=True) for name, found in screened.items() if name not in kept
     ]
@@ -107,7 +119,10 @@ def row_of(cells: Sequence[Cell], screened: Score | None) -> Row:
             "measured_bytes": average["measured_bytes"],
             "images_per_second": average["images"] / average["seconds"],
         }
-    return Row(cells[0].kind, cells[0].name, len(results), scores_of(results), **costs, screened=screened)
+    first = cells[0]
+    return Row(
+        first.kind, first.name, len(results), scores_of(results), **costs, screened=screened, architecture=first.architecture
+    )  # fmt: skip
 
 
 def depths_of(cells: Sequence[Cell]) -> list[Row]:
@@ -143,6 +158,8 @@ class Table:
     rows: list[Row]
     planned: int
     """Seeds of each recipe."""
+    failed: tuple[str, ...] = ()
+    """Of each cell that failed its name and its last words."""
 
     def __str__(self) -> str:
         return "\n\n".join([self.title, *self.findings(), markdown(self.accuracies()), markdown(self.costs())])
@@ -188,57 +205,83 @@ class Table:
     def findings(self) -> list[str]:
         """What follows from the table, in sentences; whether pre-training helps is the first."""
         found = [*self.helps(), *self.worth(), *self.better_weights()]
-        if dropped := [row.name for row in self.rows if row.dropped]:
+        if any(row.screened for row in self.rows):
+            dropped = [row.name for row in self.rows if row.dropped]
+            hopeless = f"lay below that of the best for {'; '.join(dropped)}: they went no further"
             found.append(
-                f"Screened: after a tenth of the budget, with one seed, the 95 % interval of {', '.join(dropped)} lay below that of "
-                f"the best ({NAMES[self.measures[0]]}). They went no further."
+                f"Screened after a tenth of the budget, with one seed: the 95 % interval ({NAMES[self.measures[0]]}) "
+                f"{hopeless if dropped else 'of every recipe reached that of the best: all went on'}."
             )
-        if self.planned == 1:
+        if self.planned == 1 and any(row.scores for row in self.rows):
             found.append(
                 "One seed: there is no spread, and Wilson's 95 % interval for the choice of validation images stands in its place. "
                 "Another seed may change the order."
             )
-        return found
+        planned = {"pixels": 1}
+        short = [
+            f"{row.name} ({row.seeds} of {planned.get(row.kind, self.planned)} seeds)"
+            for row in self.rows
+            if not row.dropped and row.kind != "depth" and row.seeds < planned.get(row.kind, self.planned)
+        ]
+        if found and short:
+            found.append(f"Not finished: {'; '.join(short)}. What is said above holds so far.")
+        return found + [f"Failed: {'; '.join(self.failed)}. The same command tries again."] * bool(self.failed)
 
     def helps(self) -> Iterator[str]:
-        """By which measures pre-training helps, and by which it does not."""
-        above: list[str] = []
-        not_above: list[str] = []
+        """By which measures pre-training helps: whether any recipe is above raw pixels and its own untrained model."""
+        verdicts = (
+            "does not help on these data",
+            "is not shown to help on these data, for the difference is within the spread",
+            "helps",
+        )
+        said: dict[str, list[str]] = {verdict: [] for verdict in reversed(verdicts)}
         for measure in self.measures:
-            best, baseline = self.best(measure, "recipe"), self.best(measure, "untrained", "pixels")
-            if best and baseline:
-                (row, score), (other, reached) = best, baseline
-                texts = above if score.low > reached.high else not_above
-                texts.append(f"{NAMES[measure]} {score} % ({row.name}) against {reached} % ({other.name})")
-        if above:
-            yield f"Pre-training helps: {'; '.join(above)}."
-        if not_above:
-            whether = "By other measures it does not help" if above else "Pre-training does not help on these data"
-            yield (
-                f"{whether}: {'; '.join(not_above)}. The best recipe is not above the best without pre-training by more than the "
-                "spread."
-            )
+            found = []
+            for row in self.rows:
+                if row.kind == "recipe" and measure in row.scores and (others := self.baselines(row, measure)):
+                    other = max(others, key=lambda own: own.scores[measure].value)
+                    own, reached = row.scores[measure], other.scores[measure]
+                    level = (own.value > reached.value) + (own.low > reached.high)
+                    text = f"{NAMES[measure]} {own} % ({row.name}) against {reached} % ({other.name})"
+                    found.append((level, own.value, text))
+            if found:
+                level, _, text = max(found)
+                said[verdicts[level]].append(text)
+        subject = "Pre-training"
+        for verdict, texts in said.items():
+            if texts:
+                yield f"{subject} {verdict}: {'; '.join(texts)}."
+                subject = "By other measures it"
+
+    def baselines(self, recipe: Row, measure: Measure) -> list[Row]:
+        """The untrained model of a recipe, and raw pixels; none as long as the model has no score."""
+        found = [row for row in self.rows if measure in row.scores]
+        own = [row for row in found if row.kind == "untrained" and row.architecture == recipe.architecture]
+        return own + [row for row in found if row.kind == "pixels"] if own else []
 
     def worth(self) -> Iterator[str]:
         """By each measure the recipes within the spread of the best, and the cheapest of them in all that the budget leaves open."""
         for measure in self.measures:
-            if not (best := self.best(measure, "recipe")):
-                continue
             own = [row for row in self.rows if row.kind == "recipe" and measure in row.scores]
-            equal = [row for row in own if row.scores[measure].value >= best[1].low]
+            if len(own) < 2:
+                continue
+            best = max(own, key=lambda row: row.scores[measure].value)
+            equal = [row for row in own if row.scores[measure].value >= best.scores[measure].low]
             if len(equal) == 1:
-                yield f"Best, {NAMES[measure]}: {equal[0].name}; no other recipe is within its spread."
+                yield f"Best, {NAMES[measure]}: {best.name}; no other recipe is within its spread."
                 continue
             cheapest: dict[str, list[str]] = {}
             for cost, (what, unit, factor) in COSTS.items():
                 if cost != self.budget:
-                    least = min(equal, key=lambda row: getattr(row, cost))
-                    cheapest.setdefault(least.name, []).append(f"{what} {getattr(least, cost) * factor:,.4g} {unit}")
+                    least = min(getattr(row, cost) for row in equal)
+                    for row in equal:
+                        if getattr(row, cost) <= ALIKE * least:
+                            cheapest.setdefault(row.name, []).append(
+                                f"{what} {getattr(row, cost) * factor:,.4g} {unit}"
+                            )
             names = "; ".join(f"{name} ({', '.join(costs)})" for name, costs in cheapest.items())
-            others = "; ".join(row.name for row in equal if row != best[0])  # a name may have commas
-            yield (
-                f"Best, {NAMES[measure]}: {best[0].name}; within its spread: {others}. The cheapest of these: {names}."
-            )
+            others = "; ".join(row.name for row in equal if row != best)  # a name may have commas
+            yield f"Best, {NAMES[measure]}: {best.name}; within its spread: {others}. The cheapest of these: {names}."
 
     def better_weights(self) -> Iterator[str]:
         """By which measures given weights are better than every recipe."""

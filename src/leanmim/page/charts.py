@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 from matplotlib.ticker import MaxNLocator
 
-COLOURS = ("#2f7fd1", "#e07b00", "#1a9e6f", "#c2559d", "#8a6fd1", "#a08a00")  # readable on white and on near black
+COLOURS = (  # readable on white and on near black
+    "#2f7fd1", "#e07b00", "#1a9e6f", "#c2559d", "#8a6fd1", "#a08a00", "#d4493f", "#10949c", "#96654b", "#6b8f1e", "#b3396b", "#5a6fa8",
+)  # fmt: skip
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 256, 54, 14, 36, 40  # of a chart and its margins, SVG units
 DOTS = 60  # of a curve, each with its numbers for a pointer; of longer curves they are not drawn
 MIDDLE = (LEFT + WIDTH - RIGHT) / 2
@@ -75,7 +77,7 @@ def plot(curves: Sequence[Curve], zero: bool, across: str) -> list[str]:
     for curve in curves:
         places = [place(*point) for point in thin(curve.points)]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        step, style = (1, 'r="2.6"') if len(places) <= DOTS else (-(-len(places) // DOTS), 'class="hidden" r="5"')
+        step, style = (1, 'r="3"') if len(places) <= DOTS else (-(-len(places) // DOTS), 'class="hidden" r="5"')
         dots = "".join(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" {style}><title>{escape(curve.label)}: {value[1]:.5g} at {across} {value[0]:.4g}</title></circle>'
             for (x, y), value in zip(places[::step], thin(curve.points)[::step], strict=True)
