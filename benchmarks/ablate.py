@@ -143,7 +143,11 @@ EXPERIMENTS: dict[str, Experiment] = {
         ),
     ),
     "photos-confirmed": replace(
-        PHOTOS, recipes=("mae:{rival}", "mae:input-size=96,{rival}", "mae"), options=PHOTOS.options | dict(seeds=3), gpu=False
+        PHOTOS, recipes=("mae:{rival}", "mae:input-size=96,{rival}", "pr-mim:input-size=96,{rival}"),
+        options=PHOTOS.options | dict(seeds=3), gpu=False,
+    ),
+    "photos-decoder": replace(
+        PHOTOS, recipes=("mae:{rival}", "mae"), options=PHOTOS.options | dict(seeds=3), gpu=False
     ),
     "photos-one": replace(
         PHOTOS,
@@ -220,8 +224,11 @@ def taken_over(config: Compare) -> None:
     out, kept = Path(config.out), record.RESULTS / "cells" / Path(config.out).name
     if kept.is_dir() and not out.exists():
         shutil.copytree(kept, out)
-        before = json.loads(file.read_text()) if (file := out / "config.json").is_file() else {}
-        file.write_text(json.dumps(config.to_json() | before | {name: getattr(config, name) for name in PLACES}))
+        now, file = config.to_json(), out / "config.json"
+        before = now | (json.loads(file.read_text()) if file.is_file() else {})
+        if before["recipes"] != now["recipes"]:  # what they do with the budget is planned anew, finished cells stay
+            (out / "plan.json").unlink(missing_ok=True)
+        file.write_text(json.dumps(before | {name: now[name] for name in (*PLACES, "recipes")}))
 
 
 def keep_cells(config: Compare) -> None:
