@@ -22,6 +22,7 @@ from leanmim.recipes import MAE, RECIPES, hyphens, words
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "docs" / "notebooks"
+PHOTOS = "Recipes on photos"
 EVIDENCE = {  # sections of benchmarks/README.md
     "mae": "The baselines",
     "simmim": "The baselines",
@@ -29,8 +30,8 @@ EVIDENCE = {  # sections of benchmarks/README.md
     "fastmim-p": "FastMIM",
     "pr-mim": "PR-MIM",
     "bim": "BIM",
-    "lean": "Recipes on photos",
-    "lean-memory": "Recipes on photos",
+    "lean": PHOTOS,
+    "lean-memory": PHOTOS,
 }
 AS_WORDS = {  # types of Python, on a command line
     "a string or (a string, ...)": "one or more words",
@@ -108,8 +109,10 @@ def recipe(name: str) -> str:
     text = next(after for before, after in zip(tree.body, tree.body[1:], strict=False) if assigns(before, constant))
     assert isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
     said = re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", str(text.value.value))
-    said = re.sub(r"\(?(benchmarks/[\w./-]+\.md)\)?", r"([file](../\1))", said)
-    shared = (ast.get_docstring(tree) or "").split("\n\n")[-1]
+    costs, accuracies = re.split(r"; ", (ast.get_docstring(tree) or "").split("\n\n")[-1], maxsplit=1)
+    shared = (
+        f"{costs}." if EVIDENCE.get(name) == PHOTOS else f"{costs}; {accuracies}"
+    )  # photos have a table of their own
     differ = [
         field.name for field in fields(Pretrain) if getattr(RECIPES[name], field.name) != getattr(MAE, field.name)
     ]
@@ -120,11 +123,16 @@ def recipe(name: str) -> str:
     ]
     options = ["## What differs from `mae`", "", "| option | `mae` | here |", "|---|---|---|", *rows] if rows else []
     return "\n".join([
-        f"# `{name}`", "", said, *options, "",
+        f"# `{name}`", "", linked(said), *options, "",
         "All options: [`leanmim pretrain`](../commands.md#leanmim-pretrain).", "",
-        "## How its numbers were measured", "", re.sub(r"\(?(benchmarks/README\.md)\)?", r"([file](../\1))", shared), "",
+        "## How its numbers were measured", "", linked(shared), "",
         *evidence(EVIDENCE.get(name)),
     ])  # fmt: skip
+
+
+def linked(text: str) -> str:
+    """A text whose files of results are links, as seen from a folder beside theirs."""
+    return re.sub(r"benchmarks/[\w./-]+\.md", r"[file](../\g<0>)", text)
 
 
 def assigns(statement: ast.stmt, name: str) -> bool:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import leanmim
+from leanmim.cli import DESCRIPTIONS
 from leanmim.config import Cost, Plan, Pretrain
 from leanmim.costs import StepCost, count
 from leanmim.errors import UserError
@@ -91,6 +92,10 @@ def test_the_recipe_is_mae_with_half_of_all_thrown_and_filled() -> None:
     assert all(
         recipe.throw == 0 for name, recipe in RECIPES.items() if name in ("mae", "simmim", "fastmim", "fastmim-p")
     )
+
+
+def test_what_the_help_says_of_lean() -> None:
+    assert f" {LEAN.input_size[0]} px with a decoder of one layer" in DESCRIPTIONS["lean"] and LEAN.decoder_depth == 1
 
 
 def test_lean_is_a_cheaper_mae_and_needs_an_eighth_of_the_memory_in_segments() -> None:

@@ -31,7 +31,7 @@ from leanmim.config import (
     Stats,
 )
 from leanmim.errors import UserError
-from leanmim.recipes import RECIPES, nearest
+from leanmim.recipes import LEAN, RECIPES, nearest
 from leanmim.signals import stoppable
 from leanmim.version import __version__
 
@@ -52,7 +52,7 @@ DESCRIPTIONS = {
     "fastmim-p": "FastMIM-P: FastMIM with a resolution that grows during training.",
     "pr-mim": "PR-MIM: the decoder sees a third of the masked patches, the others are filled in (ViT).",
     "bim": "BIM: four segments, each trained by a decoder and loss of its own; activations and gradients of one at a time (ViT).",
-    "lean": "Ours, for little time: MAE at 128 px with a decoder of one layer (ViT).",
+    "lean": f"Ours, for little time: MAE at {LEAN.input_size[0]} px with a decoder of one layer (ViT).",
     "lean-memory": "Ours, for little memory: lean in four segments, one of which at a time is on the GPU (ViT).",
     "simmim": "SimMIM: a learned token in masked squares, one linear layer (ViT, Swin).",
 }

@@ -26,3 +26,8 @@ def run_names(folders: Sequence[str]) -> list[str]:
     """What to call each of several runs: its folder's name; where two are called alike, the paths as given."""
     names = [Path(folder).resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else list(folders)  # a/run and b/run
+
+
+def sides(size: Sequence[int]) -> str:
+    """Height and width of an image, for people to read; of a square its side."""
+    return " x ".join(map(str, dict.fromkeys(size)))

@@ -20,7 +20,7 @@ WORDS = ["--model", "vit_tiny_patch16_224", "--model-kwargs", "depth", "4", "--i
 KEYS = (
     "title recipe model batch_size forward_flops_per_image train_flops_per_image segment_flops segment_parameters message_bytes "
     "encoder_parameters decoder_parameters weight_bytes gradient_bytes optimizer_bytes saved_bytes transient_bytes peak_bytes allocator "
-    "encoder_tokens decoder_tokens"
+    "encoder_tokens decoder_tokens pixels"
 )
 
 
@@ -64,6 +64,7 @@ def test_a_row_compares_with_the_first() -> None:
     assert row["ratio"] == f"{second.train_flops_per_image / first.train_flops_per_image:.2f}"
     assert row["decoder"] == f"{compared.flops[1]['training']['decoder'] / 1e9:.2f}"
     row = cells(str(compared), "Parameters", second.title)
+    assert row["input, px"] == str(simmim.input_size[0])
     assert (row["encoder tokens"], row["encoder"]) == ("37", f"{second.encoder_parameters / 1e6:.2f}")
 
 
@@ -110,7 +111,7 @@ def test_nothing_that_can_be_counted_is_an_error_that_names_all() -> None:
     with pytest.raises(UserError) as error:
         cost(Cost(recipes=("mae", "bim"), **{**FAST, "input_size": (100,)}))
     mae, bim = str(error.value).splitlines()
-    assert mae.startswith("mae cannot be counted at 100 px: --input-size 100 100 is not divided")
+    assert mae.startswith("mae cannot be counted at 100 px: --input-size 100 is not divided")
     assert bim.startswith("bim cannot be counted at 100 px: ")
     with pytest.raises(UserError, match=r"^timm has no model 'vit_tiny'; nearest: vit_tiny_patch16_224"):
         cost(Cost(model="vit_tiny"))

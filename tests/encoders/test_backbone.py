@@ -47,6 +47,14 @@ def test_the_nearest_models_begin_with_the_plain_one(wrong: str, right: str) -> 
         create_backbone(wrong, (32, 32), 3)
 
 
+def test_a_vit_of_which_the_edge_would_be_cut_off_is_refused() -> None:
+    with pytest.raises(UserError, match="--input-size 100 is not divided by the model's patch of 16 px; try 96"):
+        create_backbone("vit_tiny_patch16_224", (100, 100), 3)
+    with pytest.raises(UserError, match="--input-size 32 40 is not divided by the model's patch of 16 px; try 32"):
+        create_backbone("vit_tiny_patch16_224", (32, 40), 3)
+    assert create_backbone("vit_tiny_patch16_224", (32, 48), 3, depth=1).patch_embed.grid_size == (2, 3)
+
+
 @pytest.mark.parametrize("depth", [0, -1, 5])
 @pytest.mark.parametrize(
     ("name", "has"),

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from leanmim.config import Export, Pretrain
+from leanmim.data.crops import kept_share
 from leanmim.formats import export, timm_lines
 from leanmim.recipes import FASTMIM, SIMMIM
 from leanmim.weights import digest, load_backbone, restore
@@ -48,6 +49,13 @@ def run(request: pytest.FixtureRequest, tiny: Pretrain) -> Pretrain:
         swin = dict(model="swin_tiny_patch4_window7_224", model_kwargs={"embed_dim": 24}, input_size=(64,))
         return fake_run(replace(SIMMIM, data=tiny.data, **swin), out)
     return fake_run(replace(tiny, **VITS[request.param]), out)
+
+
+@pytest.mark.parametrize(("size", "crop"), [(64, 1.0), (96, 1.0), (128, 0.875)])
+def test_the_crop_is_the_one_that_measures_and_embeds(tiny: Pretrain, size: int, crop: float) -> None:
+    own = fake_run(replace(tiny, input_size=(size,)), Path(tiny.out))
+    known = described(export(Export(run=own.out)))["pretrained_cfg"]
+    assert known["crop_pct"] == crop == kept_share((size, size), None)
 
 
 def test_timm_loads_the_export_strictly_and_computes_the_same(run: Pretrain) -> None:

@@ -9,7 +9,15 @@ from tests.page.pages import Page, full, results, tuned
 
 def test_a_classifier_has_its_accuracies_classes_and_pictures(tmp_path: Path) -> None:
     page = Page(report(Report(runs=(tuned(tmp_path / "run"),))))
-    assert page.row("run", "75.0 (30.1 to 95.4)")[2:] == ["-", "83.3", "4", "3", "best, epoch 1", "labelled, val"]
+    assert page.row("run", "75.0 (30.1 to 95.4)")[2:] == [
+        "-",
+        "83.3",
+        "128",
+        "4",
+        "3",
+        "best, epoch 1",
+        "labelled, val",
+    ]
     assert page.row("ant")[1:] == ["66.7", "3", "bee (1)"]
     assert page.row("bee")[1:] == ["100.0", "1", "-"]
     assert page.row("cat")[1:] == ["-", "0", "-"]
@@ -36,5 +44,5 @@ def test_the_worst_classes_come_first_and_many_can_be_opened(tmp_path: Path) -> 
 def test_before_the_end_there_are_no_results(tmp_path: Path) -> None:
     page = Page(report(Report(runs=(tuned(tmp_path / "run", results="", confusion=b"", mistakes=b""),))))
     assert "Results of fine-tuning" in page.text and not page.links
-    assert page.row("run", "not yet")[1:] == ["not yet"] * 7
+    assert page.row("run", "not yet")[1:] == ["not yet"] * 8
     assert "Results of fine-tuning" not in Page(report(Report(runs=(full(tmp_path / "mae"),)))).text

@@ -83,6 +83,7 @@ def tune(config: Finetune, process: Process, device: torch.device, held: ExitSta
     classes, names = tuple(labels.classes), labels.train + labels.val
     images = DataList.of(images_at(labels.root, names, 3), len(labels.train), process.world)
     check_alike(process, images.digest, "images in --data")
+    memory_before = psutil.Process().memory_info().rss  # trials leave memory behind that the run then uses
     calibration = calibrated(config, run.calibration(afresh=config.overwrite), start, labels, process, device)
     held.enter_context(calibration.in_use())
     asked = config
@@ -107,7 +108,6 @@ def tune(config: Finetune, process: Process, device: torch.device, held: ExitSta
     steps, first = max(1, round(float(config.epochs) * per_epoch)), state["step"] if state else 0
     adjusted = check_adjusted(config, run, first, steps)
     forget_peak(device)
-    memory_before = psutil.Process().memory_info().rss
     made = make_classifier(start, classes, config.pool, float(config.drop_path), config.head_init, config.seed)
     made.model.to(device)
     tuning = Tuning(own, made, per_epoch, class_weights(labels, config.class_weights), device, process)

@@ -10,6 +10,7 @@ from leanmim.config import Finetune
 from leanmim.costs import StepCost
 from leanmim.data.labels import Labels
 from leanmim.files import readable
+from leanmim.names import sides
 from leanmim.start import Start
 
 SHOWN = ("drop_path", "mixup", "cutmix", "smoothing", "randaugment", "erase", "ema", "clip_grad", "weight_decay")
@@ -32,6 +33,12 @@ def header(
         f"{made.architecture.model}, {predicted.encoder_parameters / 1e6:.1f} M parameters, {height} x {width} px, "
         f"{precision} on {tuning.device}; {len(blocks_of(made.model))} layers, layer decay {config.layer_decay:g}"
     )
+    usual = made.model.pretrained_cfg.get("input_size", (3, 0, 0))[1:]
+    if start.pretrained and height * width < usual[0] * usual[1] and "patch_size" not in made.architecture.model_kwargs:
+        yield (
+            f"{sides((height, width))} px is the size of the pre-training; of larger photos --input-size {sides(usual)} shows more and may be more "
+            f"accurate, for some {usual[0] * usual[1] / (height * width):.1f} times the cost"
+        )
     yield (
         f"{len(labels.train)} images of {len(labels.classes)} classes in {labels.root}, {len(labels.val)} to validate with; "
         f"{steps} steps in {config.epochs:g} epochs, warm-up {config.warmup:g}"

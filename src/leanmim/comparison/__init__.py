@@ -31,7 +31,7 @@ from leanmim.environment import environment
 from leanmim.errors import UserError
 from leanmim.evaluators.features import random_backbone
 from leanmim.files import write_atomically, write_json
-from leanmim.names import slug
+from leanmim.names import sides, slug
 from leanmim.planner import available
 from leanmim.progress import console_of
 from leanmim.run import Run
@@ -167,7 +167,7 @@ def check_evaluation(config: Compare, labels: Labels, size: tuple[int, ...]) -> 
         try:
             random_backbone(recipe, start_of(SCRATCH, own).model.size)
         except UserError as error:
-            raise UserError(f"{title}, evaluated at {' x '.join(map(str, size))} px (--eval-size): {error}") from error
+            raise UserError(f"{title}, evaluated at {sides(size)} px (--eval-size): {error}") from error
 
 
 def groups_of(names: Sequence[str]) -> list[list[str]]:
@@ -224,7 +224,7 @@ def title_of(config: Compare, images: int, labels: Labels, size: tuple[int, ...]
     return (
         f"{images:,} images to pre-train on, --budget {config.budget}, seeds: {config.seeds}; evaluated on {config.eval}, "
         f"{len(labels.train):,} training and {len(labels.val):,} validation images of {len(labels.classes)} classes, at "
-        f"{' x '.join(map(str, size))} px{tuned}"
+        f"{sides(size)} px{tuned}"
     )
 
 

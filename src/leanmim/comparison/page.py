@@ -8,9 +8,10 @@ from typing import Any
 
 from leanmim.comparison.cells import Cell
 from leanmim.comparison.commands import commands_of
-from leanmim.comparison.plan import Entry, pixels
+from leanmim.comparison.plan import Entry
 from leanmim.comparison.table import COSTS, NAMES, Row, Score, Table
 from leanmim.config.compare import Measure
+from leanmim.names import sides
 from leanmim.page import document
 from leanmim.page.accuracies import DASHES
 from leanmim.page.charts import COLOURS, Curve, chart
@@ -136,7 +137,7 @@ def schedules(entries: Sequence[Entry]) -> Html:
             speed = f"{median(entry.speeds):,.1f} ({min(entry.speeds):,.1f} to {max(entry.speeds):,.1f})"
             time = duration(epochs * entry.epoch["seconds"])
         flops = f"{epochs * entry.epoch['flops'] / 1e12:,.4g}"
-        numbers = [pixels(entry.config), f"{epochs:g}", f"{entry.images:,}", flops]
+        numbers = [sides(entry.config.input_size), f"{epochs:g}", f"{entry.images:,}", flops]
         rows.append(row(entry.title, [*numbers, speed, time] if entry.speeds else numbers))
     return table(head if entries[0].speeds else head[:5], rows, "short")
 

@@ -20,6 +20,7 @@ from leanmim.data import Source, open_source
 from leanmim.device import resolve_device, resolve_precision
 from leanmim.errors import UserError
 from leanmim.files import write_json
+from leanmim.names import sides
 from leanmim.planner import average_throughput, calibrated, counted_as
 from leanmim.processes import ALONE
 from leanmim.progress import duration
@@ -182,14 +183,9 @@ def told(entry: Entry) -> str:
         else ""
     )
     return (
-        f"{entry.title}: {pixels(entry.config)} px, {epochs:g} {'epoch' if epochs == 1 else 'epochs'}{time}, "
+        f"{entry.title}: {sides(entry.config.input_size)} px, {epochs:g} {'epoch' if epochs == 1 else 'epochs'}{time}, "
         f"{epochs * entry.epoch['flops'] / 1e12:.4g} TFLOP"
     )
-
-
-def pixels(recipe: Pretrain) -> str:
-    """Its input size, for people to read; of the first phase if it grows."""
-    return " x ".join(map(str, recipe.input_size))
 
 
 def measured(config: Compare, entries: Sequence[Entry], places: Sequence[dict[str, str]]) -> list[Entry]:

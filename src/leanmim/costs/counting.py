@@ -29,6 +29,7 @@ from leanmim.encoders.backbone import backbone_of
 from leanmim.errors import UserError
 from leanmim.factory import build
 from leanmim.mim import MIM
+from leanmim.names import sides
 from leanmim.offload import Offload
 from leanmim.offload_state import StateOffload
 from leanmim.pipeline import balanced
@@ -76,6 +77,8 @@ class StepCost:
     """Tokens that the encoder returns for an image."""
     decoder_tokens: int
     """Tokens that the decoder's layers see."""
+    pixels: str
+    """Height and width of the input, px; of each phase."""
 
     def shared(self, world: int) -> "StepCost":
         """The same with weights and optimizer state shared out among so many processes (FSDP). Gradients still count as a whole,
@@ -119,6 +122,7 @@ def count(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[str, Fl
     cost = replace(
         largest,
         title=titles([config])[0],
+        pixels=", ".join(dict.fromkeys(cost.pixels for cost, _ in counted)),
         forward_flops_per_image=sum(flops["forward"].values()),
         train_flops_per_image=sum(flops["training"].values()),
         segment_flops=tuple(round(sum(map(operator.mul, shares, of_one))) for of_one in of_segments),
@@ -169,6 +173,7 @@ def count_phase(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[s
         decoder_parameters=of_decoders,
         encoder_tokens=tokens["encoder"],
         decoder_tokens=tokens["decoder"],
+        pixels=sides(config.size),
         **peaks(storages, cuda),
     )
     return cost, flops

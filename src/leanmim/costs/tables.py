@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from html import escape
 from io import StringIO
+from typing import Any
 
 import torch
 from rich.box import SIMPLE
@@ -16,6 +17,7 @@ from leanmim.costs.counting import StepCost, count
 from leanmim.costs.flops import Flops
 from leanmim.encoders.backbone import check_name
 from leanmim.errors import UserError
+from leanmim.names import sides
 from leanmim.notebook import Text, framed
 from leanmim.page.html import row, table
 from leanmim.pipeline import speed_up
@@ -106,7 +108,7 @@ def compare(configs: Sequence[Pretrain], device: str = "cpu") -> Comparison:
 
 def reason(entry: Uncounted) -> str:
     """Why it cannot be counted, with the size at which it was tried."""
-    return f"{entry.title} cannot be counted at {' x '.join(map(str, entry.input_size))} px: {entry.error}"
+    return f"{entry.title} cannot be counted at {sides(entry.input_size)} px: {entry.error}"
 
 
 def cost(config: Cost) -> str:
@@ -129,7 +131,7 @@ def cost(config: Cost) -> str:
     return Text("\n".join(lines), compared._repr_html_)
 
 
-Column = tuple[str, Callable[[StepCost, dict[str, Flops]], float], str]  # heading, value, format
+Column = tuple[str, Callable[[StepCost, dict[str, Flops]], Any], str]  # heading, value, format
 
 
 def training(part: str) -> Callable[[StepCost, dict[str, Flops]], float]:
@@ -162,6 +164,7 @@ TABLES: dict[str, tuple[Column, ...]] = {  # title -> columns; the first one is 
         ("all", lambda cost, _: (cost.encoder_parameters + cost.decoder_parameters) / 1e6, ",.2f"),
         ("encoder", lambda cost, _: cost.encoder_parameters / 1e6, ",.2f"),
         ("decoder", lambda cost, _: cost.decoder_parameters / 1e6, ",.2f"),
+        ("input, px", lambda cost, _: cost.pixels, ""),
         ("encoder tokens", lambda cost, _: cost.encoder_tokens, ",.0f"),
         ("decoder tokens", lambda cost, _: cost.decoder_tokens, ",.0f"),
     ),

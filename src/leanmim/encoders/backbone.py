@@ -1,6 +1,7 @@
 """timm's models: made for a size, cut after some blocks or stages, their features as tokens."""
 
 import difflib
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -50,10 +51,13 @@ def create_backbone(
     windows tile every size.
 
     Raises:
-        UserError: timm does not know the model, refuses the size or an argument, or the name has a tag.
+        UserError: timm does not know the model, refuses the size or an argument, or the name has a tag; or a ViT's patches do not
+            divide the size.
     """
     check_name(name)
     backbone, _ = _create(name, input_size, channels, kwargs)
+    if isinstance(backbone, VisionTransformer):  # the others pad, or refuse themselves
+        check_stride(input_size, backbone.patch_embed.patch_size[0])
     if keep is None:
         return backbone
     most = full_depth(backbone)
@@ -66,6 +70,20 @@ def create_backbone(
         whole = isinstance(backbone, VisionTransformer)  # a ViT keeps its norm and its pooling
         backbone.prune_intermediate_layers([keep - 1], prune_norm=not whole, prune_head=not whole)
     return backbone
+
+
+def check_stride(input_size: tuple[int, int], stride: int) -> None:
+    """Raise UserError where patches of ``stride`` px do not divide the input size."""
+    fitting = [max(1, side // stride) * stride for side in input_size]
+    if fitting != list(input_size):
+        raise UserError(
+            f"--input-size {words(input_size)} is not divided by the model's patch of {stride} px; try {words(fitting)}"
+        )
+
+
+def words(size: Sequence[int]) -> str:
+    """Height and width as an option has them; of a square its side."""
+    return " ".join(map(str, dict.fromkeys(size)))
 
 
 def check_name(name: str) -> None:

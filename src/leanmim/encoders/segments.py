@@ -25,15 +25,6 @@ class Setting(NamedTuple):
     depth: int | None = None  # blocks or stages that are left, if some were left out
     narrows: tuple[bool, ...] = ()  # for each border, whether the mask grows there
 
-    def check_stride(self, stride: int) -> None:
-        """Raise UserError where patches of ``stride`` px do not divide the input size."""
-        height, width = self.input_size
-        if height % stride or width % stride:
-            raise UserError(
-                f"--input-size {height} {width} is not divided by the model's patch of {stride} px; "
-                f"try {max(1, height // stride) * stride} {max(1, width // stride) * stride}"
-            )
-
 
 def cuts(segments: Segments, count: int, what: str = "blocks", before: int = 0) -> tuple[int, ...]:
     """The depth at which each segment ends; ``before`` stages come first and are not cut.

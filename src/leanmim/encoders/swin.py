@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from leanmim.encoders.backbone import Backbone
+from leanmim.encoders.backbone import Backbone, check_stride
 from leanmim.encoders.segments import Borders, Setting, cuts
 from leanmim.errors import UserError
 from leanmim.masking import Grid, Mask, hidden_squares, magnify
@@ -33,7 +33,7 @@ class SwinEncoder(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.stride = backbone.feature_info[-1]["reduction"]
-        setting.check_stride(self.stride)
+        check_stride(setting.input_size, self.stride)
         if setting.depth is not None:
             raise UserError("--depth with Swin needs --masking pixel, for example `leanmim pretrain fastmim`")
         self.depths = cuts(setting.segments, len(backbone.layers), "stages")

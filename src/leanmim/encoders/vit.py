@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from leanmim.decoder import init_linear, sincos
-from leanmim.encoders.backbone import Backbone
+from leanmim.encoders.backbone import Backbone, check_stride
 from leanmim.encoders.paint import paint
 from leanmim.encoders.segments import BorderTokens, Setting, cuts, fresh_norm, newly_hidden
 from leanmim.errors import UserError
@@ -37,7 +37,7 @@ class ViTEncoder(nn.Module):
         self.prefix_tokens: int = backbone.num_prefix_tokens
         self.grid = Grid(*backbone.patch_embed.grid_size)
         self.stride = backbone.patch_embed.patch_size[0]
-        setting.check_stride(self.stride)
+        check_stride(setting.input_size, self.stride)
         if self.stride != backbone.patch_embed.patch_size[1]:
             raise UserError(f"patches must be square, not {backbone.patch_embed.patch_size}; choose another patch_size")
         if backbone.embed_dim % 4:

@@ -7,6 +7,7 @@ import torch
 
 from leanmim.config import Pretrain
 from leanmim.config.base import Model, Stored
+from leanmim.data.crops import kept_share
 from leanmim.encoders.backbone import Backbone, Truncated, backbone_arguments, backbone_of, shallower
 from leanmim.mim import MIM
 from leanmim.start import Start
@@ -75,7 +76,7 @@ def describe(backbone: Backbone, own: Model, state: dict[str, Any], classes: tup
         classes: what its head tells apart, if it has one.
     """
     trained = state["config"]
-    crop = trained.get("crop") or (0.875 if not classes or min(own.size) >= 128 else 1.0)  # as `leanmim finetune`
+    crop = kept_share(own.size, trained.get("crop"))
     known: dict[str, Any] = {
         "custom_load": False,
         "input_size": [own.channels, *own.size],

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from leanmim.names import sides
 from leanmim.page.accuracies import INTERVAL, percent
 from leanmim.page.html import NOT_YET, Html, Row, bar, picture, row, soft, table
 from leanmim.page.load import Finetuned, Loaded, finetuned
@@ -15,21 +16,23 @@ def results(runs: Sequence[Loaded]) -> Html:
     own = finetuned(runs)
     if not own:
         return Html("")
-    head = ("run", "top-1 (%)", "top-5 (%)", "mean of classes (%)", "images", "classes", "weights", "data")
-    rows = [row(run.title, overall(run.results) if run.results else [NOT_YET] * (len(head) - 1)) for run in own]
+    head = ("run", "top-1 (%)", "top-5 (%)", "mean of classes (%)", "px", "images", "classes", "weights", "data")
+    rows = [row(run.title, overall(run) if run.results else [NOT_YET] * (len(head) - 1)) for run in own]
     parts = [table(head, rows, "short notes"), *map(remarks, own)]
     if any(run.results for run in own):
         parts.append(Html(f"<p>{soft(INTERVAL)}</p>"))
     return Html("\n".join([*parts, *(details(run) for run in own if run.results)]))
 
 
-def overall(found: dict[str, Any]) -> list[Any]:
+def overall(run: Finetuned) -> list[Any]:
     """The cells of a run, from its results.json."""
+    found = run.results
     top5 = {"value": found["top5"], "interval": found["top5_interval"]}
     return [
         percent({"value": found["top1"], "interval": found["top1_interval"]}),
         "-" if found["top5"] is None else percent(top5),
         f"{100 * found['mean_per_class']:.1f}",
+        sides(run.config.input_size) or "-",
         f"{found['images']:,}",
         len(found["classes"]),
         f"{found['weights']}, epoch {found['epoch']:.4g}",

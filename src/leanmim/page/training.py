@@ -6,6 +6,7 @@ from statistics import median
 from typing import Any
 
 from leanmim.config import Finetune, Pretrain
+from leanmim.names import sides
 from leanmim.page.accuracies import percent
 from leanmim.page.charts import Curve, chart
 from leanmim.page.html import NOT_YET, Html, row, safe, soft, table
@@ -55,7 +56,7 @@ def pretrain_summary(runs: Sequence[Pretrained]) -> Html:
         lines, arguments = run.lines("loss"), run.config.model_kwargs
         more = f'<br><span class="soft">{safe(arguments)}</span>' if arguments else ""
         model = Html(f"{safe(run.config.model)}{more}")
-        cells: list[Any] = [run.config.recipe, model, " x ".join(map(str, run.config.input_size))]
+        cells: list[Any] = [run.config.recipe, model, sides(run.config.input_size)]
         if lines:
             cells += [
                 f"{lines[-1]['epoch']:.4g} / {run.config.epochs}",
@@ -89,7 +90,7 @@ def finetune_summary(runs: Sequence[Finetuned]) -> Html:
         lines, labels = run.lines("loss"), run.labels
         rows.append(row(run.title, [
             run.config.recipe,
-            " x ".join(map(str, run.config.input_size)) or "-",
+            sides(run.config.input_size) or "-",
             f"{len(labels['train']):,}" if labels else NOT_YET,
             len(labels["classes"]) if labels else NOT_YET,
             f"{lines[-1]['epoch']:.4g} / {run.config.epochs}" if lines else NOT_YET,
@@ -117,7 +118,7 @@ def summary_of(run: Loaded) -> str:
     config, lines = run.config, run.lines("loss")
     assert isinstance(config, Pretrain | Finetune)
     start = config.model if isinstance(config, Pretrain) else f"from {config.start}"
-    parts = [config.recipe, start, f"{' x '.join(map(str, config.input_size))} px"]
+    parts = [config.recipe, start, f"{sides(config.input_size)} px"]
     if lines:
         parts.append(
             f"{lines[-1]['epoch']:.4g} of {config.epochs} epochs in {duration(sum(line['seconds'] for line in lines))}"

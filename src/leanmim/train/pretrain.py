@@ -79,6 +79,7 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
     images = DataList.of(source, len(source), process.replica.world)
     check_alike(process, images.digest, "images in --data")
     config = replace(config, data=absolute(config.data))
+    memory_before = psutil.Process().memory_info().rss  # trials leave memory behind that the run then uses
     calibration = calibrated(config, run.calibration(afresh=config.overwrite), source, device, process)
     held.enter_context(calibration.in_use())
     asked = config
@@ -102,7 +103,6 @@ def train(config: Pretrain, process: Process, device: torch.device, held: ExitSt
     guard_memory(own, predicted, process, device)
     knn_sets = labelled_pair(config.knn_data, config.read_as, centre_crop(config.size)) if config.knn_data else None
     forget_peak(device)
-    memory_before = psutil.Process().memory_info().rss
     parts = balanced(predicted.segment_flops, process.world) if isinstance(process, InPipeline) else []
     training, origin = begin(config, plan, source, state, device, process, parts)
     if process.first and start < steps:
