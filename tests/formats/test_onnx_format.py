@@ -68,7 +68,7 @@ def test_an_encoder_and_its_description(tiny: Pretrain, tmp_path: Path) -> None:
     assert known == {key: json.loads(value) for key, value in metadata.items()}
     assert known == {
         "architecture": "vit_tiny_patch16_224", "outputs": ["features", "tokens"], "input_size": [1, 32, 48],
-        "mean": [0.4], "std": [0.2], "crop_pct": 0.875, "interpolation": "bicubic",
+        "mean": [0.4], "std": [0.2], "crop_pct": 1.0, "interpolation": "bicubic",
     }  # fmt: skip
 
 
