@@ -143,7 +143,10 @@ EXPERIMENTS: dict[str, Experiment] = {
         ),
     ),
     "photos-confirmed": replace(
-        PHOTOS, recipes=("mae:{rival}", "mae:input-size=96,{rival}", "pr-mim:input-size=96,{rival}"),
+        PHOTOS,
+        recipes=(
+            "mae:{rival}", "mae:input-size=96,{rival}", "pr-mim:input-size=96,{rival}", "pr-mim:input-size=96,segments=4,{rival}",
+        ),
         options=PHOTOS.options | dict(seeds=3), gpu=False,
     ),
     "photos-decoder": replace(

@@ -173,7 +173,7 @@ def test_every_result_is_written_down_and_said(own: Evaluate) -> None:
     lines = [json.loads(line) for line in Run(Path(own.run)).evaluations.read_text().splitlines()]
     kinds = ["knn", "knn", "linear layer 2", "linear"]
     assert [line["what"] for line in lines] == [f"{what} {k}" for what in ("mIoU", "pixel accuracy") for k in kinds]
-    shared = dict(depth=None, input_size=[], crop=None, void=[255, 9], seed=3, patches=100)
+    shared = dict(depth=None, input_size=[32, 32], crop=None, void=[255, 9], seed=3, patches=100)
     assert lines[1]["options"] == {**shared, "k": 5, "temperature": 0.07}
     assert lines[3]["options"] == {**shared, "c": 1.0}
     for line, result in zip(lines, shown.results, strict=True):

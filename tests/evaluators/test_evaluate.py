@@ -73,7 +73,7 @@ def test_every_result_is_written_down(options: Options) -> None:
     for line, result in zip(lines, found.results, strict=True):
         assert line["value"] == result.accuracy and line["interval"] == list(result.accuracy.interval)
         assert (line["name"], line["images"], line["data"]) == ("pretrained", 24, options["data"])
-    how = {"depth": None, "input_size": [], "crop": None, "pool": "avg"}
+    how = {"depth": None, "input_size": [32, 32], "crop": None, "pool": "avg"}
     assert lines[1]["options"] == {**how, "c": 1.0}
     assert lines[4]["options"] == {**how, "draws": 3, "seed": 0}
     assert lines[4]["deviation"] >= 0

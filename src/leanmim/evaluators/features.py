@@ -291,21 +291,26 @@ def record(config: Evaluator, what: str, subject: Subject, accuracy: Accuracy, *
         accuracy: the result.
         more: further entries of the line; ``options`` replaces those of the configuration.
     """
-    line = {
-        "what": what,
-        "name": subject.name,
-        "value": accuracy,
-        "interval": accuracy.interval,
-        "images": accuracy.images,
-        "data": config.data,
-        "options": asdict(config) | {"pool": subject.pool},
-        "step": subject.step,
-    }
+    line: dict[str, Any] = (
+        {
+            "what": what,
+            "name": subject.name,
+            "value": accuracy,
+            "interval": accuracy.interval,
+            "images": accuracy.images,
+            "data": config.data,
+            "options": asdict(config) | {"pool": subject.pool},
+            "step": subject.step,
+        }
+        | (subject.facts or {})
+        | more
+    )
+    line["options"] = line["options"] | {"input_size": list(subject.size)}  # also where it is the encoder's own
     if (left_out := len(subject.val) - accuracy.images) > 0:  # of several draws there are more than images
         line["left_out"] = left_out
     if (folder := run_folder(config)) is not None:
         try:
-            append_line(Run(folder).evaluations, line | (subject.facts or {}) | more)
+            append_line(Run(folder).evaluations, line)
         except OSError as error:
             print(f"leanmim: {subject.name}'s {what} is not recorded in {str(folder)!r}: {error}", file=sys.stderr)
     return subject.name, accuracy
