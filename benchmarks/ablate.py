@@ -183,7 +183,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     **{
         f"photos-growth-{minutes}": replace(
             PHOTOS,
-            recipes=("mae:input-size=224", "mae:{rival}", "mae:input-size=96,{rival}"),
+            recipes=("mae:input-size=224", "mae:{rival}", "lean:input-size=96,{rival}"),
             options=PHOTOS.options | dict(budget=f"{minutes * 41 / 15:.4g}TFLOP"),
             gpu=False,
         )
