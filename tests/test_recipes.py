@@ -98,7 +98,7 @@ def test_what_the_help_says_of_lean() -> None:
     assert f" {LEAN.input_size[0]} px with a decoder of one layer" in DESCRIPTIONS["lean"] and LEAN.decoder_depth == 1
 
 
-def test_lean_is_a_cheaper_mae_and_needs_an_eighth_of_the_memory_in_segments() -> None:
+def test_lean_is_a_cheaper_mae_and_in_segments_needs_an_eleventh_of_the_memory() -> None:
     def cost(recipe: Pretrain, **changes: Any) -> StepCost:
         return count(
             replace(recipe, data="d", out="o", model="vit_base_patch16_224", precision="bf16", **changes), "cuda"
@@ -106,8 +106,8 @@ def test_lean_is_a_cheaper_mae_and_needs_an_eighth_of_the_memory_in_segments() -
 
     mae, lean, memory = (cost(recipe, batch_size=256, epochs=10) for recipe in (MAE, LEAN, LEAN_MEMORY))
     assert lean.train_flops_per_image < mae.train_flops_per_image / 9
-    assert memory.train_flops_per_image < mae.train_flops_per_image / 6
-    assert memory.peak_bytes < mae.peak_bytes / 8
+    assert memory.train_flops_per_image < mae.train_flops_per_image / 8
+    assert memory.peak_bytes < mae.peak_bytes / 11
 
 
 def test_the_recipe_is_public() -> None:

@@ -53,7 +53,7 @@ DESCRIPTIONS = {
     "pr-mim": "PR-MIM: the decoder sees a third of the masked patches, the others are filled in (ViT).",
     "bim": "BIM: four segments, each trained by a decoder and loss of its own; activations and gradients of one at a time (ViT).",
     "lean": f"Ours, for little time: MAE at {LEAN.input_size[0]} px with a decoder of one layer (ViT).",
-    "lean-memory": "Ours, for little memory: lean in four segments, one of which at a time is on the GPU (ViT).",
+    "lean-memory": "Ours, for little memory: lean in four segments, one at a time on the GPU, half of the patches thrown (ViT).",
     "simmim": "SimMIM: a learned token in masked squares, one linear layer (ViT, Swin).",
 }
 COMMANDS = {
