@@ -228,7 +228,7 @@ def test_a_recipe_that_does_not_go_with_the_model_is_a_line(photos: Path) -> Non
 
 def test_a_phase_that_does_not_take_its_size_is_named(photos: Path) -> None:
     options = dict(data=str(photos), images_per_second=1.0, **{**SMALL, "model_kwargs": {}, "input_size": (96,)})
-    with pytest.raises(UserError, match=r"phase 2 of 3, 120 x 120 px \(--phase-scales 1.25\): --input-size 120 120 is"):
+    with pytest.raises(UserError, match=r"phase 2 of 3, 120 x 120 px \(--phase-scales 1.25\): --input-size 120 is"):
         list(plan(Plan(recipes=("fastmim-p",), **options)))
 
 

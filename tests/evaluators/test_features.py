@@ -132,7 +132,7 @@ def test_results_are_written_down(options: dict[str, object]) -> None:
     found += [("probe", measures[1], *pair) for pair in probe(measures[1])]  # type: ignore[arg-type]
     lines = map(json.loads, Run(Path(str(options["run"]))).evaluations.read_text().splitlines())
     for line, (what, config, name, value) in zip(lines, found, strict=True):
-        expected = json.loads(json.dumps(asdict(config))) | {"pool": "avg"}
+        expected = json.loads(json.dumps(asdict(config))) | {"pool": "avg", "input_size": [32, 32]}
         assert line == {
             "what": what, "name": name, "value": value, "interval": list(value.interval), "images": 24,
             "data": options["data"], "options": expected, "step": 0,
