@@ -109,10 +109,9 @@ def recipe(name: str) -> str:
     text = next(after for before, after in zip(tree.body, tree.body[1:], strict=False) if assigns(before, constant))
     assert isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
     said = re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", str(text.value.value))
-    costs, accuracies = re.split(r"; ", (ast.get_docstring(tree) or "").split("\n\n")[-1], maxsplit=1)
-    shared = (
-        f"{costs}." if EVIDENCE.get(name) == PHOTOS else f"{costs}; {accuracies}"
-    )  # photos have a table of their own
+    shared = (ast.get_docstring(tree) or "").split("\n\n")[-1]
+    if EVIDENCE.get(name) == PHOTOS:  # whose section says itself how accuracies were measured
+        shared = f"{shared.partition(';')[0]}."
     differ = [
         field.name for field in fields(Pretrain) if getattr(RECIPES[name], field.name) != getattr(MAE, field.name)
     ]

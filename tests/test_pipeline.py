@@ -30,7 +30,7 @@ NAMES = {
     "segment_flops": (3, 2, 1, 1),
     "segment_parameters": (1, 1, 1, 1),
     "allocator": "",
-    "pixels": "224",
+    "input_sizes": ((224, 224),),
 }
 COST = StepCost(**{field.name: 1 for field in fields(StepCost)} | NAMES)
 

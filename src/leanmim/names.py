@@ -28,6 +28,6 @@ def run_names(folders: Sequence[str]) -> list[str]:
     return names if len(set(names)) == len(names) else list(folders)  # a/run and b/run
 
 
-def sides(size: Sequence[int]) -> str:
+def sides(size: Sequence[int], between: str = " x ") -> str:
     """Height and width of an image, for people to read; of a square its side."""
-    return " x ".join(map(str, dict.fromkeys(size)))
+    return between.join(map(str, dict.fromkeys(size)))

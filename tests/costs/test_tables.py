@@ -20,7 +20,7 @@ WORDS = ["--model", "vit_tiny_patch16_224", "--model-kwargs", "depth", "4", "--i
 KEYS = (
     "title recipe model batch_size forward_flops_per_image train_flops_per_image segment_flops segment_parameters message_bytes "
     "encoder_parameters decoder_parameters weight_bytes gradient_bytes optimizer_bytes saved_bytes transient_bytes peak_bytes allocator "
-    "encoder_tokens decoder_tokens pixels"
+    "encoder_tokens decoder_tokens input_sizes"
 )
 
 

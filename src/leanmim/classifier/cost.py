@@ -14,7 +14,6 @@ from leanmim.costs import StepCost
 from leanmim.costs.counting import follow_all, peaks, watched, with_state
 from leanmim.costs.flops import Flops, flop_counter
 from leanmim.encoders.backbone import backbone_of
-from leanmim.names import sides
 from leanmim.step import update
 
 
@@ -69,7 +68,7 @@ def count_tuning(
         decoder_parameters=0,
         encoder_tokens=0,
         decoder_tokens=0,
-        pixels=sides(architecture.size),
+        input_sizes=(architecture.size,),
         **peaks(storages, cuda),
     )
     return cost, flops

@@ -22,14 +22,14 @@ from leanmim.comparison.page import page_of
 from leanmim.comparison.plan import Entry, planned, recipes_of, told
 from leanmim.comparison.processes import Task, failure, last_words, places_of, run_tasks
 from leanmim.comparison.table import NAMES, Table, promising, rows_of, scores_of
-from leanmim.config import Compare, parse_budget
+from leanmim.config import Compare, Pretrain, parse_budget
 from leanmim.config.base import Images
 from leanmim.data import open_source
 from leanmim.data.labels import Labels, choose_labels
 from leanmim.device import cpus, resolve_device
+from leanmim.encoders.backbone import backbone_of
 from leanmim.environment import environment
 from leanmim.errors import UserError
-from leanmim.evaluators.features import random_backbone
 from leanmim.files import write_atomically, write_json
 from leanmim.names import sides, slug
 from leanmim.planner import available
@@ -60,7 +60,6 @@ def compare(config: Compare) -> Table:
     places = places_of(config, device)
     own = on_this_machine(with_stats(config), device, places)
     source, labels = open_source(own.data, own.read_as), choose_labels(own.eval)
-    size = own.eval_size or max((recipe.input_size for _, recipe in recipes_of(own)), key=lambda px: px[0] * px[-1])
     plan, begun = run.folder / "plan.json", run.folder / "begun.json"
     now = {
         "images to pre-train on": digest(list(source.names)),
@@ -71,13 +70,13 @@ def compare(config: Compare) -> Table:
         check_begun(begun, now, run)
         entries = [Entry.from_json(values) for values in json.loads(plan.read_text())]
     else:
-        check_evaluation(own, labels, size)
+        check_evaluation(own, labels)
         entries = planned(own, source, device, places)
     with run.locked():
         write_json(run.config, config.to_json())
         write_json(begun, now)
         write_json(plan, [entry.to_json() for entry in entries])
-        return carried_out(own, run, entries, len(source), labels, size, device, places)
+        return carried_out(own, run, entries, len(source), labels, device, places)
 
 
 def carried_out(
@@ -86,7 +85,6 @@ def carried_out(
     entries: list[Entry],
     images: int,
     labels: Labels,
-    size: tuple[int, ...],
     device: torch.device,
     places: Sequence[dict[str, str]],
 ) -> Table:
@@ -98,10 +96,10 @@ def carried_out(
         entries: the recipes under the budget.
         images: to pre-train on.
         labels: the images to evaluate on.
-        size: at which all are evaluated, px.
         device: where it runs.
         places: of the trainings side by side.
     """
+    size = evaluation_size(config, [entry.config for entry in entries])
     title = title_of(config, images, labels, size)
     console = console_of(stderr=True)
     for line in (f"{title}; {len(places)} side by side on {device.type}", *map(told, entries)):
@@ -154,18 +152,26 @@ def check_begun(begun: Path, now: dict[str, str], run: Run) -> None:
         )
 
 
-def check_evaluation(config: Compare, labels: Labels, size: tuple[int, ...]) -> None:
+def evaluation_size(config: Compare, recipes: Sequence[Pretrain]) -> tuple[int, ...]:
+    """At which all are evaluated, px."""
+    return config.eval_size or max((recipe.input_size for recipe in recipes), key=lambda px: px[0] * px[-1])
+
+
+def check_evaluation(config: Compare, labels: Labels) -> None:
     """Raise UserError if a recipe's model or given weights cannot be evaluated, before anything is trained."""
     if twice := [names for names in groups_of(config.weights) if len(names) > 1]:
         raise UserError(
             f"--weights names {' and '.join(twice[0])}, which are the same or would share a folder; leave one out"
         )
+    recipes = recipes_of(config)
+    size = evaluation_size(config, [recipe for _, recipe in recipes])
     for name in config.weights:
-        open_start(name, input_size=size, images=Images(channels=config.channels, values=config.values)).encoder()
-    for title, recipe in recipes_of(config):
+        start = open_start(name, input_size=size, images=Images(channels=config.channels, values=config.values))
+        backbone_of(start.model, device="meta")
+    for title, recipe in recipes:
         own = cell_of(config, "untrained", title, 0, labels, size, recipe).evaluate.with_stats()
         try:
-            random_backbone(recipe, start_of(SCRATCH, own).model.size)
+            backbone_of(start_of(SCRATCH, own).model, device="meta")
         except UserError as error:
             raise UserError(f"{title}, evaluated at {sides(size)} px (--eval-size): {error}") from error
 

@@ -104,12 +104,12 @@ def cells_of(config: Compare, entries: Sequence[Entry], labels: Labels, size: tu
     found = []
     for seed in range(config.seeds):
         recipes = [cell_of(config, "recipe", entry.title, seed, labels, size, entry.config) for entry in entries]
-        twins = {
-            cell.architecture: cell.pretrain for cell in reversed(recipes)
-        }  # of each architecture the first recipe
-        for architecture in dict.fromkeys(cell.architecture for cell in recipes):
-            name = UNTRAINED if len(twins) == 1 else f"{UNTRAINED}, {architecture}"
-            found.append(cell_of(config, "untrained", name, seed, labels, size, twins[architecture]))
+        architectures: dict[str, Pretrain | None] = {}
+        for cell in recipes:
+            architectures.setdefault(cell.architecture, cell.pretrain)
+        for architecture, recipe in architectures.items():
+            name = UNTRAINED if len(architectures) == 1 else f"{UNTRAINED}, {architecture}"
+            found.append(cell_of(config, "untrained", name, seed, labels, size, recipe))
         if seed == 0 and {"knn", "linear"} & set(config.measures):
             found.append(cell_of(config, "pixels", PIXELS, seed, labels, size, entries[0].config))
         found += [cell_of(config, "weights", name, seed, labels, size) for name in config.weights]

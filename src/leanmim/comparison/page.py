@@ -132,13 +132,12 @@ def schedules(entries: Sequence[Entry]) -> Html:
     rows = []
     for entry in entries:
         epochs = float(entry.config.epochs)
-        speed, time = "-", "-"
-        if entry.speeds:
-            speed = f"{median(entry.speeds):,.1f} ({min(entry.speeds):,.1f} to {max(entry.speeds):,.1f})"
-            time = duration(epochs * entry.epoch["seconds"])
         flops = f"{epochs * entry.epoch['flops'] / 1e12:,.4g}"
-        numbers = [sides(entry.config.input_size), f"{epochs:g}", f"{entry.images:,}", flops]
-        rows.append(row(entry.title, [*numbers, speed, time] if entry.speeds else numbers))
+        cells = [sides(entry.config.input_size), f"{epochs:g}", f"{entry.images:,}", flops]
+        if entry.speeds:
+            cells.append(f"{median(entry.speeds):,.1f} ({min(entry.speeds):,.1f} to {max(entry.speeds):,.1f})")
+            cells.append(duration(epochs * entry.epoch["seconds"]))
+        rows.append(row(entry.title, cells))
     return table(head if entries[0].speeds else head[:5], rows, "short")
 
 

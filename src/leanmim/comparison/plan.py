@@ -147,9 +147,8 @@ def scheduled(entry: Entry, budget: Budget, config: Compare) -> Entry:
 def with_epochs(entry: Entry, budget: Budget, called: str) -> Entry:
     """The entry with the epochs of a budget, the last one in part. Errors as for `scheduled`."""
     there = entry.images
-    for _ in range(
-        3
-    ):  # an automatic batch follows from the epochs, and they from how many images fill an epoch's batches
+    # An automatic batch follows from the epochs, and they from how many images fill an epoch's batches.
+    for _ in range(3):
         epochs = short(budget.amount / entry.epoch[budget.kind])
         batch = batch_of(entry.config, epochs, there)
         entry = replace(entry, images=there // batch * batch or there)

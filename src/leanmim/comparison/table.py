@@ -217,15 +217,17 @@ class Table:
                 "One seed: there is no spread, and Wilson's 95 % interval for the choice of validation images stands in its place. "
                 "Another seed may change the order."
             )
-        planned = {"pixels": 1}
-        short = [
-            f"{row.name} ({row.seeds} of {planned.get(row.kind, self.planned)} seeds)"
+        missing = [
+            f"{row.name} ({row.seeds} of {seeds} seeds)"
             for row in self.rows
-            if not row.dropped and row.kind != "depth" and row.seeds < planned.get(row.kind, self.planned)
+            for seeds in [1 if row.kind == "pixels" else self.planned]
+            if row.seeds < seeds and row.kind != "depth" and not row.dropped
         ]
-        if found and short:
-            found.append(f"Not finished: {'; '.join(short)}. What is said above holds so far.")
-        return found + [f"Failed: {'; '.join(self.failed)}. The same command tries again."] * bool(self.failed)
+        if found and missing:
+            found.append(f"Not finished: {'; '.join(missing)}. What is said above holds so far.")
+        if self.failed:
+            found.append(f"Failed: {'; '.join(self.failed)}. The same command tries again.")
+        return found
 
     def helps(self) -> Iterator[str]:
         """By which measures pre-training helps: whether any recipe is above raw pixels and its own untrained model."""

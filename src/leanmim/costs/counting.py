@@ -29,7 +29,6 @@ from leanmim.encoders.backbone import backbone_of
 from leanmim.errors import UserError
 from leanmim.factory import build
 from leanmim.mim import MIM
-from leanmim.names import sides
 from leanmim.offload import Offload
 from leanmim.offload_state import StateOffload
 from leanmim.pipeline import balanced
@@ -77,8 +76,8 @@ class StepCost:
     """Tokens that the encoder returns for an image."""
     decoder_tokens: int
     """Tokens that the decoder's layers see."""
-    pixels: str
-    """Height and width of the input, px; of each phase."""
+    input_sizes: tuple[tuple[int, int], ...]
+    """Height and width of the input in each phase, px."""
 
     def shared(self, world: int) -> "StepCost":
         """The same with weights and optimizer state shared out among so many processes (FSDP). Gradients still count as a whole,
@@ -122,7 +121,7 @@ def count(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[str, Fl
     cost = replace(
         largest,
         title=titles([config])[0],
-        pixels=", ".join(dict.fromkeys(cost.pixels for cost, _ in counted)),
+        input_sizes=tuple(size for cost, _ in counted for size in cost.input_sizes),
         forward_flops_per_image=sum(flops["forward"].values()),
         train_flops_per_image=sum(flops["training"].values()),
         segment_flops=tuple(round(sum(map(operator.mul, shares, of_one))) for of_one in of_segments),
@@ -173,7 +172,7 @@ def count_phase(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[s
         decoder_parameters=of_decoders,
         encoder_tokens=tokens["encoder"],
         decoder_tokens=tokens["decoder"],
-        pixels=sides(config.size),
+        input_sizes=(config.size,),
         **peaks(storages, cuda),
     )
     return cost, flops

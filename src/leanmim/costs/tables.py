@@ -164,7 +164,7 @@ TABLES: dict[str, tuple[Column, ...]] = {  # title -> columns; the first one is 
         ("all", lambda cost, _: (cost.encoder_parameters + cost.decoder_parameters) / 1e6, ",.2f"),
         ("encoder", lambda cost, _: cost.encoder_parameters / 1e6, ",.2f"),
         ("decoder", lambda cost, _: cost.decoder_parameters / 1e6, ",.2f"),
-        ("input, px", lambda cost, _: cost.pixels, ""),
+        ("input, px", lambda cost, _: ", ".join(map(sides, cost.input_sizes)), ""),
         ("encoder tokens", lambda cost, _: cost.encoder_tokens, ",.0f"),
         ("decoder tokens", lambda cost, _: cost.decoder_tokens, ",.0f"),
     ),

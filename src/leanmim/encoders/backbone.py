@@ -1,7 +1,6 @@
 """timm's models: made for a size, cut after some blocks or stages, their features as tokens."""
 
 import difflib
-from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from leanmim.config.base import Model, check_model
 from leanmim.errors import UserError
+from leanmim.names import sides
 
 SWIN = (SwinTransformer, SwinTransformerV2)
 Backbone = Any  # a timm model: an nn.Module whose attributes differ from family to family
@@ -77,13 +77,8 @@ def check_stride(input_size: tuple[int, int], stride: int) -> None:
     fitting = [max(1, side // stride) * stride for side in input_size]
     if fitting != list(input_size):
         raise UserError(
-            f"--input-size {words(input_size)} is not divided by the model's patch of {stride} px; try {words(fitting)}"
+            f"--input-size {sides(input_size, ' ')} is not divided by the model's patch of {stride} px; try {sides(fitting, ' ')}"
         )
-
-
-def words(size: Sequence[int]) -> str:
-    """Height and width as an option has them; of a square its side."""
-    return " ".join(map(str, dict.fromkeys(size)))
 
 
 def check_name(name: str) -> None:
