@@ -23,10 +23,10 @@ class Stopped(KeyboardInterrupt):
 
 
 def heeded() -> list[signal.Signals]:
-    """The signals to listen to: those that are not ignored, as nohup has it, and in the main thread only."""
+    """The signals to listen to: those that are not ignored, as nohup has it, nor handled outside Python; in the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         return []
-    return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    return [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
 
 
 @contextmanager
@@ -44,3 +44,17 @@ def stoppable() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Here a signal waits for the end: an exception that its handler raised in Python code called from C++ could abort the process."""
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in heeded()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for waiting in came:
+            signal.raise_signal(waiting)

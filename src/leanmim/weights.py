@@ -12,10 +12,8 @@ import timm.models
 import torch
 from safetensors import safe_open
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
-from leanmim.caches import empty_caches
 from leanmim.checkpoint import is_ours
 from leanmim.config import Pretrain
 from leanmim.decoder import Decoder
@@ -24,6 +22,7 @@ from leanmim.encoders.anytimm import AnyTimmEncoder
 from leanmim.encoders.backbone import Backbone, Truncated, backbone_of, shallower
 from leanmim.errors import UserError
 from leanmim.factory import build
+from leanmim.fake import fake_tensors
 from leanmim.in_backward import trained_by
 from leanmim.mim import MIM
 from leanmim.published import published
@@ -66,7 +65,7 @@ def rebuild(state: dict[str, Any], source: str) -> tuple[Pretrain, MIM]:
 def without_memory(config: Pretrain) -> MIM:
     """The model of a configuration, of fake tensors."""
     backbone = backbone_of(config, config.depth, device="meta")
-    with empty_caches(), FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
+    with fake_tensors():
         return build(config, backbone.to_empty(device="cpu"))
 
 

@@ -11,8 +11,9 @@ import pytest
 
 from leanmim.cli import main
 from leanmim.config import Pretrain
+from leanmim.fake import fake_tensors
 from leanmim.run import Run, load
-from leanmim.signals import SIGNALS, Stopped
+from leanmim.signals import SIGNALS, Stopped, stoppable
 from leanmim.train import pretrain as command_of
 from leanmim.train import training
 from leanmim.train.pretrain import pretrain
@@ -106,3 +107,15 @@ def test_to_two_processes(tiny: Pretrain, tmp_path: Path) -> None:
     assert 4 <= step < 20
     for text in done.texts:
         assert f"leanmim: stopped by SIGTERM after step {step}, with a checkpoint" in text
+
+
+def test_waits_for_the_end_of_a_count() -> None:
+    """Where Python is called from C++, an exception of a handler has ended the process with std::terminate."""
+    done = []
+    with stoppable(), pytest.raises(Stopped, match="SIGTERM"):
+        with fake_tensors():
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("all")
+        done.append("more")
+    assert done == ["all"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -3,9 +3,7 @@
 from dataclasses import replace
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from leanmim.caches import empty_caches
 from leanmim.classifier.model import Made
 from leanmim.classifier.tuning import Tuning
 from leanmim.config import Finetune
@@ -14,6 +12,7 @@ from leanmim.costs import StepCost
 from leanmim.costs.counting import follow_all, peaks, watched, with_state
 from leanmim.costs.flops import Flops, flop_counter
 from leanmim.encoders.backbone import backbone_of
+from leanmim.fake import fake_tensors
 from leanmim.step import update
 
 
@@ -35,7 +34,7 @@ def count_tuning(
     if cuda and config.precision == "auto" and not torch.cuda.is_available():
         config = replace(config, precision="bf16")
     backbone = backbone_of(architecture, num_classes=classes, drop_path_rate=float(config.drop_path), device="meta")
-    with empty_caches(), FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
+    with fake_tensors():
         made = Made(backbone.to_empty(device="cpu"), architecture, [])
         tuning = Tuning(replace(config, compile=False, ema=0.0), made, 1, None, torch.device("cpu"))
         storages = follow_all(tuning.model, with_state([tuning.optimizer], tuning.model), cuda)

@@ -9,13 +9,11 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from leanmim.caches import empty_caches
 from leanmim.config import Pretrain
 from leanmim.config.base import Stored
 from leanmim.costs.buckets import Buckets
@@ -28,6 +26,7 @@ from leanmim.device import resolve_precision
 from leanmim.encoders.backbone import backbone_of
 from leanmim.errors import UserError
 from leanmim.factory import build
+from leanmim.fake import fake_tensors
 from leanmim.mim import MIM
 from leanmim.offload import Offload
 from leanmim.offload_state import StateOffload
@@ -149,7 +148,7 @@ def count_phase(config: Pretrain, device: str = "cpu") -> tuple[StepCost, dict[s
         config = replace(config, precision="bf16")
     backbone = backbone_of(config, config.depth, device="meta")
     optimizer_named(config.optimizer)  # imported before tensors are fake
-    with empty_caches(), FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
+    with fake_tensors():
         model = build(config, backbone.to_empty(device="cpu")).train()
         model.autocast = resolve_precision(config.precision, torch.device(device))
         if config.checkpointing:

@@ -6,10 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leanmim.auto import HOURS, MOST, epochs_within, images_a_step, peak_rate
-from leanmim.caches import empty_caches
 from leanmim.checkpoint import all_of
 from leanmim.config import Optimisation, Pretrain, parse_bytes
 from leanmim.config.base import Logging
@@ -19,6 +17,7 @@ from leanmim.encoders import Encoder, encoder_of
 from leanmim.encoders.backbone import backbone_of
 from leanmim.errors import UserError
 from leanmim.factory import decoder_shape
+from leanmim.fake import fake_tensors
 from leanmim.files import readable
 from leanmim.pipeline import speed_up
 from leanmim.planner import Trained, available, average_throughput, fit
@@ -177,7 +176,7 @@ def is_number(value: Any) -> bool:
 def untrained_encoder(config: Pretrain) -> Encoder:
     """The encoder without memory, to know its shape."""
     backbone = backbone_of(config, config.depth, device="meta")
-    with empty_caches(), FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
+    with fake_tensors():
         return encoder_of(config, backbone.to_empty(device="cpu"))
 
 
