@@ -242,9 +242,7 @@ def test_that_a_larger_size_may_be_better_is_said(
     shape = {"embed_dim": 32, "depth": 1, "num_heads": 2}  # patches of 16 px
     small = untrained(replace(tiny, model_kwargs=shape, mask_ratio=0.5, out=str(tmp_path / "small")))
     finetune(replace(config, start=str(small), epochs=1))
-    said = (
-        "32 px is the size of the pre-training; of larger photos --input-size 224 shows more and may be more accurate"
-    )
+    said = "of photos larger than 32 px, --input-size 224 shows more and may be more accurate"
     assert f"{said}, for some 49.0 times the cost" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(UserError, match="--input-size 40 is not divided by the model's patch of 16 px; try 32"):
         finetune(replace(config, start=str(small), input_size=(40,), out=str(tmp_path / "other")))

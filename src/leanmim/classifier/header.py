@@ -36,8 +36,8 @@ def header(
     usual = made.model.pretrained_cfg.get("input_size", (3, 0, 0))[1:]
     if start.pretrained and height * width < usual[0] * usual[1] and "patch_size" not in made.architecture.model_kwargs:
         yield (
-            f"{sides((height, width))} px is the size of the pre-training; of larger photos --input-size {sides(usual)} shows more and may be more "
-            f"accurate, for some {usual[0] * usual[1] / (height * width):.1f} times the cost"
+            f"of photos larger than {sides((height, width))} px, --input-size {sides(usual)} shows more and may be more accurate, "
+            f"for some {usual[0] * usual[1] / (height * width):.1f} times the cost"
         )
     yield (
         f"{len(labels.train)} images of {len(labels.classes)} classes in {labels.root}, {len(labels.val)} to validate with; "
