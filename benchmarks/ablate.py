@@ -174,11 +174,12 @@ EXPERIMENTS: dict[str, Experiment] = {
         PHOTOS, recipes=("mae:input-size=96", f"mae:input-size=96,{RISING}", f"mae:input-size=64,{DOUBLING}"), common="{rival}", gpu=False
     ),
     "photos-painted": replace(PHOTOS, recipes=("fastmim:{swin}", "simmim:{swin}", "fastmim:model=pvt_v2_b0")),
+    # the epochs that the budget gives lean-memory; of its four encoders each beside one of that depth trained alone
     "photos-depths": replace(
         PHOTOS,
-        recipes=("mae:segments=4", "mae:depth=3", "mae:depth=6", "mae:depth=9"),
-        common="{rival}",
-        options=PHOTOS.options | dict(depths=True, budget="4epochs"),
+        recipes=("pr-mim:segments=4", "mae:depth=3", "mae:depth=6", "mae:depth=9"),
+        common="input-size=96,{rival}",
+        options=PHOTOS.options | dict(depths=True, budget="8.78epochs"),
     ),
     **{
         f"photos-growth-{minutes}": replace(
