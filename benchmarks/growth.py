@@ -27,12 +27,12 @@ def found(ending: str) -> dict[float, list[dict[str, Any]]]:
 
 
 def draw(budgets: dict[float, list[dict[str, Any]]]) -> Figure:
-    """A panel for each measure: a line for each recipe, dashed what was not pre-trained; bars are the tables' spreads."""
+    """A panel for each measure: a line for each recipe, dashed what was not pre-trained; bars are the tables' spreads, side by side."""
     figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
     names = list(dict.fromkeys(row["name"] for rows in budgets.values() for row in rows if row["kind"] == "recipe"))
     for axes, (measure, title) in zip(figure.subplots(1, 2), MEASURES.items(), strict=True):
-        for name, colour in zip(names, COLOURS, strict=False):
-            own = [(minutes, row["scores"][measure]) for minutes, rows in budgets.items() for row in rows
+        for place, (name, colour) in enumerate(zip(names, COLOURS, strict=False)):
+            own = [(minutes * 1.02 ** (place - 1), row["scores"][measure]) for minutes, rows in budgets.items() for row in rows
                    if row["name"] == name and measure in row["scores"]]  # fmt: skip
             x, y = [minutes for minutes, _ in own], [100 * score["value"] for _, score in own]
             ends = [[100 * (s["value"] - s["low"]) for _, s in own], [100 * (s["high"] - s["value"]) for _, s in own]]

@@ -54,6 +54,7 @@ def on_files(files: Any, config: Any) -> Any:
 
     for pattern in (
         "*.md",
+        "docs/growth.png",
         "docs/reconstructions.jpg",
         "benchmarks/*.md",
         "benchmarks/*.py",
