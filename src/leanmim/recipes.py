@@ -123,9 +123,12 @@ throwing half of the patches makes no difference, 45.8 ± 1.1, 55.2 ± 1.9, 52.3
 (benchmarks/results/photos-confirmed-vit_tiny_patch16_224-cpu.md). Fine-tuned at 224 px it has 50.4 %, one that was pre-trained at 128 px 45.9
 (one seed, benchmarks/results/finetune-at-224-cpu.md). Of long pre-training nothing is measured; FastMIM took 128 px for its 800 epochs.
 
-What was tried at 128 px and did not stay, one seed, in order of fine-tuning, attentive and linear probe: a decoder of 192 in place of 128
-42.2, 55.7, 52.6 % for 44.5, 57.0, 53.4; 90 % dropped 41.2, 54.4, 50.0 %
-(benchmarks/results/photos-rival-vit_tiny_patch16_224-cpu.md); HOG in place of pixels 39.2, 51.3, 47.8 %; growth to 192 px 42.8, 57.6, 52.7 %;
+MAE at 224 px, one seed and the same FLOPs, has 36.7 % after fine-tuning (benchmarks/results/photos-growth-15-vit_tiny_patch16_224-cpu.md).
+A decoder of 192 at 128 px is no worse than one of 128: 43.4 ± 0.3, 55.5 ± 0.5, 51.9 ± 1.2 % for 43.8 ± 1.8, 54.9 ± 0.6, 51.9 ± 0.7
+(benchmarks/results/photos-decoder-vit_tiny_patch16_224-cpu.md).
+
+What was tried at 128 px and did not stay, one seed, in order of fine-tuning, attentive and linear probe, beside 44.5, 57.0, 53.4 %:
+90 % dropped 41.2, 54.4, 50.0 % (benchmarks/results/photos-rival-vit_tiny_patch16_224-cpu.md); HOG in place of pixels 39.2, 51.3, 47.8 %; growth to 192 px 42.8, 57.6, 52.7 %;
 70 % thrown 43.2, 54.9, 50.6 %; four segments, which are for memory, 38.6, 55.1, 51.9 %
 (benchmarks/results/photos-one-vit_tiny_patch16_224-cpu.md).
 
