@@ -201,8 +201,8 @@ def test_a_cell_that_fails_is_named_with_its_log_and_the_others_go_on(
     log = tmp_path / "out" / "cells" / "mae-1" / "log.txt"
     with pytest.raises(UserError) as error:
         faked(lambda cell: 0.5, failing="mae")
-    assert str(error.value).startswith("2 of 7 cells failed:\n  mae, seed 0 failed (leanmim: no room); its log is ")
-    assert f"mae, seed 1 failed (leanmim: no room); its log is {log}" in str(error.value)
+    assert str(error.value).startswith("2 of 7 cells failed:\n  mae, seed 0 failed (no room); its log is ")
+    assert f"mae, seed 1 failed (no room); its log is {log}" in str(error.value)
     assert "mae, seed 1 failed" in capsys.readouterr().err
     assert "pr-mim" in (tmp_path / "out" / "page.html").read_text()
     assert by_name(faked(lambda cell: 0.5))["mae"].seeds == 2  # the same command tries them again
@@ -229,11 +229,11 @@ def test_screening_drops_the_hopeless(faked: Any, tmp_path: Path) -> None:
 
 
 def test_a_recipe_that_cannot_be_screened_does_not_hold_up_the_others(faked: Any, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"1 of 5 cells failed:\n  pr-mim, seed 0 failed \(leanmim: no room\)"):
+    with pytest.raises(UserError, match=r"1 of 5 cells failed:\n  pr-mim, seed 0 failed \(no room\)"):
         faked(lambda cell: 0.5, failing="pr-mim", screen=True, budget="30epochs", seeds=1)
     table = json.loads((tmp_path / "out" / "table.json").read_text())
     assert [row["name"] for row in table["rows"] if row["seeds"]] == ["random initialisation", "raw pixels", "mae"]
-    assert "Failed: pr-mim, seed 0 (leanmim: no room)" in table["findings"][-1]
+    assert "Failed: pr-mim, seed 0 (no room)" in table["findings"][-1]
     with pytest.raises(UserError, match="no recipe could be screened:\n  mae, seed 0 failed"):
         faked(
             lambda cell: 0.5,

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from leanmim.comparison import processes
-from leanmim.comparison.processes import Task, places_of, run_tasks, time_left
+from leanmim.comparison import processes, worker
+from leanmim.comparison.processes import Task, last_words, places_of, run_tasks, time_left
+from leanmim.errors import UserError
 from tests.comparison.fakes import Ended, tiny_comparison
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -63,3 +64,17 @@ def test_time_left() -> None:
     assert time_left({baseline: 60.0}, [trained, trained], 2) == ", about 11 min left"  # 600 s, and 60 s of evaluation
     assert time_left({baseline: 60.0, trained: 900.0}, [trained, trained, baseline], 1) == ", about 31 min left"
     assert time_left({baseline: 60.0}, [], 2) == ""
+
+
+def test_all_of_an_error_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def refuse(folder: Path) -> None:
+        raise UserError(f"{folder} holds another run:\n  epochs: 2 there, 3 now\nGive the same options")
+
+    monkeypatch.setitem(worker.TASKS, "cell", refuse)
+    monkeypatch.setattr("sys.argv", ["worker", "cell", "here"])
+    monkeypatch.setattr(worker, "end_with_parent", lambda: None)
+    with pytest.raises(SystemExit):
+        worker.main()
+    task = Task("cell", "mae", tmp_path)
+    task.log.write_text(f"step 3\n{capsys.readouterr().out}\n")
+    assert last_words(task) == "here holds another run: epochs: 2 there, 3 now Give the same options"

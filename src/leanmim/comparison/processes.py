@@ -171,4 +171,4 @@ def failure(task: Task) -> str:
 def last_words(task: Task) -> str:
     """The last line of a task's log."""
     lines = task.log.read_text(errors="replace").splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    return next((line.strip().removeprefix("leanmim: ") for line in reversed(lines) if line.strip()), "it said nothing")

@@ -28,7 +28,7 @@ def main() -> None:
             threading.Thread(target=end_with_parent, daemon=True).start()
             TASKS[what](Path(folder))
     except UserError as error:
-        print(f"leanmim: {error}", flush=True)
+        print("leanmim:", " ".join(str(error).split()), flush=True)  # one line: a log's last is what is told
         raise SystemExit(2) from None
     except KeyboardInterrupt as stop:
         print(f"leanmim: {stop}", flush=True)
