@@ -9,18 +9,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import AdamW
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from leanmim.caches import empty_caches
 from leanmim.config import Pretrain
 from leanmim.costs.counting import with_state
 from leanmim.data import Normalise
 from leanmim.encoders.backbone import Backbone, backbone_of
 from leanmim.factory import build
+from leanmim.fake import fake_tensors
 from leanmim.mim import MIM
 from leanmim.recipes import BIM, FASTMIM, MAE, SIMMIM
 from leanmim.step import make_optimizers, update
@@ -81,7 +80,7 @@ def on_cuda(config: Pretrain, backbone: Backbone) -> tuple[MIM, list[AdamW]]:
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available:UserWarning")
 def test_the_host_does_not_wait_for_the_device(config: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = backbone_of(config, config.depth, device="meta")
-    with empty_caches(), FakeTensorMode(allow_non_fake_inputs=True):
+    with fake_tensors():
         model, optimizers = on_cuda(config, backbone)
 
         def backward(loss: Tensor) -> None:

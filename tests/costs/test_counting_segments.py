@@ -7,9 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from leanmim.caches import empty_caches
 from leanmim.cli import main
 from leanmim.config import Cost
 from leanmim.costs import StepCost, cost, count
@@ -17,6 +15,7 @@ from leanmim.costs.counting import follow_all, watched, with_state
 from leanmim.costs.flops import flop_counter
 from leanmim.encoders.backbone import backbone_of
 from leanmim.factory import build
+from leanmim.fake import fake_tensors
 from leanmim.mim import Part
 from leanmim.pipeline import balanced
 from leanmim.recipes import BIM, MAE
@@ -91,7 +90,7 @@ def test_a_process_of_a_pipeline_needs_no_more_than_is_counted(world: int) -> No
     predicted = whole.piped(world, 1)
     found = []
     backbone = backbone_of(config, config.depth, device="meta")
-    with empty_caches(), FakeTensorMode(allow_non_fake_inputs=True):
+    with fake_tensors():
         model = build(config, backbone.to_empty(device="cpu")).train()
         optimizers = with_state(make_optimizers(model, config), model)
         images, features = torch.empty(8, 3, *config.size), [torch.empty(0)]
