@@ -124,7 +124,8 @@ throwing half of the patches makes no difference, 45.8 ± 1.1, 55.2 ± 1.9, 52.3
 (one seed, benchmarks/results/finetune-at-224-cpu.md). Of more than 45 epochs nothing is measured; FastMIM took 128 px for its 800.
 
 After four times the FLOPs, one seed: 54.4, 58.5, 59.3 %; at 128 px 53.3, 58.7, 56.9; at 224 px 48.4, 56.4, 54.5, for 7 epochs in place of 45
-(benchmarks/results/photos-growth-60-vit_tiny_patch16_224-cpu.md).
+(benchmarks/results/photos-growth-60-vit_tiny_patch16_224-cpu.md). After twice: 50.4, 57.5, 56.0; 48.7, 55.1, 53.7; 40.1, 56.5, 52.9
+(benchmarks/results/photos-growth-30-vit_tiny_patch16_224-cpu.md).
 A decoder of 192 at 128 px is no worse than one of 128: 43.4 ± 0.3, 55.5 ± 0.5, 51.9 ± 1.2 % for 43.8 ± 1.8, 54.9 ± 0.6, 51.9 ± 0.7
 (benchmarks/results/photos-decoder-vit_tiny_patch16_224-cpu.md).
 
