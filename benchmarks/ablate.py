@@ -276,7 +276,7 @@ def run(name: str, arguments: argparse.Namespace) -> bool:
 
 
 def write(name: str, config: Compare, scale: str) -> None:
-    """The table of the cells that are finished, as the comparison left it in its folder."""
+    """The table of the cells that are finished, if any, as the comparison left it in its folder."""
     if not (file := Path(config.out) / "table.json").is_file():
         return
     found = json.loads(file.read_text())
@@ -293,6 +293,8 @@ def write(name: str, config: Compare, scale: str) -> None:
         for row in found["rows"]
         if row["seeds"]
     ]
+    if not rows:
+        return
     table = Table(found["title"], config.measures, parse_budget(config.budget).kind, rows, config.seeds)
     columns = dict.fromkeys(key for row in (*table.accuracies(), *table.costs()) for key in row)
     both = {row["recipe"]: dict.fromkeys(columns, "-") | row for row in table.accuracies()}
