@@ -53,7 +53,9 @@ def test_every_architecture_has_its_baseline(tmp_path: Path) -> None:
     names = [cell.name for cell in found if cell.kind == "untrained"]
     assert len(names) == 2 and names[1] == f"{names[0]}, --depth 1"
     assert names[0].startswith("random initialisation, vit_tiny_patch16_224, patch_size=8, ")
-    assert [cell.finetune.depth for cell in found if cell.kind == "untrained"] == [None, 1]
+    for kind, depths in {"untrained": [None, 1], "recipe": [None, None, 1]}.items():
+        assert [cell.finetune.depth for cell in found if cell.kind == kind] == depths
+        assert [cell.evaluate.depth for cell in found if cell.kind == kind] == depths
     untrained = [row.architecture for row in rows_of(found) if row.kind == "untrained"]
     assert [row.architecture for row in rows_of(found) if row.kind == "recipe"] == [
         untrained[place] for place in (0, 0, 1)

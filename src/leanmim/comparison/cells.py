@@ -150,9 +150,10 @@ def cell_of(
     untrained = kind in ("untrained", "pixels")
     start = SCRATCH if untrained else name if recipe is None else recipe.out
     architecture: dict[str, Any] = {"channels": config.channels, "values": config.values}
+    if recipe is not None:
+        architecture["depth"] = recipe.depth  # fine-tuning would take the whole model, its later layers untrained
     if untrained and recipe is not None:
-        architecture |= {"model": recipe.model, "model_kwargs": recipe.model_kwargs, "depth": recipe.depth}
-        architecture |= {"stats": config.stats}
+        architecture |= {"model": recipe.model, "model_kwargs": recipe.model_kwargs, "stats": config.stats}
     frozen = Evaluate(
         run=start, data=config.eval, input_size=size, k=(min(K, len(labels.train)),), layers=(0,), shots=(), seed=seed,
         attentive="attentive" in config.measures, cache=False, **architecture, **machine,
