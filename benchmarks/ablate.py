@@ -160,6 +160,10 @@ EXPERIMENTS: dict[str, Experiment] = {
         ),
         common="{rival}",
     ),
+    # half the learning rate was worth more to throwing than anything else: is that of throwing?
+    "photos-rate": replace(
+        PHOTOS, recipes=("mae:blr={half}", "mae:input-size=96,blr={half}"), common="{rival}", gpu=False
+    ),
     # HOG and growth are out: with three rows of photos-one and one of photos-lower all combinations of throwing, segments and 96 px
     "photos-together": replace(
         PHOTOS,
