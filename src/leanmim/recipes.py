@@ -147,7 +147,7 @@ LEAN_MEMORY = replace(LEAN, recipe="lean-memory", throw=0.5, segments=4, offload
 Measured as LEAN, for the same FLOPs: fine-tuned 46.6 ± 1.2 % (LEAN 46.5 ± 0.7), attentive probe 57.0 ± 0.1 % (55.1 ± 0.8), linear probe
 53.9 ± 0.5 % (51.7 ± 1.5) (benchmarks/results/photos-confirmed-vit_tiny_patch16_224-cpu.md). Without throwing it has 41.9, 56.6, 53.3 % (one seed,
 benchmarks/results/photos-together-vit_tiny_patch16_224-cpu.md): four decoders cost more than one, and throwing halves what they see.
-Its first 3, 6 and 9 blocks have 45.0, 44.3, 46.3 % after fine-tuning, those trained alone 42.5, 45.4, 45.5 % (one seed,
+Its first 3, 6 and 9 blocks have 45.0, 44.2, 46.3 % after fine-tuning, those trained alone 42.5, 45.4, 45.5 % (one seed,
 benchmarks/results/photos-depths-vit_tiny_patch16_224-cpu.md).
 
 6.98 training GFLOP, 0.12 of MAE's, 0.04 of its bytes saved, 0.08 of its peak memory with batch 256 on a GPU (predicted: 1.14 and
