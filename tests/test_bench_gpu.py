@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import signal
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -45,7 +46,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
         patch.setattr(record, "RESULTS", work / "results")
         patch.setattr(gpu, "launch", launch)
         patch.setattr(processes, "launch", made_up(lambda cell: 0.5))  # trainings of a comparison
-        yield SimpleNamespace(gpu=gpu, work=work, ran=ran, patch=patch)
+        yield SimpleNamespace(gpu=gpu, record=record, work=work, ran=ran, patch=patch)
 
 
 def call(bench: SimpleNamespace, *options: str, work: Path | None = None) -> int:
@@ -112,6 +113,20 @@ def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(
     assert gpu_steps.run("headline", own, journal, *one) == 0
     assert [row["step, ms"] for row in result(bench, "gpu-headline")["table"]] == ["2000.0", "1000.0"]
     assert not outcomes
+
+
+def test_a_stop_before_the_first_finished_cell_leaves_no_table(
+    bench: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.setattr(processes, "launch", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(bench.record, "RESULTS", tmp_path / "results")
+    data = noisy_tiles(tmp_path / "photos", 8, 4)
+    argv = ["ablate.py", "cifar10-hog", "--dry", "--data", str(data), "--work", str(tmp_path / "work")]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(FOLDER / "ablate.py"), run_name="__main__")
+    assert end.value.code == 3 and not list(tmp_path.glob("results/*.md"))
+    assert "stopped by SIGTERM; the same command continues" in capfd.readouterr().out
 
 
 def test_pieces_go_on_and_those_that_failed_come_last(
