@@ -189,6 +189,7 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="*", default=list(SHARES))
     parser.add_argument("--work", type=Path, default=Path("runs/finetune"))
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--suffix", default="", help="of the names of the result files: other starts, other files")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.cell:
@@ -217,7 +218,7 @@ def main() -> None:
     for name, rows in tables(found, names).items():
         note = "Accuracy after the last epoch; mean, sample deviation and number of seeds." if name == "tune" else ""
         own = [r for r in found if r["kind"] == name]
-        record.write(f"finetune-{name}-cpu", f"Fine-tuning: {name}", configuration, rows, own, note)
+        record.write(f"finetune-{name}{arguments.suffix}-cpu", f"Fine-tuning: {name}", configuration, rows, own, note)
 
 
 if __name__ == "__main__":
