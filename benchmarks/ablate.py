@@ -80,7 +80,7 @@ SHORT = dict(budget="41TFLOP", seeds=1, labels_per_class=95, finetune_epochs=15)
 PHOTOS = Experiment(
     "imagenette224", (), "", (300, 200), options=dict(input_size=(128,), eval_size=(128,), **SHORT), gpu=True
 )
-LONG = dict(budget="200epochs", seeds=1, label_share=0.1)
+LONG = dict(budget="200epochs", label_share=0.1, labels_per_class=None, finetune_epochs="auto")
 
 PLACES = ("data", "eval", "out")  # of this machine
 
@@ -132,7 +132,9 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "photos-224": replace(
         PHOTOS,
-        recipes=("mae", "lean:input-size=96", "lean:input-size=128", "pr-mim", "mae:segments=4"),
+        recipes=(
+            "mae", "lean:input-size=96", "lean-memory:input-size=96", "lean:input-size=128", "pr-mim", "mae:segments=4",
+        ),
         options=PHOTOS.options | dict(input_size=(224,), eval_size=(224,)),
     ),
     "photos-rival": replace(
@@ -147,7 +149,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         recipes=(
             "mae:{rival}", "mae:input-size=96,{rival}", "pr-mim:input-size=96,{rival}", "pr-mim:input-size=96,segments=4,{rival}",
         ),
-        options=PHOTOS.options | dict(seeds=3), gpu=False,
+        options=PHOTOS.options | dict(seeds=3),
     ),
     "photos-decoder": replace(
         PHOTOS, recipes=("mae:{rival}", "mae"), options=PHOTOS.options | dict(seeds=3), gpu=False
@@ -227,7 +229,7 @@ def configure(name: str, scale: str, model: str, data: Path, work: Path) -> Comp
         device="cuda" if gpu else "cpu",
         model=model,
         recipes=tuple(spec.format(**given) for spec in own.specs()),
-        **({key: value for key, value in own.options.items() if key not in SHORT} | LONG if gpu else own.options),
+        **(own.options | LONG if gpu else own.options),
     )
 
 

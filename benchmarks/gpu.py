@@ -94,7 +94,7 @@ def pieces(data: str | None, dry: bool) -> dict[str, Piece]:
         "hog": script("HOG", "hog_speed.py", "--step-batch-size", "64"),
     }
     for model in ("vit_small_patch16_224", "vit_base_patch16_224") if data else ():
-        for name in ("photos-224", "photos-rival", "photos-one"):
+        for name in ("photos-224", "photos-rival", "photos-one", "photos-confirmed", "photos-depths"):
             found[f"{name}-{model.split('_')[1]}"] = photos(name, model, str(data))
     if data:
         found["photos-painted"] = photos("photos-painted", "vit_small_patch16_224", data)

@@ -14,6 +14,7 @@ from record import RESULTS
 
 PICTURE = Path(__file__).parents[1] / "docs" / "growth.png"
 MEASURES = {"finetune": "fine-tuned with a tenth of the labels", "attentive": "attentive probe"}
+TFLOP = 41 / 15  # a minute of one core, as ablate.py has it
 COLOURS = ("#2f7fd1", "#e07b00", "#1a9e6f", "#c2559d")
 
 
@@ -41,9 +42,12 @@ def draw(budgets: dict[float, list[dict[str, Any]]]) -> Figure:
                      if row["kind"] == "untrained" and measure in row["scores"]]  # fmt: skip
         if untrained:
             axes.axhline(100 * untrained[-1], color="#7a8594", linestyle="--", label="not pre-trained")
-        axes.set(xscale="log", xticks=list(budgets), xticklabels=[f"{minutes:g}" for minutes in budgets])
+        ticks = [f"{minutes * TFLOP:.0f}\n({minutes:g} min)" for minutes in budgets]
+        axes.set(xscale="log", xticks=list(budgets), xticklabels=ticks)
         axes.minorticks_off()
-        axes.set(xlabel="pre-training, minutes of one core (2.7 TFLOP each)", ylabel="accuracy (%)", title=title)
+        axes.set(
+            xlabel="pre-training, TFLOP (minutes of one core, about)", ylabel="accuracy at 128 px (%)", title=title
+        )
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return figure

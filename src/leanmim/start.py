@@ -100,7 +100,7 @@ def open_start(
     images = images or Images()
     path = Path(start.removeprefix("local-dir:"))
     # without --model it can only be leanmim's: `load` says what is wrong with it
-    foreign = path.is_file() and not is_ours(path) and (path.suffix != ".pt" or model is not None)
+    foreign = is_foreign(path) and (path.suffix != ".pt" or model is not None)
     if start == SCRATCH or foreign:
         found = of_architecture(start, model, model_kwargs or {}, input_size, images)
     elif model or model_kwargs:
@@ -115,6 +115,11 @@ def open_start(
     if depth is not None and found.pretrained is None:
         found = cut(found, depth)
     return replace(found, model=replace(found.model, input_size=input_size)) if input_size else found
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether it is a checkpoint file of timm's, which says nothing of the architecture."""
+    return path.is_file() and not is_ours(path)
 
 
 def known_of(images: Images) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
+from safetensors.torch import save_file
 
 import leanmim
 from leanmim.cli import main, parse
@@ -25,6 +27,7 @@ from leanmim.config import Compare, Knn
 from leanmim.errors import UserError
 from leanmim.run import Run
 from tests.comparison.fakes import here, made_up, tiny_comparison
+from tests.helpers import VIT
 from tests.runs import ENVIRONMENT, Refused
 
 EPOCHS = 30  # of one step each
@@ -167,6 +170,7 @@ def test_killed_in_the_middle_of_a_training_it_goes_on_to_the_same_table(
     assert not (cell / "result.json").exists()
     found = compare(config)
     assert [row.scores for row in found.rows] == [row.scores for row in table.rows]
+    assert [row.flops for row in found.rows] == [row.flops for row in table.rows]
     assert run.read()["step"] == EPOCHS
 
 
@@ -225,7 +229,44 @@ def test_screening_drops_the_hopeless(faked: Any, tmp_path: Path) -> None:
     assert not by_name(table)["pr-mim"].dropped
     page = (tmp_path / "out" / "page.html").read_text()
     assert "the 95 % interval (kNN) lay below that of the best for fastmim: they went no further" in page
+    assert "This took 3.0 min of training, which is not in the table." in page
     assert "43.0 (40.0 to 46.0), dropped" in page
+
+
+def test_screening_halves_if_it_is_asked_to(faked: Any) -> None:
+    accuracies = {"mae": 0.5, "pr-mim": 0.48, "fastmim": 0.49, "simmim mask-unit=8": 0.3}
+    table = faked(
+        lambda cell: accuracies.get(cell["name"], 0.3),
+        recipes=("mae", "pr-mim", "fastmim", "simmim:mask-unit=8"), screen=True, screen_share=0.4, budget="30epochs", seeds=1,
+    )  # fmt: skip
+    assert {row.name for row in table.rows if row.dropped} == {"pr-mim", "simmim mask-unit=8"}
+    text = str(table)
+    assert "lay below that of the best for simmim mask-unit=8: they went no further" in text
+    assert "By --screen-share pr-mim went no further either" in text
+
+
+def test_weights_that_a_recipe_begins_with_are_its_baseline(faked: Any, tmp_path: Path) -> None:
+    name, arguments = VIT
+    file = tmp_path / "vit.safetensors"
+    save_file(timm.create_model(name, num_classes=0, img_size=32, **arguments).state_dict(), file)
+    accuracies = {str(file): 0.7, f"mae init={file}": 0.6, "mae": 0.5}
+
+    def compared(*recipes: str) -> Table:
+        return faked(
+            lambda cell: accuracies.get(cell["name"], 0.3),
+            recipes=recipes, measures=("knn",), seeds=1, out=str(tmp_path / str(len(recipes))),
+        )  # fmt: skip
+
+    table = compared("mae:batch-size=24", f"mae:batch-size=24,init={file}")
+    begun = by_name(table)[f"mae init={file}"]
+    assert [row.name for row in table.baselines(begun, "knn")] == ["random initialisation", str(file), "raw pixels"]
+    assert [row.name for row in table.baselines(by_name(table)["mae"], "knn")] == [
+        "random initialisation",
+        "raw pixels",
+    ]
+    assert table.findings()[0].startswith("Pre-training helps: kNN 50.0 (47.0 to 53.0) % (mae) against")
+    alone = compared(f"mae:batch-size=24,init={file}")
+    assert alone.findings()[0].startswith("Pre-training does not help on these data: kNN 60.0 (57.0 to 63.0) % (mae")
 
 
 def test_a_recipe_that_cannot_be_screened_does_not_hold_up_the_others(faked: Any, tmp_path: Path) -> None:
@@ -299,6 +340,7 @@ def test_what_is_wrong_is_told_before_anything_is_written(refused: Refused, tmp_
     assert "sets seed for all recipes" in refused([*line, "--recipes", "mae:seed=3"])
     assert "is neither a run folder" in refused([*line, "--recipes", "mae", "--weights", str(tmp_path)])
     assert "mae, evaluated at 20 px (--eval-size): " in refused([*line, "--recipes", "mae", "--eval-size", "20"])
+    assert "--screen-share is for --screen" in refused([*line, "--recipes", "mae", "--screen-share", "0.5"])
     assert "--weights names a.b and a.b" in refused([*line, "--recipes", "mae", "--weights", "a.b", "a.b"])
     assert not Path(config.out).exists()
 

@@ -14,15 +14,19 @@ from tests.comparison.fakes import Ended, tiny_comparison
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def test_a_cpu_is_shared_by_single_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_is_shared_by_as_many_processes_as_there_are_trainings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(processes, "cpus", lambda: 8)
     found = [places_of(tiny_comparison(tmp_path, jobs=jobs), CPU) for jobs in ("auto", 2, 16)]
     assert [(len(places), {place["OMP_NUM_THREADS"] for place in places}) for places in found] == [
-        (8, {"1"}), (2, {"4"}), (16, {"1"}),
+        (4, {"2"}), (2, {"4"}), (16, {"1"}),  # two recipes, two seeds
     ]  # fmt: skip
 
 
 def test_gpus_are_given_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert len(places_of(tiny_comparison(tmp_path), CUDA)) == 4
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
@@ -57,6 +61,16 @@ def test_no_more_run_at_once_than_there_are_places(tmp_path: Path, monkeypatch: 
     tasks = [Task("cell", str(i), tmp_path / str(i)) for i in range(5)]
     assert run_tasks(tasks, [{"n": "a"}, {"n": "b"}], "", lambda task: done.append(task.name) or "") == []
     assert done == list("01234") and most == 2 and set(started) == {"a", "b"}
+
+
+def test_what_killed_a_task_is_told_and_not_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Task("cell", "mae", tmp_path)
+    task.log.write_text("leanmim: an error of an earlier try\nstep 400/1890\n")
+    for code, told in ((-9, "killed by SIGKILL, as is what takes more memory than there is; try fewer --jobs"),
+                       (-11, "killed by SIGSEGV")):  # fmt: skip
+        monkeypatch.setattr(processes, "launch", lambda task, place, code=code: Ended(code))
+        assert run_tasks([task], [{}], "") == [task]
+        assert last_words(task) == told
 
 
 def test_time_left() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from leanmim.comparison.cells import Cell, cell_of, cells_of, finetune_epochs, finetune_images, screening_of
+from leanmim.comparison.cells import Cell, cell_of, cells_of, finetune_epochs, finetune_images, screening_of, weights_of
 from leanmim.comparison.commands import command
 from leanmim.comparison.page import page_of
 from leanmim.comparison.plan import Entry, planned, recipes_of, told
@@ -35,7 +35,7 @@ from leanmim.names import sides, slug
 from leanmim.planner import available
 from leanmim.progress import console_of
 from leanmim.run import Run
-from leanmim.start import SCRATCH, open_start, start_of
+from leanmim.start import SCRATCH, start_of
 
 
 def compare(config: Compare) -> Table:
@@ -108,7 +108,9 @@ def carried_out(
     screening = screening_of(config, entries, labels, size) if config.screen else []
     failed = run_cells(screening, entries, places, "screening")
     screened = [cell for cell in screening if cell.result]
-    hopeful = promising([(cell.name, score) for cell in screened for score in scores_of([cell.result]).values()])
+    hopeful = promising(
+        [(cell.name, score) for cell in screened for score in scores_of([cell.result]).values()], config.screen_share
+    )
     kept = [entry for entry in entries if entry.title in hopeful or not screening]
     if not kept:
         raise UserError("\n  ".join(["no recipe could be screened:", *map(failure, failed)]))
@@ -159,15 +161,16 @@ def evaluation_size(config: Compare, recipes: Sequence[Pretrain]) -> tuple[int, 
 
 def check_evaluation(config: Compare, labels: Labels) -> None:
     """Raise UserError if a recipe's model or given weights cannot be evaluated, before anything is trained."""
-    if twice := [names for names in groups_of(config.weights) if len(names) > 1]:
+    recipes = recipes_of(config)
+    weights = weights_of(config, [recipe for _, recipe in recipes])
+    if twice := [names for names in groups_of(config.weights) + groups_of(weights) if len(names) > 1]:
         raise UserError(
             f"--weights names {' and '.join(twice[0])}, which are the same or would share a folder; leave one out"
         )
-    recipes = recipes_of(config)
     size = evaluation_size(config, [recipe for _, recipe in recipes])
-    for name in config.weights:
-        start = open_start(name, input_size=size, images=Images(channels=config.channels, values=config.values))
-        backbone_of(start.model, device="meta")
+    for name in weights:
+        own = cell_of(config, "weights", name, 0, labels, size).evaluate.with_stats()
+        backbone_of(start_of(name, own).model, device="meta")
     for title, recipe in recipes:
         own = cell_of(config, "untrained", title, 0, labels, size, recipe).evaluate.with_stats()
         try:

@@ -1,7 +1,7 @@
 """The cells of a comparison: a pre-training and its evaluation, or the evaluation of something that was not pre-trained."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from leanmim.comparison.plan import Entry, precision_of
 from leanmim.comparison.processes import Task
 from leanmim.config import Compare, Config, Evaluate, Finetune, Pretrain
 from leanmim.config.compare import Measure
-from leanmim.data import absolute
+from leanmim.data import absolute, effective_batch
 from leanmim.data.labels import Labels, labels_of
 from leanmim.device import resolve_device
 from leanmim.evaluators.accuracy import Accuracy
@@ -24,7 +24,7 @@ from leanmim.evaluators.features import Subject, random_backbone, raw_pixels, su
 from leanmim.files import readable_lines, write_json
 from leanmim.names import slug
 from leanmim.run import Run
-from leanmim.start import SCRATCH, start_of
+from leanmim.start import SCRATCH, is_foreign, start_of
 from leanmim.train.pretrain import pretrain
 from leanmim.weights import restore
 
@@ -112,9 +112,17 @@ def cells_of(config: Compare, entries: Sequence[Entry], labels: Labels, size: tu
             found.append(cell_of(config, "untrained", name, seed, labels, size, recipe))
         if seed == 0 and {"knn", "linear"} & set(config.measures):
             found.append(cell_of(config, "pixels", PIXELS, seed, labels, size, entries[0].config))
-        found += [cell_of(config, "weights", name, seed, labels, size) for name in config.weights]
+        found += [
+            cell_of(config, "weights", name, seed, labels, size)
+            for name in weights_of(config, [entry.config for entry in entries])
+        ]
         found += recipes
     return found
+
+
+def weights_of(config: Compare, recipes: Iterable[Pretrain]) -> tuple[str, ...]:
+    """The weights that are evaluated as they are: those that are given, and those that a recipe begins with."""
+    return tuple(dict.fromkeys([*config.weights, *(recipe.init for recipe in recipes if recipe.init)]))
 
 
 def screening_of(config: Compare, entries: Sequence[Entry], labels: Labels, size: tuple[int, ...]) -> list[Cell]:
@@ -154,6 +162,8 @@ def cell_of(
         architecture["depth"] = recipe.depth  # fine-tuning would take the whole model, its later layers untrained
     if untrained and recipe is not None:
         architecture |= {"model": recipe.model, "model_kwargs": recipe.model_kwargs, "stats": config.stats}
+    if kind == "weights" and is_foreign(Path(name)):
+        architecture |= {"model": config.model, "model_kwargs": config.model_kwargs, "stats": config.stats}
     frozen = Evaluate(
         run=start, data=config.eval, input_size=size, k=(min(K, len(labels.train)),), layers=(0,), shots=(), seed=seed,
         attentive="attentive" in config.measures, cache=False, **architecture, **machine,
@@ -213,11 +223,14 @@ def trained(cell: Cell) -> dict[str, Any]:
     assert cell.pretrain is not None
     run = Run(pretrain(cell.pretrain))
     cost = json.loads(run.cost.read_text())
-    lines = [line for line in readable_lines(run.metrics) if "loss" in line]
+    lines = [line for line in readable_lines(run.metrics) if "images_per_second" in line]
+    logged = sum(line["images_per_second"] * line["seconds"] for line in lines)
+    images = lines[-1]["step"] * effective_batch(Pretrain.from_json(run.stored()))
     return {
         "epochs": cell.pretrain.epochs,
-        "seconds": sum(line["seconds"] for line in lines),
-        "images": round(sum(line["images_per_second"] * line["seconds"] for line in lines)),
+        # of a training that was stopped, the steps between a line of the log and the checkpoint are in no line
+        "seconds": sum(line["seconds"] for line in lines) * images / logged,
+        "images": images,
         "flops_per_image": cost["predicted"]["train_flops_per_image"],
         "predicted_bytes": cost["predicted"]["peak_bytes"],
         "measured_bytes": cost["measured"]["peak_bytes"],

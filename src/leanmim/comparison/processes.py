@@ -1,6 +1,7 @@
 """The processes of a comparison: several side by side, each with a task of its own."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -77,17 +78,18 @@ launch: Callable[[Task, dict[str, str]], Running] = Worker
 def places_of(config: Compare, device: torch.device) -> list[dict[str, str]]:
     """For each of the processes side by side the environment that gives it its part of the machine.
 
-    On GPUs that is one of them each, in turn. On a CPU it is an equal part of the cores; waiting threads do not spin.
+    On GPUs that is one of them each, in turn. On a CPU it is an equal part of the cores; waiting threads do not spin. More of them
+    than there are recipes to train, of all seeds, would wait for the last ones.
     """
-    cores = cpus()
+    cores, trainings = cpus(), config.seeds * len(config.recipes)
     if device.type != "cuda":
-        auto = cores if device.type == "cpu" else 1
+        auto = min(cores, trainings) if device.type == "cpu" else 1
         jobs = auto if config.jobs == "auto" else int(config.jobs)
         threads = max(1, cores // jobs)
         return [{"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}] * jobs
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
-    jobs = len(devices) if config.jobs == "auto" else int(config.jobs)
+    jobs = min(len(devices), trainings) if config.jobs == "auto" else int(config.jobs)
     threads = max(1, cores // jobs)
     return [
         {"CUDA_VISIBLE_DEVICES": devices[number % len(devices)], "OMP_NUM_THREADS": str(threads)}
@@ -129,7 +131,10 @@ def run_tasks(
                 for task in [task for task, (process, *_) in running.items() if process.poll() is not None]:
                     process, place, began = running.pop(task)
                     free.append(place)
-                    if process.wait():
+                    if code := process.wait():
+                        if code < 0:  # by a signal: it could say nothing itself
+                            with open(task.log, "a") as log:
+                                log.write(f"\nleanmim: {killed(-code)}\n")
                         failed.append(task)
                         console.print(failure(task))
                     else:
@@ -161,6 +166,13 @@ def time_left(took: dict[Task, float], left: Sequence[Task], side_by_side: int) 
     }
     seconds = sum(alike.get(task.seconds, task.seconds + beyond) for task in left)
     return f", about {duration(seconds / side_by_side)} left"
+
+
+def killed(number: int) -> str:
+    """What is told of a process that a signal ended."""
+    name = signal.Signals(number).name
+    hint = ", as is what takes more memory than there is; try fewer --jobs" if number == signal.SIGKILL else ""
+    return f"killed by {name}{hint}"
 
 
 def failure(task: Task) -> str:

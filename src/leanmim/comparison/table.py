@@ -10,6 +10,7 @@ from typing import Any
 
 from leanmim.comparison.cells import Cell, Kind
 from leanmim.config.compare import Measure
+from leanmim.progress import duration
 
 NAMES: dict[Measure, str] = {
     "finetune": "fine-tuned", "attentive": "attentive probe", "linear": "linear probe", "knn": "kNN",
@@ -80,8 +81,12 @@ class Row:
     """With --screen: the accuracy after a tenth of the budget."""
     dropped: bool = False
     """Whether the recipe went no further."""
+    screened_seconds: float | None = None
+    """Of the training that led there."""
     architecture: str = ""
     """Of a recipe and of its untrained twin: the model and what was changed in it."""
+    init: str | None = None
+    """The weights that a recipe begins with."""
 
 
 def rows_of(cells: Iterable[Cell], screening: Sequence[Cell] = (), kept: Sequence[str] = ()) -> list[Row]:
@@ -95,16 +100,22 @@ def rows_of(cells: Iterable[Cell], screening: Sequence[Cell] = (), kept: Sequenc
     groups: dict[tuple[Kind, str], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.kind, cell.name), []).append(cell)
-    screened = {cell.name: score for cell in screening if cell.result for score in scores_of([cell.result]).values()}
+    screened = {cell.name: screened_of(cell) for cell in screening if cell.result}
     rows = []
     for (kind, name), own in groups.items():
-        rows += [row_of(own, screened.get(name) if kind == "recipe" else None), *depths_of(own)]
+        rows += [row_of(own, screened.get(name, {}) if kind == "recipe" else {}), *depths_of(own)]
     return rows + [
-        Row("recipe", name, 0, {}, screened=found, dropped=True) for name, found in screened.items() if name not in kept
+        Row("recipe", name, 0, {}, **found, dropped=True) for name, found in screened.items() if name not in kept
     ]
 
 
-def row_of(cells: Sequence[Cell], screened: Score | None) -> Row:
+def screened_of(cell: Cell) -> dict[str, Any]:
+    """What a row says of a tenth of the budget."""
+    (score,) = scores_of([cell.result]).values()
+    return {"screened": score, "screened_seconds": cell.result["training"]["seconds"]}
+
+
+def row_of(cells: Sequence[Cell], screened: dict[str, Any]) -> Row:
     """The cells of one name."""
     results = [cell.result for cell in cells if cell.result]
     trainings = [result["training"] for result in results if "training" in result]
@@ -121,7 +132,8 @@ def row_of(cells: Sequence[Cell], screened: Score | None) -> Row:
         }
     first = cells[0]
     return Row(
-        first.kind, first.name, len(results), scores_of(results), **costs, screened=screened, architecture=first.architecture
+        first.kind, first.name, len(results), scores_of(results), **costs, **screened, architecture=first.architecture,
+        init=first.pretrain.init if first.kind == "recipe" and first.pretrain else None,
     )  # fmt: skip
 
 
@@ -141,10 +153,17 @@ def scores_of(results: Sequence[dict[str, Any]]) -> dict[Measure, Score]:
     return {measure: score_of([one[measure] for one in found]) for measure in (found[0] if found else ())}
 
 
-def promising(rows: Sequence[tuple[str, Score]]) -> list[str]:
-    """The names of those that are not hopeless: whose interval reaches that of the best."""
-    best = max(rows, key=lambda row: row[1].value, default=None)
-    return [name for name, score in rows if best and score.high >= best[1].low]
+def promising(rows: Sequence[tuple[str, Score]], share: float = 1.0) -> list[str]:
+    """The names of those that are not hopeless, whose interval reaches that of the best; and of these no more than a share of
+    all, the best ones.
+    """
+    ranked = sorted(rows, key=lambda row: row[1].value, reverse=True)[: math.ceil(share * len(rows))]
+    return [name for name, score in ranked if reaches(score, ranked[0][1])]
+
+
+def reaches(score: Score, best: Score) -> bool:
+    """Whether the interval of one reaches that of the best."""
+    return score.high >= best.low
 
 
 @dataclass(frozen=True)
@@ -205,13 +224,7 @@ class Table:
     def findings(self) -> list[str]:
         """What follows from the table, in sentences; whether pre-training helps is the first."""
         found = [*self.helps(), *self.worth(), *self.better_weights()]
-        if any(row.screened for row in self.rows):
-            dropped = [row.name for row in self.rows if row.dropped]
-            hopeless = f"lay below that of the best for {'; '.join(dropped)}: they went no further"
-            found.append(
-                f"Screened after a tenth of the budget, with one seed: the 95 % interval ({NAMES[self.measures[0]]}) "
-                f"{hopeless if dropped else 'of every recipe reached that of the best: all went on'}."
-            )
+        found += self.screening()
         if self.planned == 1 and any(row.scores for row in self.rows):
             found.append(
                 "One seed: there is no spread, and Wilson's 95 % interval for the choice of validation images stands in its place. "
@@ -228,6 +241,27 @@ class Table:
         if self.failed:
             found.append(f"Failed: {'; '.join(self.failed)}. The same command tries again.")
         return found
+
+    def screening(self) -> Iterator[str]:
+        """Who went no further after a tenth of the budget, and why; what that took."""
+        screened = [(row, row.screened) for row in self.rows if row.screened]
+        if not screened:
+            return
+        best = max((score for _, score in screened), key=lambda score: score.value)
+        hopeless = [row.name for row, score in screened if not reaches(score, best)]
+        behind = [row.name for row, score in screened if row.dropped and reaches(score, best)]
+        went = f"lay below that of the best for {'; '.join(hopeless)}: they went no further"
+        all_on = "of every recipe reached that of the best" + ("" if behind else ": all went on")
+        took = duration(sum(row.screened_seconds or 0.0 for row, _ in screened))
+        yield (
+            f"Screened after a tenth of the budget, with one seed: the 95 % interval ({NAMES[self.measures[0]]}) "
+            f"{went if hopeless else all_on}. This took {took} of training, which is not in the table."
+        )
+        if behind:
+            yield (
+                f"By --screen-share {'; '.join(behind)} went no further either: not among the best then, by less than "
+                "can be told apart."
+            )
 
     def helps(self) -> Iterator[str]:
         """By which measures pre-training helps: whether any recipe is above raw pixels and its own untrained model."""
@@ -256,10 +290,15 @@ class Table:
                 subject = "By other measures it"
 
     def baselines(self, recipe: Row, measure: Measure) -> list[Row]:
-        """The untrained model of a recipe, and raw pixels; none as long as the model has no score."""
+        """What a recipe has to be better than: its untrained model, the weights that it begins with, and raw pixels; none as long as
+        one of the first two has no score.
+        """
         found = [row for row in self.rows if measure in row.scores]
         own = [row for row in found if row.kind == "untrained" and row.architecture == recipe.architecture]
-        return own + [row for row in found if row.kind == "pixels"] if own else []
+        begun = [row for row in found if row.kind == "weights" and row.name == recipe.init]
+        if not own or (recipe.init and not begun):
+            return []
+        return [*own, *begun, *(row for row in found if row.kind == "pixels")]
 
     def worth(self) -> Iterator[str]:
         """By each measure the recipes within the spread of the best, and the cheapest of them in all that the budget leaves open."""

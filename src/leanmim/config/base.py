@@ -54,7 +54,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "mixup": (0, MANY), "cutmix": (0, MANY), "mixup_switch": (0, 1), "smoothing": (0, 1), "erase": (0, 1),
     "size": (1, 16384), "quality": (1, 100), "eval_size": (1, 16384),
     # labels
-    "label_share": (0, 1), "labels_per_class": (1, MANY), "val_share": (0.01, 0.9), "shots": (1, MANY), "draws": (1, MANY),
+    "label_share": (0, 1), "labels_per_class": (1, MANY), "val_share": (0.01, 0.9), "shots": (1, MANY), "draws": (1, MANY), "screen_share": (0.01, 1),
     # steps
     "epochs": (1e-6, MANY), "hours": (1e-6, MANY), "batch_size": (1, MANY), "accum": (1, MANY), "effective_batch": (1, MANY),
     "blr": (0, MANY), "lr": (0, MANY), "min_lr": (0, MANY), "warmup_share": (0, 1), "warmup_epochs": (0, MANY),

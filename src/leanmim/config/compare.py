@@ -61,10 +61,13 @@ class Compare(Machine, Model):
     screen: bool = False
     """First train all recipes with a tenth of the budget and one seed, and go on without those whose 95 % interval lies below that
     of the best, by the first of --measures."""
+    screen_share: float = 1.0
+    """With --screen: go on with at most this share of the recipes, the best ones. 0.5 halves them, though chance may decide which half."""
     depths: bool = False
     """Also evaluate the shallower backbones that a recipe in segments trains: those that end where a segment does."""
     weights: tuple[str, ...] = ()
-    """Also evaluate these: timm's names of published weights, run folders, exported folders."""
+    """Also evaluate these: timm's names of published weights, run folders, exported folders, checkpoint files of --model. The weights
+    that a recipe begins with (--init) are evaluated anyway."""
 
     measures: tuple[Measure, ...] = MEASURES
     """How to evaluate, the one that decides first: fine-tuning, attentive probe, linear probe, k-nearest neighbours."""
@@ -82,7 +85,8 @@ class Compare(Machine, Model):
     """Processes that read images, for each training. -1 is none on a CPU, whose cores all compute, and with a GPU its share of the CPU's
     cores less one."""
     jobs: int | Auto = "auto"
-    """Trainings side by side. auto is one for each core of a CPU, with one thread each, or one for each GPU."""
+    """Trainings side by side. auto is one for each core of a CPU, or one for each GPU, but no more than there are trainings of recipes;
+    they share out the cores."""
     memory: str = "auto"
     """Memory of each training, for example 8GiB; auto is what is free, shared among those side by side."""
 
@@ -97,5 +101,7 @@ class Compare(Machine, Model):
                 raise UserError(f"--{name} is empty; name one or several")
         if self.label_share is not None and self.labels_per_class is not None:
             raise UserError("--label-share and --labels-per-class are two ways to choose labels; leave one out")
+        if self.screen_share < 1 and not self.screen:
+            raise UserError("--screen-share is for --screen; give that too, or leave it out")
         if self.label_share == 0:
             raise UserError("--label-share 0 leaves no labels; give a share above 0")

@@ -9,7 +9,7 @@ from leanmim.config.base import Config
 COMMON = "common"
 GROUPS = {
     COMMON: (
-        "run start recipes data eval masks out recipe model init input_size budget epochs hours batch_size seeds screen features "
+        "run start recipes data eval masks out recipe model init input_size budget epochs hours batch_size seeds screen screen_share features "
         "dtype baselines overwrite"
     ),
     "data": "channels values statistics stats mean std crop decode",
