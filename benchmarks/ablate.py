@@ -166,6 +166,9 @@ EXPERIMENTS: dict[str, Experiment] = {
     "photos-rate": replace(
         PHOTOS, recipes=("mae:blr={half}", "mae:input-size=96,blr={half}"), common="{rival}", gpu=False
     ),
+    "photos-half": replace(
+        PHOTOS, recipes=("mae:input-size=96,blr={half}",), common="{rival}", options=PHOTOS.options | dict(seeds=3), gpu=False
+    ),
     # photos-rival had wider a decoder, and whole epochs only: 90 % masked had an eighth less to train with than the rival
     "photos-ratio": replace(PHOTOS, recipes=("mae:mask-ratio=0.9",), common="{rival}", gpu=False),
     # with auto's decoder
