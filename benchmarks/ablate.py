@@ -164,7 +164,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     # half the learning rate was worth more to throwing than anything else: is that of throwing?
     "photos-rate": replace(
-        PHOTOS, recipes=("mae:blr={half}", "mae:input-size=96,blr={half}"), common="{rival}", gpu=False
+        PHOTOS, recipes=("mae:blr={half}", "mae:input-size=96,blr={half}", "mae:input-size=96,blr={quarter}"), common="{rival}", gpu=False
     ),
     "photos-half": replace(
         PHOTOS, recipes=("mae:input-size=96,blr={half}",), common="{rival}", options=PHOTOS.options | dict(seeds=3), gpu=False
@@ -223,6 +223,7 @@ def configure(name: str, scale: str, model: str, data: Path, work: Path) -> Comp
         "rival": RIVALS[scale],
         "twice": f"{2 * rate:.3g}",
         "half": f"{rate / 2:.3g}",
+        "quarter": f"{rate / 4:.3g}",
         "swin": f"model=swin_tiny_patch4_window7_224{'' if gpu else ',model-kwargs=embed_dim 48'}",
     }
     return Compare(
