@@ -24,8 +24,8 @@ def images_a_step(seen: int | float, most: int) -> int:
 
 
 def peak_rate(batch: int, width: int) -> float:
-    """Learning rate for an effective batch and the width of the encoder; of no more than four times ViT-B's."""
-    return 2.4e-3 * math.sqrt(batch / 4096) * min(4.0, max(1.0, 768 / width))
+    """Learning rate for an effective batch and the width of the encoder; of no more than twice ViT-B's."""
+    return 2.4e-3 * math.sqrt(batch / 4096) * min(2.0, max(1.0, 768 / width))
 
 
 def epochs_within(hours: float, speed: float, images: int) -> int | float:
