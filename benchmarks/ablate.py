@@ -169,6 +169,10 @@ EXPERIMENTS: dict[str, Experiment] = {
     "photos-half": replace(
         PHOTOS, recipes=("mae:input-size=96,blr={half}",), common="{rival}", options=PHOTOS.options | dict(seeds=3), gpu=False
     ),
+    "photos-quarter": replace(
+        PHOTOS, recipes=("mae:input-size=96,blr={quarter}", "mae:input-size=128,blr={quarter}"), common="{rival}",
+        options=PHOTOS.options | dict(seeds=3), gpu=False,
+    ),
     "photos-half-memory": replace(
         PHOTOS, recipes=("pr-mim:input-size=96,segments=4,blr={half}",), common="{rival}", options=PHOTOS.options | dict(seeds=3),
         gpu=False,
