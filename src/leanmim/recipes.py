@@ -122,6 +122,9 @@ probe 54.5 ± 1.0 % (benchmarks/results/photos-half-vit_tiny_patch16_224-cpu.md)
 half the learning rate too 44.0, 56.6, 51.5 (one seed, benchmarks/results/photos-rate-vit_tiny_patch16_224-cpu.md), not at all 30.5 ± 0.7,
 50.1 ± 0.4, 43.8 ± 1.1 %.
 
+With half of that rate again, one seed, 50.4, 56.6, 53.1 %, at 128 px 49.2, 53.2, 51.6 (benchmarks/results/photos-quarter-vit_tiny_patch16_224-cpu.md):
+better where it is fine-tuned, worse by the probes.
+
 All else here has twice the learning rate that auto now gives a ViT-Ti. With that LEAN has 46.5 ± 0.7, 55.1 ± 0.8, 51.7 ± 1.5 %;
 throwing half of the patches makes no difference, 45.8 ± 1.1, 55.2 ± 1.9, 52.3 ± 1.7 %
 (benchmarks/results/photos-confirmed-vit_tiny_patch16_224-cpu.md). Fine-tuned at 224 px it has 50.4 %, one that was pre-trained at 128 px 45.9
