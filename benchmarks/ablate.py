@@ -173,6 +173,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         PHOTOS, recipes=("mae:input-size=96,blr={quarter}", "mae:input-size=128,blr={quarter}"), common="{rival}",
         options=PHOTOS.options | dict(seeds=3), gpu=False,
     ),
+    "photos-eighth": replace(
+        PHOTOS, recipes=("mae:input-size=96,blr={eighth}", "mae:input-size=128,blr={eighth}"), common="{rival}", gpu=False
+    ),
     "photos-half-memory": replace(
         PHOTOS, recipes=("pr-mim:input-size=96,segments=4,blr={half}",), common="{rival}", options=PHOTOS.options | dict(seeds=3),
         gpu=False,
@@ -233,6 +236,7 @@ def configure(name: str, scale: str, model: str, data: Path, work: Path) -> Comp
         "twice": f"{2 * rate:.3g}",
         "half": f"{rate / 2:.3g}",
         "quarter": f"{rate / 4:.3g}",
+        "eighth": f"{rate / 8:.3g}",
         "swin": f"model=swin_tiny_patch4_window7_224{'' if gpu else ',model-kwargs=embed_dim 48'}",
     }
     return Compare(

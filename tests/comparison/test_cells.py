@@ -47,6 +47,18 @@ def test_weights_that_are_called_as_a_recipe_have_a_folder_of_their_own(tmp_path
     assert [(row.kind, row.name) for row in rows if row.name == "mae"] == [("weights", "mae"), ("recipe", "mae")]
 
 
+def test_weights_that_a_recipe_begins_with_have_its_model(tmp_path: Path) -> None:
+    (file := tmp_path / "vit.safetensors").touch()
+    own = f"mae:model=vit_small_patch16_224,model-kwargs=depth 6,init={file}"
+    config = tiny_comparison(tmp_path, recipes=("mae", own), seeds=1)
+    evaluated = [
+        cell for cell in cells_of(config, entries(config), choose_labels(config.eval), (32,)) if cell.kind == "weights"
+    ]
+    assert [cell.name for cell in evaluated] == [str(file)]
+    for taken in (evaluated[0].evaluate, evaluated[0].finetune):
+        assert (taken.model, taken.model_kwargs) == ("vit_small_patch16_224", {"depth": 6})
+
+
 def test_every_architecture_has_its_baseline(tmp_path: Path) -> None:
     config = tiny_comparison(tmp_path, recipes=("mae", "pr-mim", "mae:depth=1"), seeds=1)
     found = cells_of(config, entries(config), choose_labels(config.eval), (32,))

@@ -163,13 +163,13 @@ def check_evaluation(config: Compare, labels: Labels) -> None:
     """Raise UserError if a recipe's model or given weights cannot be evaluated, before anything is trained."""
     recipes = recipes_of(config)
     weights = weights_of(config, [recipe for _, recipe in recipes])
-    if twice := [names for names in groups_of(config.weights) + groups_of(weights) if len(names) > 1]:
+    if twice := [names for names in groups_of(config.weights) + groups_of([*weights]) if len(names) > 1]:
         raise UserError(
             f"--weights names {' and '.join(twice[0])}, which are the same or would share a folder; leave one out"
         )
     size = evaluation_size(config, [recipe for _, recipe in recipes])
-    for name in weights:
-        own = cell_of(config, "weights", name, 0, labels, size).evaluate.with_stats()
+    for name, with_model in weights.items():
+        own = cell_of(with_model, "weights", name, 0, labels, size).evaluate.with_stats()
         backbone_of(start_of(name, own).model, device="meta")
     for title, recipe in recipes:
         own = cell_of(config, "untrained", title, 0, labels, size, recipe).evaluate.with_stats()

@@ -113,16 +113,23 @@ def cells_of(config: Compare, entries: Sequence[Entry], labels: Labels, size: tu
         if seed == 0 and {"knn", "linear"} & set(config.measures):
             found.append(cell_of(config, "pixels", PIXELS, seed, labels, size, entries[0].config))
         found += [
-            cell_of(config, "weights", name, seed, labels, size)
-            for name in weights_of(config, [entry.config for entry in entries])
+            cell_of(own, "weights", name, seed, labels, size)
+            for name, own in weights_of(config, [entry.config for entry in entries]).items()
         ]
         found += recipes
     return found
 
 
-def weights_of(config: Compare, recipes: Iterable[Pretrain]) -> tuple[str, ...]:
-    """The weights that are evaluated as they are: those that are given, and those that a recipe begins with."""
-    return tuple(dict.fromkeys([*config.weights, *(recipe.init for recipe in recipes if recipe.init)]))
+def weights_of(config: Compare, recipes: Iterable[Pretrain]) -> dict[str, Compare]:
+    """The weights that are evaluated as they are, each with the configuration that has its architecture: those that are given, and
+    those that a recipe begins with.
+    """
+    begun = {
+        recipe.init: replace(config, model=recipe.model, model_kwargs=recipe.model_kwargs)
+        for recipe in recipes
+        if recipe.init
+    }
+    return {name: begun.get(name, config) for name in (*config.weights, *begun)}
 
 
 def screening_of(config: Compare, entries: Sequence[Entry], labels: Labels, size: tuple[int, ...]) -> list[Cell]:
