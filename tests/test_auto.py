@@ -14,11 +14,8 @@ def test_a_step_has_as_many_images_as_leave_enough_steps(seen: int, most: int, b
 
 
 def test_the_learning_rate_is_maes_at_its_own_batch_and_scales() -> None:
-    assert peak_rate(4096, 768) == 2.4e-3
-    assert peak_rate(1024, 768) == pytest.approx(1.2e-3)
-    assert peak_rate(4096, 384) == pytest.approx(4.8e-3)
-    assert peak_rate(4096, 1024) == 2.4e-3
-    assert peak_rate(4096, 32) == peak_rate(4096, 192) == peak_rate(4096, 384)
+    assert peak_rate(4096) == 2.4e-3
+    assert peak_rate(1024) == pytest.approx(1.2e-3)
 
 
 def test_epochs_fit_the_time_and_end_somewhere() -> None:

@@ -2,8 +2,7 @@
 
 1. Epochs: as many as fit into the time by a short measurement, the last one in part; at most 800 (MAE's) or two million images.
 2. Images of a step: the largest power of two that leaves 5,000 steps, between 32 and 256.
-3. Learning rate: MAE's, 2.4e-3 for ViT-B with 4,096 images a step, times the square root of the batch's ratio, divided by
-   the width's.
+3. Learning rate: MAE's, 2.4e-3 with 4,096 images a step, times the square root of the batch's ratio.
 
 benchmarks/README.md has the trials behind these numbers. Numbers that are given stay.
 """
@@ -23,9 +22,9 @@ def images_a_step(seen: int | float, most: int) -> int:
     return min(max(FEWEST, min(MOST, batch)), max(1, most))
 
 
-def peak_rate(batch: int, width: int) -> float:
-    """Learning rate for an effective batch and the width of the encoder; of no more than twice ViT-B's."""
-    return 2.4e-3 * math.sqrt(batch / 4096) * min(2.0, max(1.0, 768 / width))
+def peak_rate(batch: int) -> float:
+    """Learning rate for an effective batch: MAE's, by the root of the batch."""
+    return 2.4e-3 * math.sqrt(batch / 4096)
 
 
 def epochs_within(hours: float, speed: float, images: int) -> int | float:

@@ -47,7 +47,7 @@ def test_every_auto_becomes_a_number_that_fits_the_others(auto: Pretrain, speed:
     images = len(Folder(PHOTOS, 3))
     assert config.epochs == 3600 * 0.5 * 100 // images
     assert config.batch_size * config.accum == config.effective_batch == min(images, 32)
-    assert config.blr * config.effective_batch / 256 == pytest.approx(right_size.peak_rate(config.effective_batch, 32))
+    assert config.blr * config.effective_batch / 256 == pytest.approx(right_size.peak_rate(config.effective_batch))
     assert (config.decoder_depth, config.decoder_width, config.decoder_heads) == (1, 32, 1)
 
 

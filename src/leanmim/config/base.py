@@ -476,7 +476,7 @@ class Optimisation(Config):
     """Memory to stay within, for example 8GiB; auto is what the device has free. A run that is predicted to need more does
     not start; none lets it."""
     blr: float | Auto = "auto"
-    """Base learning rate: lr = blr x effective batch / 256. auto follows from batch and model."""
+    """Base learning rate: lr = blr x effective batch / 256. auto follows from the batch."""
     lr: float | None = None
     """Learning rate after the warm-up, whatever the batch; in place of --blr."""
     schedule: Schedule = "cosine"

@@ -75,7 +75,7 @@ def right_sized(
         chosen.append(f"batch {config.batch_size} x accum {config.accum}, {fits}")
     effective = int(config.batch_size) * config.accum * processes_begun(config, run, process)
     if config.lr is None and config.blr == "auto":
-        rate = peak_rate(effective, encoder.widths[-1])
+        rate = peak_rate(effective)
         config = replace(config, blr=rate * 256 / effective)
         chosen.append(f"lr {rate:.2g}")
     elif config.lr is not None:
