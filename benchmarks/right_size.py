@@ -106,7 +106,7 @@ GRID = [FEW, THOUSANDS, ALL, *(replace(shape, images=images) for shape in (TINY1
 EXPERIMENTS: dict[str, list[Trial]] = {
     "auto": [replace(trial, **BY_RULE) for trial in GRID],
     # again, with a quarter of the learning rate that it had in `auto`
-    "tiny": [replace(trial, **BY_RULE) for trial in GRID if trial.model != SMALL],
+    "tiny": [replace(trial, **BY_RULE) for trial in (FEW, THOUSANDS, ALL)],
     "rate": HAND,
     "decoder": [
         replace(THOUSANDS, size=128, decoder=decoder, like=(2, 128), seen=16_000) for decoder in DECODERS
