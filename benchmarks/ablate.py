@@ -206,14 +206,17 @@ EXPERIMENTS: dict[str, Experiment] = {
         common="input-size=96,{rival}",
         options=PHOTOS.options | dict(depths=True, budget="8.78epochs"),
     ),
+    # photos-quarter with other budgets; that and photos-quarter-224 are its 15 minutes
     **{
-        f"photos-growth-{minutes}": replace(
+        f"photos-budget-{minutes}": replace(
             PHOTOS,
-            recipes=("mae:input-size=224", "mae:{rival}", "lean:input-size=96,{rival}"),
+            recipes=(
+                "mae:input-size=96,{rival},blr={quarter}", "mae:input-size=128,{rival},blr={quarter}", "mae:input-size=224,blr={quarter}",
+            ),
             options=PHOTOS.options | dict(budget=f"{minutes * 41 / 15:.4g}TFLOP"),
             gpu=False,
         )
-        for minutes in (7, 15, 30, 60)
+        for minutes in (7, 30, 60)
     },
 }  # fmt: skip
 
