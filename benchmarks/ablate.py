@@ -206,13 +206,11 @@ EXPERIMENTS: dict[str, Experiment] = {
         common="input-size=96,{rival}",
         options=PHOTOS.options | dict(depths=True, budget="8.78epochs"),
     ),
-    # photos-quarter with other budgets; that and photos-quarter-224 are its 15 minutes
+    # with the learning rate that ``auto`` gives, a quarter of what the kept photos-growth-... had; photos-quarter is its 15 minutes
     **{
         f"photos-budget-{minutes}": replace(
             PHOTOS,
-            recipes=(
-                "mae:input-size=96,{rival},blr={quarter}", "mae:input-size=128,{rival},blr={quarter}", "mae:input-size=224,blr={quarter}",
-            ),
+            recipes=("lean:input-size=96,{rival}", "mae:{rival}", "mae:input-size=224"),
             options=PHOTOS.options | dict(budget=f"{minutes * 41 / 15:.4g}TFLOP"),
             gpu=False,
         )
