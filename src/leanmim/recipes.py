@@ -121,6 +121,10 @@ Fewer pixels leave time for more epochs. A ViT-Ti after 41 TFLOP on 9,469 photos
 probe 53.6 ± 0.6 % (benchmarks/results/photos-quarter-vit_tiny_patch16_224-cpu.md); pre-trained at 128 px 47.7 ± 1.6, 55.6 ± 2.1, 52.0 ± 0.8 %,
 not at all 30.5 ± 0.7, 50.1 ± 0.4, 43.8 ± 1.1 %.
 
+After twice the FLOPs, one seed, 54.8, 58.7, 53.8 %; pre-trained at 128 px 51.6, 54.5, 51.7
+(benchmarks/results/photos-budget-30-vit_tiny_patch16_224-cpu.md). After four times 56.6, 59.7, 55.5
+(benchmarks/results/photos-budget-60-vit_tiny_patch16_224-cpu.md).
+
 With twice the learning rate that auto gives 45.9 ± 0.6, 58.9 ± 0.9, 54.5 ± 1.0 %
 (benchmarks/results/photos-half-vit_tiny_patch16_224-cpu.md), with half of it 48.8, 57.2, 50.5 (one seed,
 benchmarks/results/photos-eighth-vit_tiny_patch16_224-cpu.md).
