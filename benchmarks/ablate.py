@@ -206,7 +206,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         common="input-size=96,{rival}",
         options=PHOTOS.options | dict(depths=True, budget="8.78epochs"),
     ),
-    # with the learning rate that ``auto`` gives, a quarter of what the kept photos-growth-... had; photos-quarter is its 15 minutes
+    # with the learning rate that ``auto`` gives, of which photos-quarter is the 15 minutes; photos-growth-... had four times as much
     **{
         f"photos-budget-{minutes}": replace(
             PHOTOS,
