@@ -9,6 +9,7 @@ and draws boxes. It wants `pip install ".[examples]"`.
 
 import argparse
 import json
+import math
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -170,14 +171,14 @@ def main(arguments: list[str] | None = None) -> float:
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=given.lr, weight_decay=0.05)
     warmup = max(1, given.steps // 10)
-    schedule = torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimizer, 0.04, total_iters=warmup),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, given.steps - warmup + 1),
-        ],
-        [warmup],
-    )
+    falling = given.steps - warmup + 1
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            return 0.04 + 0.96 * step / warmup
+        return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / falling)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     for step, (images, targets) in enumerate(feed, 1):
         model.train()
         losses = model(

@@ -7,6 +7,7 @@ are the classes, from 0; other values are void: neither trained nor counted. It 
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import matplotlib
@@ -157,14 +158,14 @@ def main(arguments: list[str] | None = None) -> float:
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=given.lr, weight_decay=0.05)
     warmup = max(1, given.steps // 10)
-    schedule = torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimizer, 0.04, total_iters=warmup),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, given.steps - warmup + 1),
-        ],
-        [warmup],
-    )
+    falling = given.steps - warmup + 1
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            return 0.04 + 0.96 * step / warmup
+        return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / falling)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     for step, (images, masks) in enumerate(feed, 1):
         model.train()
         loss = cross_entropy(model(images.to(given.device)), masks.to(given.device), ignore_index=VOID)
