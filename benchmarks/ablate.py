@@ -182,7 +182,13 @@ EXPERIMENTS: dict[str, Experiment] = {
         gpu=False,
     ),
     # photos-rival had wider a decoder, and whole epochs only: 90 % masked had an eighth less to train with than the rival
-    "photos-ratio": replace(PHOTOS, recipes=("mae:mask-ratio=0.9",), common="{rival}", gpu=False),
+    "photos-ratio": replace(
+        PHOTOS, recipes=("mae:mask-ratio=0.9", "lean:input-size=96,mask-ratio=0.9"), common="{rival}",
+        options=PHOTOS.options | dict(seeds=3), gpu=False,
+    ),
+    "photos-ratio-less": replace(
+        PHOTOS, recipes=("mae:mask-ratio=0.85", "lean:input-size=96,mask-ratio=0.85"), common="{rival}", gpu=False
+    ),
     # with auto's decoder
     "photos-shipped": replace(PHOTOS, recipes=("lean:input-size=96", "lean-memory:input-size=96"), gpu=False),
     # HOG and growth are out: with three rows of photos-one and one of photos-lower all combinations of throwing, segments and 96 px
