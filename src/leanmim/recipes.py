@@ -122,8 +122,8 @@ probe 53.6 ± 0.6 % (benchmarks/results/photos-quarter-vit_tiny_patch16_224-cpu.
 not at all 30.5 ± 0.7, 50.1 ± 0.4, 43.8 ± 1.1 %.
 
 After twice the FLOPs, one seed, 54.8, 58.7, 53.8 %; pre-trained at 128 px 51.6, 54.5, 51.7, at 224 px 44.5, 57.4, 50.3, for 3.5 epochs in place
-of 22 (benchmarks/results/photos-budget-30-vit_tiny_patch16_224-cpu.md). After four times 56.6, 59.7, 55.5; at 128 px 53.6, 59.8, 54.7
-(benchmarks/results/photos-budget-60-vit_tiny_patch16_224-cpu.md).
+of 22 (benchmarks/results/photos-budget-30-vit_tiny_patch16_224-cpu.md). After four times 56.6, 59.7, 55.5; at 128 px 53.6, 59.8, 54.7,
+at 224 px 47.0, 54.8, 49.5 (benchmarks/results/photos-budget-60-vit_tiny_patch16_224-cpu.md).
 
 After 41 TFLOP with twice the learning rate that auto gives 45.9 ± 0.6, 58.9 ± 0.9, 54.5 ± 1.0 %
 (benchmarks/results/photos-half-vit_tiny_patch16_224-cpu.md), with half of it 48.8, 57.2, 50.5 (one seed,
