@@ -189,6 +189,10 @@ EXPERIMENTS: dict[str, Experiment] = {
     "photos-ratio-less": replace(
         PHOTOS, recipes=("mae:mask-ratio=0.85", "lean:input-size=96,mask-ratio=0.85"), common="{rival}", gpu=False
     ),
+    "photos-ratio-30": replace(
+        PHOTOS, recipes=("mae:mask-ratio=0.9", "lean:input-size=96,mask-ratio=0.9"), common="{rival}",
+        options=PHOTOS.options | dict(budget="82TFLOP"), gpu=False,
+    ),
     # with auto's decoder
     "photos-shipped": replace(PHOTOS, recipes=("lean:input-size=96", "lean-memory:input-size=96"), gpu=False),
     # HOG and growth are out: with three rows of photos-one and one of photos-lower all combinations of throwing, segments and 96 px
