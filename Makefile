@@ -42,7 +42,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/cost_check.py
 	$(BIN)/python benchmarks/hog_speed.py
 	$(BIN)/python benchmarks/recipe_costs.py --rounds 3 --time-batch-size 8
-	$(BIN)/python benchmarks/recipe_costs.py --recipes mae lean lean-memory --count vit_base_patch16_224 vit_small_patch16_224 --time --batch-size 256 --name lean-cost
+	$(BIN)/python benchmarks/recipe_costs.py --recipes mae lean lean:mask-ratio=0.9 lean-memory lean-memory:mask-ratio=0.9 --count vit_base_patch16_224 vit_small_patch16_224 --time --batch-size 256 --name lean-cost
 	$(BIN)/python benchmarks/pr_mim.py
 	$(BIN)/python benchmarks/bim.py
 	GOMP_SPINCOUNT=1000 $(BIN)/python benchmarks/block_parallel.py

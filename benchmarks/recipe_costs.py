@@ -2,7 +2,7 @@
 
     python benchmarks/recipe_costs.py
 
-Every recipe at its own input size and the same batch. The timed recipes take turns, so that a machine that slows down
+Every recipe, perhaps with options of its own, at its own input size and the same batch. The timed recipes take turns, so that a machine that slows down
 slows all of them; a ratio is the median over the rounds. A recipe with phases is the mean over its epochs.
 """
 
@@ -15,9 +15,10 @@ import record
 import torch
 from steps import in_turns
 
+from leanmim.config import Cost
 from leanmim.costs import count
 from leanmim.errors import UserError
-from leanmim.recipes import RECIPES, published
+from leanmim.recipes import published, variant
 from leanmim.schedule import phases
 
 
@@ -41,19 +42,19 @@ def main() -> None:
         batch = arguments.time_batch_size if timed else arguments.batch_size
         entries = []
         for recipe in arguments.recipes:
-            config = replace(published(RECIPES[recipe]), model=name, batch_size=batch, epochs=100)
+            config = replace(published(variant(recipe, Cost())), model=name, batch_size=batch, epochs=100)
             try:
                 cost, _ = count(replace(config, precision="bf16"), "cuda") if not timed else count(config, device.type)
             except UserError:
                 continue  # Swin cannot drop tokens
-            entries.append((config, cost))
-        seconds = in_turns([config for config, _ in entries], device, arguments.rounds) if timed else []
-        first = entries[0][1]
-        for i, (config, cost) in enumerate(entries):
+            entries.append((recipe, config, cost))
+        seconds = in_turns([config for _, config, _ in entries], device, arguments.rounds) if timed else []
+        first = entries[0][2]
+        for i, (recipe, config, cost) in enumerate(entries):
             times = [line[i] for line in seconds]
             ratio = statistics.median(line[i] / line[0] for line in seconds) if seconds else None
             rows.append({
-                "model": name, "recipe": config.recipe,
+                "model": name, "recipe": recipe,
                 "input": " -> ".join(str(phase.config.size[0]) for phase in phases(config)), "batch": batch,
                 "training GFLOP an image": f"{cost.train_flops_per_image / 1e9:.2f}",
                 "ratio": f"{cost.train_flops_per_image / first.train_flops_per_image:.2f}",
@@ -63,7 +64,7 @@ def main() -> None:
                 "step, ms": f"{1e3 * statistics.median(times):.0f}" if times else "",
                 " ratio ": f"{ratio:.2f}" if ratio else "",
             })  # fmt: skip
-            raw.append({"model": name, "recipe": config.recipe, "seconds": times})
+            raw.append({"model": name, "recipe": recipe, "seconds": times})
             print(rows[-1], flush=True)
     configuration = {
         "counted": f"batch {arguments.batch_size}, bf16 as on CUDA",
