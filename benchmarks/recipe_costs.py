@@ -2,8 +2,9 @@
 
     python benchmarks/recipe_costs.py
 
-Every recipe, perhaps with options of its own, at its own input size and the same batch. The timed recipes take turns, so that a machine that slows down
-slows all of them; a ratio is the median over the rounds. A recipe with phases is the mean over its epochs.
+Every recipe at its own input size and the same batch; options may follow its name, as in `leanmim cost`. The timed recipes take
+turns, so that a machine that slows down slows all of them; a ratio is the median over the rounds. A recipe with phases is the mean
+over its epochs.
 """
 
 import argparse

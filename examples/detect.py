@@ -9,7 +9,6 @@ and draws boxes. It wants `pip install ".[examples]"`.
 
 import argparse
 import json
-import math
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -28,6 +27,7 @@ from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, make_grid, save_image
 
 import leanmim
+from leanmim.schedule import learning_rate
 
 
 def annotations(data: Path, part: str) -> dict[str, Any]:
@@ -171,15 +171,8 @@ def main(arguments: list[str] | None = None) -> float:
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=given.lr, weight_decay=0.05)
     warmup = max(1, given.steps // 10)
-    falling = given.steps - warmup + 1
-
-    def rate(step: int) -> float:
-        if step < warmup:
-            return 0.04 + 0.96 * step / warmup
-        return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / falling)
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     for step, (images, targets) in enumerate(feed, 1):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, given.steps + 1, warmup, given.lr)
         model.train()
         losses = model(
             [image.to(given.device) for image in images],
@@ -190,7 +183,6 @@ def main(arguments: list[str] | None = None) -> float:
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         if step % 50 == 0 or step == given.steps:
             print(f"step {step}/{given.steps}, loss {loss.item():.3f}", flush=True)
 

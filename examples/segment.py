@@ -7,7 +7,6 @@ are the classes, from 0; other values are void: neither trained nor counted. It 
 """
 
 import argparse
-import math
 from pathlib import Path
 
 import matplotlib
@@ -26,6 +25,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 import leanmim
+from leanmim.schedule import learning_rate
 
 VOID = 255
 
@@ -158,22 +158,14 @@ def main(arguments: list[str] | None = None) -> float:
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=given.lr, weight_decay=0.05)
     warmup = max(1, given.steps // 10)
-    falling = given.steps - warmup + 1
-
-    def rate(step: int) -> float:
-        if step < warmup:
-            return 0.04 + 0.96 * step / warmup
-        return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / falling)
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     for step, (images, masks) in enumerate(feed, 1):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, given.steps + 1, warmup, given.lr)
         model.train()
         loss = cross_entropy(model(images.to(given.device)), masks.to(given.device), ignore_index=VOID)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         if step % 50 == 0 or step == given.steps:
             print(f"step {step}/{given.steps}, loss {loss.item():.3f}", flush=True)
 
