@@ -125,9 +125,10 @@ After twice the FLOPs, one seed, 54.8, 58.7, 53.8 %; pre-trained at 128 px 51.6,
 of 22 (benchmarks/results/photos-budget-30-vit_tiny_patch16_224-cpu.md). After four times 56.6, 59.7, 55.5; at 128 px 53.6, 59.8, 54.7,
 at 224 px 47.0, 54.8, 49.5 (benchmarks/results/photos-budget-60-vit_tiny_patch16_224-cpu.md).
 
-With mask-ratio=0.9, which leaves 3 of its 36 patches, it has 49.0 ± 0.7, 58.4 ± 0.6, 54.4 ± 0.4 % after 41 TFLOP, pre-trained at 128 px 48.0 ± 1.3, 59.0 ± 1.4, 55.5 ± 0.3: the
-best by the probes, where LEAN as it is is the best after fine-tuning (benchmarks/results/photos-ratio-vit_tiny_patch16_224-cpu.md). After twice
-the FLOPs 51.3, 59.2, 56.2, at 128 px 53.5, 60.0, 56.1 (one seed, benchmarks/results/photos-ratio-30-vit_tiny_patch16_224-cpu.md).
+With mask-ratio=0.9, which leaves 3 of its 36 patches, it has 49.0 ± 0.7, 58.4 ± 0.6, 54.4 ± 0.4 % after 41 TFLOP, pre-trained at 128 px
+48.0 ± 1.3, 59.0 ± 1.4, 55.5 ± 0.3: the best by the probes, where LEAN as it is is the best after fine-tuning
+(benchmarks/results/photos-ratio-vit_tiny_patch16_224-cpu.md). After twice the FLOPs 51.3, 59.2, 56.2, at 128 px 53.5, 60.0, 56.1 (one
+seed, benchmarks/results/photos-ratio-30-vit_tiny_patch16_224-cpu.md).
 
 After 41 TFLOP with twice the learning rate that auto gives 45.9 ± 0.6, 58.9 ± 0.9, 54.5 ± 1.0 %
 (benchmarks/results/photos-half-vit_tiny_patch16_224-cpu.md), with half of it 48.8, 57.2, 50.5 (one seed,
